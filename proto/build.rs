@@ -7,7 +7,9 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
         "drover/v1/node.proto",
         "drover/v1/operation.proto",
         "drover/agent/v1/agent.proto",
+        "drover/raft/v1/disk.proto",
         "drover/raft/v1/raft.proto",
+        "drover/store/v1/store.proto",
         "drover/vmm/v1/vmm.proto",
     ];
     let out = std::path::PathBuf::from(std::env::var("OUT_DIR")?);
