@@ -28,6 +28,12 @@ pub mod raft {
         tonic::include_proto!("drover.raft.v1");
     }
 }
+/// `drover.store.v1`: the rows that the controllers replicate; no service speaks it.
+pub mod store {
+    pub mod v1 {
+        tonic::include_proto!("drover.store.v1");
+    }
+}
 
 /// The encoded `FileDescriptorSet` of all packages, for the reflection service.
 pub const FILE_DESCRIPTOR_SET: &[u8] =
