@@ -192,10 +192,6 @@ impl Log {
         self.snapshot.borrow_mut().built = None;
     }
 
-    pub(crate) fn has_snapshot(&self) -> bool {
-        self.snapshot.borrow().built.is_some()
-    }
-
     fn push(&mut self, entry: Entry) {
         self.bytes += size(&entry);
         self.entries.push_back(entry);

@@ -25,13 +25,14 @@ mod table;
 mod txn;
 mod watch;
 
-pub use engine::{Batch, Engine, EngineError, Family, Op};
+pub use engine::{Batch, Engine, EngineError, Family, KEY_END, KeyValue, Op};
 pub use handle::{
     CommitError, Leadership, MemberId, MemberStatus, ReadError, Request, Revision, Role, Shared,
     Status, Store,
 };
 pub use rocks::{OpenError, RocksEngine};
 pub use state::{Outcome, Row, State, View};
+pub(crate) use state::{RowKey, data_key, parse_data_key};
 pub use table::{Record, Table, Versioned};
 pub use txn::{Guard, MalformedCommand, Txn, Write};
 pub use watch::{Change, ChangeSet, ChangeStream, Compacted, WatchError};
