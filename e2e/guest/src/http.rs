@@ -1,0 +1,99 @@
+//! A page with the counter, and the buttons: `/`, `/check`, `/poweroff`, `/reboot`, `/panic`.
+
+use std::io::{Read, Write};
+use std::net::{TcpListener, TcpStream};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering::Relaxed};
+use std::time::Duration;
+
+use crate::load::{Fill, Shared, clock_ns};
+use crate::sys::{self, End};
+
+const CONNECTIONS_MAX: usize = 16;
+const REQUEST_BYTES_MAX: usize = 2048;
+const PATIENCE: Duration = Duration::from_secs(10);
+
+/// Serves on port 80, each connection in its own thread, at most [`CONNECTIONS_MAX`] at once.
+pub(crate) fn serve(shared: Arc<Shared>, fill: Arc<Fill>) -> Result<(), String> {
+    let listener =
+        TcpListener::bind(("0.0.0.0", 80)).map_err(|e| format!("cannot listen on port 80: {e}"))?;
+    std::thread::spawn(move || {
+        let open = Arc::new(AtomicUsize::new(0));
+        for stream in listener.incoming().flatten() {
+            if open.fetch_add(1, Relaxed) >= CONNECTIONS_MAX {
+                open.fetch_sub(1, Relaxed);
+                continue;
+            }
+            let (shared, fill, open) = (Arc::clone(&shared), Arc::clone(&fill), Arc::clone(&open));
+            std::thread::spawn(move || {
+                // A client that goes away is its own affair.
+                let _ = answer(stream, &shared, &fill);
+                open.fetch_sub(1, Relaxed);
+            });
+        }
+    });
+    Ok(())
+}
+
+fn answer(mut stream: TcpStream, shared: &Shared, fill: &Fill) -> std::io::Result<()> {
+    stream.set_read_timeout(Some(PATIENCE))?;
+    stream.set_write_timeout(Some(PATIENCE))?;
+    let Some(path) = read_path(&mut stream)? else {
+        return respond(&mut stream, "400 Bad Request", "expected GET /path\n");
+    };
+    let word = path.trim_start_matches('/');
+    match (word, End::from_word(word)) {
+        ("", _) => respond(&mut stream, "200 OK", &page(shared)),
+        ("check", _) => {
+            let body = format!("filled_mib {}\nwrong_words {}\n", fill.mib(), fill.wrong_words());
+            respond(&mut stream, "200 OK", &body)
+        }
+        (_, Some(end)) => {
+            respond(&mut stream, "202 Accepted", &format!("{word}\n"))?;
+            drop(stream);
+            // The answer should leave before the guest does.
+            std::thread::sleep(Duration::from_millis(200));
+            end.run();
+            Ok(())
+        }
+        _ => respond(
+            &mut stream,
+            "404 Not Found",
+            "there are /, /check, /poweroff, /reboot and /panic\n",
+        ),
+    }
+}
+
+fn page(shared: &Shared) -> String {
+    format!(
+        "counter {}\nuptime {}\nboot_id {}\ndirty_passes {}\ncorrupt {}\nclock_back {}\nrealtime_ns {}\n",
+        shared.count(1),
+        sys::uptime_seconds(),
+        sys::boot_id(),
+        shared.passes().load(Relaxed),
+        shared.corrupt().load(Relaxed),
+        shared.clock_back().load(Relaxed),
+        clock_ns(libc::CLOCK_REALTIME),
+    )
+}
+
+fn read_path(stream: &mut TcpStream) -> std::io::Result<Option<String>> {
+    let mut request = Vec::new();
+    let mut chunk = [0; 512];
+    while !request.windows(4).any(|w| w == b"\r\n\r\n") && request.len() < REQUEST_BYTES_MAX {
+        match stream.read(&mut chunk)? {
+            0 => break,
+            n => request.extend_from_slice(&chunk[..n]),
+        }
+    }
+    let text = String::from_utf8_lossy(&request);
+    Ok(text.strip_prefix("GET ").and_then(|rest| rest.split_whitespace().next()).map(str::to_owned))
+}
+
+fn respond(stream: &mut TcpStream, status: &str, body: &str) -> std::io::Result<()> {
+    let head = format!(
+        "HTTP/1.1 {status}\r\nContent-Type: text/plain\r\nContent-Length: {}\r\nConnection: close\r\n\r\n",
+        body.len()
+    );
+    stream.write_all(format!("{head}{body}").as_bytes())
+}

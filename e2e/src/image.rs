@@ -1,0 +1,149 @@
+//! What every lab starts from: a root disk, a kernel, an initramfs, and a disk with our programs.
+//!
+//! The root disk takes minutes and is kept in the cache under a hash of its recipe; the rest
+//! takes a second and is made again for each lab.
+
+use std::fs;
+use std::path::{Path, PathBuf};
+use std::process::Command;
+
+use crate::process::run;
+use crate::{Error, Result, initramfs, paths};
+
+/// Debian for the hosts, made by `e2e/image/build-root`.
+#[derive(Debug, Clone)]
+pub struct RootImage {
+    dir: PathBuf,
+}
+
+impl RootImage {
+    /// The image of the present recipe; built first when the cache has none.
+    pub fn ensure() -> Result<Self> {
+        let recipe = paths::source_dir().join("e2e/image");
+        let cache = paths::cache_dir().join("lab");
+        fs::create_dir_all(&cache).map_err(Error::io("cannot create", &cache))?;
+        let dir = cache.join(format!("root-{:016x}", hash_of_recipe(&recipe)?));
+        let _only_one = lock(&cache.join("root.lock"))?;
+        if !dir.join("root.ext4").exists() {
+            fs::create_dir_all(&dir).map_err(Error::io("cannot create", &dir))?;
+            let status = Command::new(recipe.join("build-root"))
+                .arg(&dir)
+                .status()
+                .map_err(Error::io("cannot run", recipe.join("build-root")))?;
+            if !status.success() {
+                return Err(Error::other(format!(
+                    "the hosts' root disk could not be built (build-root: {status})"
+                )));
+            }
+        }
+        Ok(Self { dir })
+    }
+
+    /// The whole root filesystem, never written to.
+    pub fn disk(&self) -> PathBuf {
+        self.dir.join("root.ext4")
+    }
+    /// The stock kernel of hosts and guests.
+    pub fn kernel(&self) -> PathBuf {
+        self.dir.join("vmlinuz")
+    }
+    /// Logs in as root on every host.
+    pub fn ssh_key(&self) -> PathBuf {
+        self.dir.join("ssh_key")
+    }
+    /// The hosts' own key.
+    pub fn known_hosts(&self) -> PathBuf {
+        self.dir.join("known_hosts")
+    }
+    fn modules(&self) -> PathBuf {
+        self.dir.join("modules")
+    }
+}
+
+/// Builds the guests' init and the initramfs around it, in `dir`.
+pub fn make_initramfs(image: &RootImage, dir: &Path) -> Result<PathBuf> {
+    let target = paths::cache_dir().join("target-guest");
+    let cargo = std::env::var_os("CARGO").unwrap_or_else(|| "cargo".into());
+    // Static, with a target folder of its own: flags for the linker would otherwise make cargo
+    // build everything else again.
+    run(Command::new(cargo)
+        .current_dir(paths::source_dir())
+        .args(["rustc", "--quiet", "--locked", "--package", "drover-guest", "--release"])
+        .arg("--target-dir")
+        .arg(&target)
+        .args(["--", "-C", "target-feature=+crt-static", "-C", "strip=symbols"])
+        .env_remove("RUSTFLAGS"))?;
+    let bytes = initramfs::with_modules(&target.join("release/drover-guest"), &image.modules())?;
+    let path = dir.join("initramfs.img");
+    fs::write(&path, bytes).map_err(Error::io("cannot write", &path))?;
+    Ok(path)
+}
+
+/// A disk with what changes often, mounted by each host at `/opt/drover`: `bin/` (agent and VMM,
+/// when they are built) and `boot/` (the guests' kernel and initramfs).
+pub fn make_payload(image: &RootImage, initramfs: &Path, dir: &Path) -> Result<PathBuf> {
+    let tree = dir.join("payload");
+    let _ = fs::remove_dir_all(&tree);
+    for folder in ["bin", "boot"] {
+        fs::create_dir_all(tree.join(folder)).map_err(Error::io("cannot create", &tree))?;
+    }
+    copy(&image.kernel(), &tree.join("boot/vmlinuz"))?;
+    copy(initramfs, &tree.join("boot/initramfs.img"))?;
+    for name in ["drover-agent", "drover-vmm"] {
+        let program = paths::program(name);
+        if program.exists() {
+            let to = tree.join("bin").join(name);
+            run(Command::new("strip").arg("--strip-debug").arg("-o").arg(to).arg(program))?;
+        }
+    }
+    let disk = dir.join("payload.ext4");
+    let _ = fs::remove_file(&disk);
+    run(Command::new("mke2fs")
+        .args(["-q", "-t", "ext4", "-O", "^has_journal", "-m", "0", "-d"])
+        .arg(&tree)
+        .arg(&disk)
+        .arg("256M"))?;
+    Ok(disk)
+}
+
+fn copy(from: &Path, to: &Path) -> Result<()> {
+    fs::copy(from, to).map(|_| ()).map_err(Error::io("cannot copy", from))
+}
+
+/// Changes with each byte of the recipe's files.
+fn hash_of_recipe(folder: &Path) -> Result<u64> {
+    let mut files = vec![paths::source_dir().join("scripts/lib.sh")];
+    collect(folder, &mut files)?;
+    files.sort();
+    let mut hash = 0xcbf2_9ce4_8422_2325;
+    for path in files {
+        let content = fs::read(&path).map_err(Error::io("cannot read", &path))?;
+        let name = path.strip_prefix(folder).unwrap_or(&path).to_string_lossy().into_owned();
+        // FNV-1a; the length keeps two files from running into one another.
+        for byte in name.bytes().chain(content.len().to_le_bytes()).chain(content) {
+            hash = (hash ^ u64::from(byte)).wrapping_mul(0x0100_0000_01b3);
+        }
+    }
+    Ok(hash)
+}
+
+fn collect(folder: &Path, files: &mut Vec<PathBuf>) -> Result<()> {
+    let entries = fs::read_dir(folder).map_err(Error::io("cannot list", folder))?;
+    for entry in entries.flatten() {
+        let path = entry.path();
+        if path.is_dir() { collect(&path, files)? } else { files.push(path) }
+    }
+    Ok(())
+}
+
+/// Waits for, and holds until dropped, a lock between processes.
+pub(crate) fn lock(path: &Path) -> Result<fs::File> {
+    let file = fs::File::options()
+        .create(true)
+        .truncate(false)
+        .write(true)
+        .open(path)
+        .map_err(Error::io("cannot open", path))?;
+    file.lock().map_err(Error::io("cannot lock", path))?;
+    Ok(file)
+}
