@@ -19,4 +19,5 @@
 //! Start reading at [`store`] (what is kept, and how it changes), then [`raft`] (how it is
 //! replicated). Nothing here knows the hypervisor or an agent's inside: only their protos.
 
+pub mod raft;
 pub mod store;

@@ -34,9 +34,16 @@
 mod core;
 mod identity;
 mod log;
+mod node;
+mod peers;
 mod reads;
+mod service;
 mod snapshot;
+mod transport;
 
 pub use core::{Core, Fatal, Input, Limits, Options, Output, Waiter};
 pub use identity::{Claim, Identity, IdentityError, member_key};
+pub use node::{Failure, Running, StartError, StartOptions, TICK, start, start_alone};
+pub use peers::Refused;
+pub use service::{Incoming, RaftServer};
 pub use snapshot::{SnapshotError, SnapshotJob};
