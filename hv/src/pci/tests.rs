@@ -1,0 +1,188 @@
+//! The bus as a guest's firmware sees it: probing, sizing, capabilities, MSI-X.
+
+use std::sync::Mutex;
+
+use super::*;
+use crate::state::{Decoder, Encoder};
+use std::sync::Arc;
+use vmm_sys_util::eventfd::EventFd;
+
+/// Lines are eventfds that a test can look at.
+#[derive(Default)]
+pub(crate) struct TestWiring {
+    pub(crate) lines: Mutex<Vec<EventFd>>,
+    pub(crate) staged: Mutex<Vec<(u32, MsiMessage)>>,
+    pub(crate) commits: Mutex<u32>,
+    pub(crate) io_events: Mutex<Vec<(EventFd, u64)>>,
+}
+
+impl Wiring for TestWiring {
+    fn add_irqfd(&self, fd: &EventFd) -> std::io::Result<u32> {
+        let mut lines = self.lines.lock().unwrap();
+        lines.push(fd.try_clone()?);
+        Ok(lines.len() as u32 - 1)
+    }
+    fn stage_msi(&self, line: u32, message: MsiMessage) {
+        self.staged.lock().unwrap().push((line, message));
+    }
+    fn commit_msi(&self) -> std::io::Result<()> {
+        *self.commits.lock().unwrap() += 1;
+        Ok(())
+    }
+    fn add_ioeventfd(&self, fd: &EventFd, address: u64) -> std::io::Result<()> {
+        self.io_events.lock().unwrap().push((fd.try_clone()?, address));
+        Ok(())
+    }
+}
+
+impl TestWiring {
+    /// How often the line was raised since the last look.
+    pub(crate) fn raised(&self, line: usize) -> u64 {
+        self.lines.lock().unwrap()[line].read().unwrap_or(0)
+    }
+}
+
+fn config_read(bus: &PciBus, slot: u32, register: u32) -> u32 {
+    let address = 1 << 31 | slot << 11 | register;
+    assert!(bus.write_port(0xcf8, &address.to_le_bytes()));
+    let mut data = [0; 4];
+    assert!(bus.read_port(0xcfc, &mut data));
+    u32::from_le_bytes(data)
+}
+
+#[test]
+fn a_guest_finds_the_host_bridge_and_nothing_else() {
+    let bus = PciBus::new(Arc::new(TestWiring::default()));
+    assert_eq!(config_read(&bus, 0, 0), 0x0008_1b36);
+    assert_eq!(config_read(&bus, 0, 8) >> 8, 0x06_0000);
+    for slot in 1..32 {
+        assert_eq!(config_read(&bus, slot, 0), u32::MAX);
+    }
+    assert!(!bus.read_port(0xd00, &mut [0]));
+    assert!(!bus.read_memory(MMIO_START, &mut [0; 4]));
+}
+
+fn space() -> ConfigSpace {
+    let identity = Identity {
+        vendor: 1,
+        device: 2,
+        revision: 3,
+        class: ClassCode(2, 0, 0),
+        subsystem: (4, 5),
+    };
+    let mut space = ConfigSpace::new(identity, Some((0xe010_0000, 0x8000)));
+    space.add_capability(9, &[1, 2, 3]);
+    let msix = space.add_msix(3, 0x4000, 0x5000);
+    assert_eq!(msix, 0x48);
+    space.seal();
+    space
+}
+
+#[test]
+fn bars_size_and_stay_where_they_are() {
+    let mut space = space();
+    let read = |space: &ConfigSpace| {
+        let mut data = [0; 4];
+        space.read(0x10, &mut data);
+        u32::from_le_bytes(data)
+    };
+    assert_eq!(read(&space), 0xe010_0000);
+    space.write(0x10, &u32::MAX.to_le_bytes());
+    assert_eq!(read(&space), 0xffff_8000);
+    space.write(0x10, &0xd000_0000_u32.to_le_bytes());
+    assert_eq!(read(&space), 0xe010_0000);
+}
+
+#[test]
+fn only_writable_bits_change_and_a_reset_undoes_them() {
+    let mut space = space();
+    space.write(0, &[0xff; 256]);
+    assert_eq!(space.u32_at(0), 0x0002_0001);
+    assert_eq!(space.command(), command::MEMORY | command::BUS_MASTER | command::INTX_DISABLE);
+    assert_eq!(space.u16_at(0x4a), 0xc002);
+    space.reset();
+    assert_eq!((space.command(), space.u16_at(0x4a)), (0, 2));
+}
+
+#[test]
+fn capabilities_are_a_list() {
+    let space = space();
+    assert_eq!(space.u16_at(6), 1 << 4);
+    assert_eq!(space.u32_at(0x34) as u8, 0x40);
+    assert_eq!(space.u16_at(0x40), 0x4809);
+    assert_eq!(space.u16_at(0x48), 0x0011);
+}
+
+#[test]
+fn another_functions_space_is_refused() {
+    let mine = space();
+    let mut out = Encoder::new();
+    mine.save(&mut out);
+    let mut bytes = out.into_bytes();
+    space().restore(&mut Decoder::new(&bytes)).unwrap();
+    bytes[0] = 7;
+    let error = space().restore(&mut Decoder::new(&bytes)).unwrap_err().to_string();
+    assert!(error.contains("0x07 at 0x00"), "{error}");
+}
+
+const MESSAGE: MsiMessage = MsiMessage { address: 0xfee0_1000, data: 0x4041 };
+
+fn program(msix: &Msix, vector: u64) {
+    msix.write_table(vector * 16, &MESSAGE.address.to_le_bytes());
+    msix.write_table(vector * 16 + 8, &MESSAGE.data.to_le_bytes());
+    msix.write_table(vector * 16 + 12, &0u32.to_le_bytes());
+}
+
+#[test]
+fn a_masked_vector_stays_pending_until_it_is_unmasked() {
+    let wiring = Arc::new(TestWiring::default());
+    let msix = Msix::new(wiring.clone(), 3).unwrap();
+    msix.raise(1);
+    let mut pending = [0; 8];
+    msix.read_pending(0, &mut pending);
+    assert_eq!(pending[0], 0, "a disabled function has nothing pending");
+
+    msix.set_control(0xc000);
+    program(&msix, 1);
+    msix.raise(1);
+    msix.raise(9);
+    msix.read_pending(0, &mut pending);
+    assert_eq!((pending[0], wiring.raised(1)), (2, 0));
+    msix.set_control(0x8000);
+    msix.read_pending(0, &mut pending);
+    assert_eq!((pending[0], wiring.raised(1)), (0, 1));
+    assert_eq!(wiring.staged.lock().unwrap().last(), Some(&(1, MESSAGE)));
+    msix.raise(1);
+    assert_eq!(wiring.raised(1), 1);
+
+    msix.write_table(16 + 12, &1u32.to_le_bytes());
+    msix.raise(1);
+    assert_eq!(wiring.raised(1), 0);
+    msix.write_table(16 + 12, &0u32.to_le_bytes());
+    assert_eq!(wiring.raised(1), 1);
+}
+
+#[test]
+fn a_restored_table_routes_as_before_with_one_commit() {
+    let msix = Msix::new(Arc::new(TestWiring::default()), 2).unwrap();
+    msix.set_control(0x8000);
+    program(&msix, 0);
+    msix.raise(1);
+    let mut out = Encoder::new();
+    msix.save(&mut out);
+    let bytes = out.into_bytes();
+
+    let wiring = Arc::new(TestWiring::default());
+    let restored = Msix::new(wiring.clone(), 2).unwrap();
+    restored.restore(&mut Decoder::new(&bytes)).unwrap();
+    assert_eq!(*wiring.staged.lock().unwrap(), [(0, MESSAGE)]);
+    assert_eq!(*wiring.commits.lock().unwrap(), 0);
+    restored.raise(0);
+    assert_eq!(wiring.raised(0), 1);
+    program(&restored, 1);
+    assert_eq!(wiring.raised(1), 1, "pending bits travel");
+
+    let other = Msix::new(Arc::new(TestWiring::default()), 3).unwrap();
+    let error = other.restore(&mut Decoder::new(&bytes)).unwrap_err().to_string();
+    assert_eq!(error, "state: msix vectors is 2; accepted: 3");
+}
