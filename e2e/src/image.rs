@@ -68,7 +68,7 @@ pub fn make_initramfs(image: &RootImage, dir: &Path) -> Result<PathBuf> {
     // build everything else again.
     run(Command::new(cargo)
         .current_dir(paths::source_dir())
-        .args(["rustc", "--quiet", "--locked", "--package", "drover-guest", "--release"])
+        .args(["rustc", "--quiet", "--package", "drover-guest", "--release"])
         .arg("--target-dir")
         .arg(&target)
         .args(["--", "-C", "target-feature=+crt-static", "-C", "strip=symbols"])
