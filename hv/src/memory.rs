@@ -23,7 +23,7 @@ use kvm_bindings::{
 };
 use kvm_ioctls::VmFd;
 use rustix::fs::{MemfdFlags, SealFlags};
-use vm_memory::bitmap::{AtomicBitmap, Bitmap};
+use vm_memory::bitmap::AtomicBitmap;
 use vm_memory::{
     Address, FileOffset, GuestAddress, GuestMemoryBackend, GuestMemoryRegion, GuestRegionMmap,
 };
@@ -296,7 +296,7 @@ impl DirtyTracker {
     pub fn start(&mut self) -> Result<(), MemoryError> {
         self.log.start().map_err(|source| MemoryError::DirtyLog { step: "starting", source })?;
         for region in self.memory.iter() {
-            GuestRegionMmap::bitmap(region).reset();
+            std::ops::Deref::deref(region).bitmap().reset();
         }
         self.put_back = DirtyPages::none(&self.memory);
         self.running = true;
@@ -321,7 +321,7 @@ impl DirtyTracker {
         let mut pages = std::mem::replace(&mut self.put_back, DirtyPages::none(&self.memory));
         for (index, region) in self.memory.iter().enumerate() {
             // Ours first: should KVM's fail, the bits are not lost.
-            let own = GuestRegionMmap::bitmap(region).get_and_reset();
+            let own = std::ops::Deref::deref(region).bitmap().get_and_reset();
             pages.regions[index].merge(&own);
             match self.log.read(index, clear) {
                 Ok(words) => pages.regions[index].merge(&words),
