@@ -1,0 +1,228 @@
+//! What people type: sizes, durations, names. Every refusal says what would be accepted.
+
+use std::time::Duration;
+
+use drover_proto::v1::NetworkInterface;
+
+const SIZE_UNITS: [(&str, u64); 5] =
+    [("B", 1), ("KiB", 1 << 10), ("MiB", 1 << 20), ("GiB", 1 << 30), ("TiB", 1 << 40)];
+const PORT_DEFAULT: u16 = 7400;
+
+/// Bytes, from `512MiB`, `1.5GiB` or a plain number of bytes.
+pub(crate) fn size(text: &str) -> Result<u64, String> {
+    let refuse = || "use a number with KiB, MiB, GiB or TiB, such as 512MiB".to_owned();
+    let (number, unit) = split_unit(text);
+    let unit = if unit.is_empty() { "B" } else { unit };
+    let (_, factor) =
+        SIZE_UNITS.iter().find(|(u, _)| u.eq_ignore_ascii_case(unit)).ok_or_else(refuse)?;
+    if let Ok(whole) = number.parse::<u64>() {
+        return whole.checked_mul(*factor).ok_or_else(|| "too large: at most 16 EiB".to_owned());
+    }
+    let parts: f64 = number.parse().map_err(|_| refuse())?;
+    let bytes = parts * *factor as f64;
+    if bytes.fract() != 0.0 || !bytes.is_finite() || bytes >= u64::MAX as f64 {
+        return Err("is no whole number of bytes".to_owned());
+    }
+    Ok(bytes as u64)
+}
+
+/// A duration, from `100ms`, `30s`, `10m`, `1h` or a sum such as `1h30m`.
+pub(crate) fn duration(text: &str) -> Result<Duration, String> {
+    let refuse = || "use a number with ms, s, m or h, such as 100ms, 30s or 1h30m".to_owned();
+    let mut rest = text.trim();
+    let mut total = Duration::ZERO;
+    if rest.is_empty() {
+        return Err(refuse());
+    }
+    while !rest.is_empty() {
+        let (number, after) = split_unit(rest);
+        let unit = &after[..after.find(|c: char| c.is_ascii_digit()).unwrap_or(after.len())];
+        let seconds_each = match unit {
+            "ms" => 0.001,
+            "s" => 1.0,
+            "m" | "min" => 60.0,
+            "h" => 3600.0,
+            _ => return Err(refuse()),
+        };
+        let number: f64 = number.parse().map_err(|_| refuse())?;
+        let part = Duration::try_from_secs_f64(number * seconds_each).map_err(|_| refuse())?;
+        total = total.checked_add(part).ok_or_else(refuse)?;
+        rest = &after[unit.len()..];
+    }
+    Ok(total)
+}
+
+/// `12.5MiB` is `12.5` and `MiB`.
+fn split_unit(text: &str) -> (&str, &str) {
+    let text = text.trim();
+    let end = text.find(|c: char| !c.is_ascii_digit() && c != '.').unwrap_or(text.len());
+    (&text[..end], text[end..].trim())
+}
+
+/// `nodes/{id}`, from `{id}` or `nodes/{id}`.
+pub(crate) fn node(text: &str) -> Result<String, String> {
+    resource("nodes", "host1", text)
+}
+
+/// `domains/{id}`, from `{id}` or `domains/{id}`.
+pub(crate) fn domain(text: &str) -> Result<String, String> {
+    resource("domains", "web1", text)
+}
+
+/// `operations/{uuid}`, from the UUID or the whole name.
+pub(crate) fn operation(text: &str) -> Result<String, String> {
+    let name = resource("operations", "4f0c…", text)?;
+    let id = &name["operations/".len()..];
+    uuid::Uuid::parse_str(id)
+        .map(|uuid| format!("operations/{uuid}"))
+        .map_err(|_| "is no operation: a UUID is expected (vpsctl operation list)".to_owned())
+}
+
+/// The id's own form is checked by the controller, the only place that knows it.
+fn resource(collection: &str, example: &str, text: &str) -> Result<String, String> {
+    let expected = format!("{example} or {collection}/{example} is expected");
+    match text.split_once('/') {
+        _ if text.is_empty() => Err(format!("is empty: {expected}")),
+        None => Ok(format!("{collection}/{text}")),
+        Some((c, id)) if c == collection && !id.is_empty() => Ok(text.to_owned()),
+        Some((c @ ("nodes" | "domains" | "operations"), _)) if c != collection => {
+            Err(format!("is one of {c}: {expected}"))
+        }
+        Some(_) => Err(format!("has a slash where none belongs: {expected}")),
+    }
+}
+
+/// What an event or an operation is about: `domains/…`, `nodes/…`, `operations/…` or `cluster`.
+pub(crate) fn subject(text: &str) -> Result<String, String> {
+    match text.split_once('/') {
+        None if text == "cluster" => Ok(text.to_owned()),
+        Some(("nodes" | "domains" | "operations", id)) if !id.is_empty() => Ok(text.to_owned()),
+        _ => Err("domains/NAME, nodes/NAME, operations/UUID or cluster is expected".to_owned()),
+    }
+}
+
+/// `host:port` of a controller; the port is 7400 when left out.
+pub(crate) fn server(text: &str) -> Result<String, String> {
+    let expected = "HOST:PORT is expected, such as 10.77.0.11:7400";
+    let text = text.trim();
+    if text.is_empty() {
+        return Err(format!("an address is empty: {expected}"));
+    }
+    if text.contains("//") {
+        return Err(format!("\"{text}\" is a URL: {expected}"));
+    }
+    let bare = text.rsplit_once(':').is_none() || text.ends_with(']');
+    let address = if bare { format!("{text}:{PORT_DEFAULT}") } else { text.to_owned() };
+    let uri: Result<tonic::transport::Uri, _> = format!("http://{address}").parse();
+    match uri {
+        Ok(uri) if uri.port_u16().is_some() && uri.path() == "/" => Ok(address),
+        _ => Err(format!("\"{text}\" is no address: {expected}")),
+    }
+}
+
+/// `key=value`.
+pub(crate) fn label(text: &str) -> Result<(String, String), String> {
+    match text.split_once('=') {
+        Some((key, value)) if !key.is_empty() => Ok((key.to_owned(), value.to_owned())),
+        _ => Err("KEY=VALUE is expected".to_owned()),
+    }
+}
+
+/// One interface, from `default` or any of `mac=…`, `bridge=…`, `address=…` joined by commas.
+pub(crate) fn interface(text: &str) -> Result<NetworkInterface, String> {
+    let mut interface = NetworkInterface::default();
+    if text == "default" {
+        return Ok(interface);
+    }
+    for part in text.split(',') {
+        match part.split_once('=') {
+            Some(("mac", value)) if !value.is_empty() => interface.mac = value.to_owned(),
+            Some(("bridge", value)) if !value.is_empty() => interface.bridge = value.to_owned(),
+            Some(("address", value)) if !value.is_empty() => {
+                interface.addresses.push(value.to_owned());
+            }
+            _ => {
+                return Err(format!(
+                    "\"{part}\" is not known: mac=, bridge= and address= are, such as \
+                     address=10.78.0.11,bridge=br0"
+                ));
+            }
+        }
+    }
+    Ok(interface)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn sizes() {
+        assert_eq!(size("1048576"), Ok(1 << 20));
+        assert_eq!(size("512MiB"), Ok(512 << 20));
+        assert_eq!(size("512 mib"), Ok(512 << 20));
+        assert_eq!(size("1.5GiB"), Ok(3 << 29));
+        assert_eq!(size("0"), Ok(0), "the controller says what is too little");
+        for bad in ["", "MiB", "512M", "512MB", "-1GiB", "1e3MiB", "1.2.3GiB", "nanMiB", "0.3B"] {
+            assert!(size(bad).is_err(), "{bad}");
+        }
+        assert_eq!(size("99999999TiB").unwrap_err(), "too large: at most 16 EiB");
+        assert_eq!(
+            size("512M").unwrap_err(),
+            "use a number with KiB, MiB, GiB or TiB, such as 512MiB"
+        );
+    }
+
+    #[test]
+    fn durations() {
+        assert_eq!(duration("100ms"), Ok(Duration::from_millis(100)));
+        assert_eq!(duration("1h30m"), Ok(Duration::from_secs(5400)));
+        assert_eq!(duration("1.5s"), Ok(Duration::from_millis(1500)));
+        assert_eq!(duration("2min"), Ok(Duration::from_secs(120)));
+        for bad in ["", "10", "10x", "s", "1h30", "-5s", "10sm", "99999999999999999999h"] {
+            assert!(duration(bad).is_err(), "{bad}");
+        }
+    }
+
+    #[test]
+    fn names() {
+        assert_eq!(node("host1"), Ok("nodes/host1".to_owned()));
+        assert_eq!(domain("domains/web1"), Ok("domains/web1".to_owned()));
+        assert!(domain("nodes/host1").unwrap_err().starts_with("is one of nodes: web1 or"));
+        assert!(domain("a/b").unwrap_err().starts_with("has a slash"));
+        assert!(node("").is_err());
+        assert!(node("nodes/").is_err());
+        let uuid = "6f1c7b0e-8f3c-4c59-9d5e-0d6a3f0c1f1a";
+        assert_eq!(operation(uuid), Ok(format!("operations/{uuid}")));
+        assert_eq!(operation(&format!("operations/{uuid}")), Ok(format!("operations/{uuid}")));
+        assert!(operation("web1").unwrap_err().contains("a UUID is expected"));
+        assert!(operation("domains/web1").unwrap_err().starts_with("is one of domains"));
+        assert_eq!(subject("cluster"), Ok("cluster".to_owned()));
+        assert!(subject("web1").is_err());
+    }
+
+    #[test]
+    fn servers() {
+        assert_eq!(server("10.77.0.11"), Ok("10.77.0.11:7400".to_owned()));
+        assert_eq!(server("ctl:99"), Ok("ctl:99".to_owned()));
+        assert_eq!(server("[::1]"), Ok("[::1]:7400".to_owned()));
+        assert_eq!(server("[::1]:7"), Ok("[::1]:7".to_owned()));
+        for bad in ["", "http://a:1", "a:x", "a:99999", "a b:1", "a:1/x"] {
+            assert!(server(bad).is_err(), "{bad}");
+        }
+    }
+
+    #[test]
+    fn interfaces() {
+        assert_eq!(interface("default"), Ok(NetworkInterface::default()));
+        let full = interface("mac=52:54:00:00:00:01,bridge=br0,address=10.0.0.1,address=fd00::1");
+        let full = full.unwrap();
+        assert_eq!(full.mac, "52:54:00:00:00:01");
+        assert_eq!(full.bridge, "br0");
+        assert_eq!(full.addresses, ["10.0.0.1", "fd00::1"]);
+        assert!(interface("ip=10.0.0.1").unwrap_err().contains("\"ip=10.0.0.1\" is not known"));
+        assert!(interface("mac=").is_err());
+        assert_eq!(label("tier=gold"), Ok(("tier".to_owned(), "gold".to_owned())));
+        assert!(label("tier").is_err());
+    }
+}
