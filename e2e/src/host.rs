@@ -107,7 +107,12 @@ pub fn start(lab: &str, spec: &HostSpec, common: &CommonDisks) -> Result<Process
         spec.address()
     );
     let mut command = Command::new("qemu-system-x86_64");
-    command.args(["-name", &format!("drover-{lab}-{name}"), "-machine", "q35,hpet=off,vmport=off"]);
+    command.args([
+        "-name",
+        &format!("drover-{lab}-{name}"),
+        "-machine",
+        "q35,sata=off,hpet=off,vmport=off",
+    ]);
     if has_hardware_virtualization() {
         command.args(["-accel", "kvm", "-cpu", "host"]);
     } else {
