@@ -18,6 +18,8 @@ pub enum Table {
     Requests = 5,
     /// What happened, for people.
     Events = 6,
+    /// What the cluster as a whole remembers: one row.
+    Cluster = 7,
 }
 
 impl Table {

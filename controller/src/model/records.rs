@@ -1,0 +1,80 @@
+//! The rows, and the little that they know about themselves.
+
+pub use drover_proto::store::v1::{
+    ClusterRecord, DomainRecord, EventRecord, Migration, MigrationStage, MoveRecord, NodeRecord,
+    OperationRecord, RequestRecord,
+};
+use drover_proto::v1::{DomainState, OperationState};
+
+use super::{DomainId, NodeId, OperationId};
+use crate::scheduler::Resources;
+use crate::store::{Record, Table};
+
+/// The key of the only [`ClusterRecord`].
+pub const CLUSTER_KEY: &str = "cluster";
+
+macro_rules! record {
+    ($($record:ident => $table:ident),* $(,)?) => {
+        $(impl Record for $record {
+            const TABLE: Table = Table::$table;
+            fn key(&self) -> String {
+                self.id.clone()
+            }
+        })*
+    };
+}
+
+record! {
+    NodeRecord => Nodes,
+    DomainRecord => Domains,
+    OperationRecord => Operations,
+    RequestRecord => Requests,
+    EventRecord => Events,
+}
+
+impl Record for ClusterRecord {
+    const TABLE: Table = Table::Cluster;
+    fn key(&self) -> String {
+        CLUSTER_KEY.into()
+    }
+}
+
+/// A node row's id, typed.
+#[must_use]
+pub fn node_id(record: &NodeRecord) -> NodeId {
+    NodeId::trusted(&record.id)
+}
+
+/// A domain row's id, typed.
+#[must_use]
+pub fn domain_id(record: &DomainRecord) -> DomainId {
+    DomainId::trusted(&record.id)
+}
+
+/// An operation row's id, typed.
+#[must_use]
+pub fn operation_id(record: &OperationRecord) -> OperationId {
+    OperationId::trusted(&record.id)
+}
+
+/// Whether the operation has not ended.
+#[must_use]
+pub fn is_active(record: &OperationRecord) -> bool {
+    matches!(record.state(), OperationState::Pending | OperationState::Running)
+}
+
+/// What a domain was promised.
+#[must_use]
+pub fn needs(record: &DomainRecord) -> Resources {
+    record.spec.as_ref().map_or_else(Resources::default, |spec| Resources {
+        vcpus: spec.vcpus,
+        memory_bytes: spec.memory_bytes,
+    })
+}
+
+/// Whether no VMM of this domain is anywhere, as far as its row says.
+#[must_use]
+pub fn is_at_rest(record: &DomainRecord) -> bool {
+    record.migration.is_none()
+        && matches!(record.state(), DomainState::Stopped | DomainState::Failed)
+}

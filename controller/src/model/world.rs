@@ -1,0 +1,199 @@
+//! All rows that work is decided from, typed and indexed.
+
+use std::collections::{BTreeMap, BTreeSet};
+
+use drover_proto::v1::{DomainState, DrainPolicy, DrainState, NodeState};
+
+use super::records::{self, needs};
+use super::{
+    ClusterRecord, DomainId, DomainRecord, NodeId, NodeRecord, Observed, OperationId,
+    OperationRecord,
+};
+use crate::scheduler::{
+    ClusterView, DomainView, LINK_BYTES_PER_SECOND, Mobility, NodeView, Resources,
+};
+use crate::store::{ChangeSet, Record, Versioned, View};
+
+/// The cluster at one revision. Finished operations and events are not here.
+#[derive(Clone, Debug, Default)]
+pub struct World {
+    /// The revision.
+    pub revision: u64,
+    /// All nodes.
+    pub nodes: BTreeMap<NodeId, Versioned<NodeRecord>>,
+    /// All domains.
+    pub domains: BTreeMap<DomainId, Versioned<DomainRecord>>,
+    /// Operations that have not ended.
+    pub operations: BTreeMap<OperationId, Versioned<OperationRecord>>,
+    /// The row of the cluster as a whole; absent until it is first needed.
+    pub cluster: Option<Versioned<ClusterRecord>>,
+    /// The domains that concern a node: owned, coming, leaving.
+    by_node: BTreeMap<NodeId, BTreeSet<DomainId>>,
+}
+
+impl World {
+    /// Reads everything.
+    #[must_use]
+    pub fn load(view: &View) -> Self {
+        let mut world = Self { revision: view.revision(), ..Self::default() };
+        for row in view.all::<NodeRecord>() {
+            world.nodes.insert(records::node_id(&row.value), row);
+        }
+        for row in view.all::<DomainRecord>() {
+            world.put_domain(row);
+        }
+        for row in view.all::<OperationRecord>().filter(|row| records::is_active(&row.value)) {
+            world.operations.insert(records::operation_id(&row.value), row);
+        }
+        world.cluster = view.get(super::CLUSTER_KEY);
+        world
+    }
+
+    /// Takes in what one revision changed. `set` must be the next one.
+    pub fn apply(&mut self, set: &ChangeSet) {
+        for change in &set.changes {
+            if change.is::<NodeRecord>() {
+                let held = self.nodes.remove(&NodeId::trusted(&change.key));
+                if let Some(row) = versioned(change.record(), held, set.revision) {
+                    self.nodes.insert(records::node_id(&row.value), row);
+                }
+            } else if change.is::<DomainRecord>() {
+                let held = self.remove_domain(&DomainId::trusted(&change.key));
+                if let Some(row) = versioned(change.record(), held, set.revision) {
+                    self.put_domain(row);
+                }
+            } else if change.is::<OperationRecord>() {
+                let held = self.operations.remove(&OperationId::trusted(&change.key));
+                let row = versioned(change.record(), held, set.revision);
+                if let Some(row) = row.filter(|row| records::is_active(&row.value)) {
+                    self.operations.insert(records::operation_id(&row.value), row);
+                }
+            } else if change.is::<ClusterRecord>() {
+                let held = self.cluster.take();
+                self.cluster = versioned(change.record(), held, set.revision);
+            }
+        }
+        self.revision = set.revision;
+    }
+
+    /// The domains that a node owns, or that come to it or leave it.
+    pub fn concerning(&self, node: &NodeId) -> impl Iterator<Item = &Versioned<DomainRecord>> {
+        self.by_node.get(node).into_iter().flatten().filter_map(|id| self.domains.get(id))
+    }
+
+    /// The domains that a node owns.
+    pub fn owned(&self, node: &NodeId) -> impl Iterator<Item = &Versioned<DomainRecord>> {
+        self.concerning(node).filter(move |row| row.value.node == node.as_str())
+    }
+
+    /// A domain by its uid, looking only at those that concern the node.
+    #[must_use]
+    pub fn by_uid(&self, node: &NodeId, uid: &str) -> Option<&Versioned<DomainRecord>> {
+        self.concerning(node).find(|row| row.value.uid == uid)
+    }
+
+    /// What is promised on a node: what it owns, and what comes or has not quite left.
+    #[must_use]
+    pub fn reserved(&self, node: &NodeId) -> Resources {
+        self.concerning(node)
+            .map(|row| needs(&row.value))
+            .fold(Resources::default(), Resources::plus)
+    }
+
+    /// The picture that the scheduler decides from.
+    #[must_use]
+    pub fn cluster_view(&self, observed: &Observed) -> ClusterView {
+        let nodes = self.nodes.iter().map(|(id, row)| (id.clone(), self.node_view(id, &row.value)));
+        let domains = self.domains.iter().map(|(id, row)| {
+            let usage = observed.domain(&row.value.node, &row.value.uid).and_then(|d| d.usage);
+            let view = DomainView {
+                node: NodeId::parse(&row.value.node).ok(),
+                needs: needs(&row.value),
+                mobility: mobility(&row.value),
+                cpu_millicores: usage.map_or(0, |usage| usage.cpu_millicores),
+            };
+            (id.clone(), view)
+        });
+        ClusterView { nodes: nodes.collect(), domains: domains.collect() }
+    }
+
+    fn node_view(&self, id: &NodeId, node: &NodeRecord) -> NodeView {
+        let capacity = node.capacity.unwrap_or_default();
+        let migrating = self.concerning(id).filter(|row| row.value.migration.is_some());
+        NodeView {
+            ready: node.state() == NodeState::Ready,
+            cordoned: node.cordoned,
+            draining: node.drain_state() != DrainState::Unspecified,
+            capacity: Resources { vcpus: capacity.vcpus, memory_bytes: capacity.memory_bytes },
+            reserved: self.reserved(id),
+            link_bytes_per_second: LINK_BYTES_PER_SECOND,
+            migrations: u32::try_from(migrating.count()).unwrap_or(u32::MAX),
+        }
+    }
+
+    fn put_domain(&mut self, row: Versioned<DomainRecord>) {
+        let id = records::domain_id(&row.value);
+        for node in nodes_of(&row.value) {
+            self.by_node.entry(node).or_default().insert(id.clone());
+        }
+        self.domains.insert(id, row);
+    }
+
+    fn remove_domain(&mut self, id: &DomainId) -> Option<Versioned<DomainRecord>> {
+        let row = self.domains.remove(id)?;
+        for node in nodes_of(&row.value) {
+            if let Some(ids) = self.by_node.get_mut(&node) {
+                ids.remove(id);
+                if ids.is_empty() {
+                    self.by_node.remove(&node);
+                }
+            }
+        }
+        Some(row)
+    }
+}
+
+/// The nodes that a domain concerns.
+fn nodes_of(domain: &DomainRecord) -> BTreeSet<NodeId> {
+    let migration = domain.migration.iter().flat_map(|m| [m.from.as_str(), m.to.as_str()]);
+    let all = migration.chain([domain.node.as_str()]);
+    all.filter(|id| !id.is_empty()).map(NodeId::trusted).collect()
+}
+
+fn mobility(domain: &DomainRecord) -> Mobility {
+    let policy = domain.spec.as_ref().map(|spec| spec.drain_policy());
+    if policy == Some(DrainPolicy::Stay) {
+        return Mobility::Fixed(
+            "its drain policy is STAY: stop and delete it, or wait for its owner".into(),
+        );
+    }
+    if domain.state() == DomainState::Lost {
+        return Mobility::Fixed(format!(
+            "it is lost ({}): bring its node back",
+            domain.state_reason
+        ));
+    }
+    if !domain.operation.is_empty() {
+        return Mobility::Busy(format!("operations/{} works on it", domain.operation));
+    }
+    match domain.state() {
+        DomainState::Stopped | DomainState::Failed => Mobility::Cold,
+        DomainState::Running => Mobility::Live,
+        DomainState::Deleting => Mobility::Busy("it is being deleted".into()),
+        state => Mobility::Busy(format!("it is {}", words(state))),
+    }
+}
+
+fn words(state: DomainState) -> String {
+    let name = state.as_str_name().trim_start_matches("DOMAIN_STATE_");
+    name.to_ascii_lowercase()
+}
+
+fn versioned<T: Record>(
+    value: Option<T>,
+    held: Option<Versioned<T>>,
+    revision: u64,
+) -> Option<Versioned<T>> {
+    let create_revision = held.map_or(revision, |row| row.create_revision);
+    value.map(|value| Versioned { value, create_revision, mod_revision: revision })
+}

@@ -1,0 +1,210 @@
+//! Emptying a node: the complete plan, before anything moves.
+//!
+//! Domains are assigned largest first (best-fit decreasing), each taking room from the picture
+//! as it is assigned, so the plan as a whole fits and not only each line of it. How many move
+//! at once is [`parallel_moves`].
+
+use std::collections::BTreeMap;
+use std::time::Duration;
+
+use super::place::{PlaceOptions, Strategy, place, shortage};
+use super::view::{ClusterView, DomainView, Mobility, Resources, size};
+use crate::model::{DomainId, NodeId};
+
+/// Below this rate a migration is not worth starting beside others: with 100 ms of pause it
+/// leaves 5 MiB to the last pass, and a guest that dirties faster never converges.
+pub const RATE_FLOOR_BYTES_PER_SECOND: u64 = 50 << 20;
+
+/// However fast the link: each migration also costs CPU on both sides.
+pub const PARALLEL_MOVES_MAX: u32 = 16;
+
+/// Fixed cost of a move beside its copying: preparing, switching over, settling.
+const MOVE_OVERHEAD: Duration = Duration::from_secs(1);
+
+/// Pre-copy sends more than the memory once: this share on top, in percent.
+const RESENT_PERCENT: u64 = 20;
+
+/// What the operator chose.
+#[derive(Clone, Debug, Default)]
+pub struct DrainOptions {
+    /// How destinations are ranked.
+    pub strategy: Strategy,
+    /// A cap on each migration's bandwidth; 0 for none.
+    pub bandwidth_max: u64,
+    /// Destinations already tried in vain, by domain, each with what happened.
+    pub failed: BTreeMap<DomainId, BTreeMap<NodeId, String>>,
+}
+
+/// One line of the plan.
+#[derive(Clone, Debug, PartialEq)]
+pub struct ProposedMove {
+    /// Which domain.
+    pub domain: DomainId,
+    /// Where to; None when it cannot move now.
+    pub to: Option<NodeId>,
+    /// It only waits for other work to end, and is planned again then.
+    pub waits: bool,
+    /// Why there, or why it cannot move and what would help.
+    pub reason: String,
+    /// Its memory.
+    pub memory_bytes: u64,
+    /// From memory and its share of the link.
+    pub expected_time: Duration,
+}
+
+/// The whole plan, in the order in which moves are to start.
+#[derive(Clone, Debug, PartialEq)]
+pub struct DrainProposal {
+    /// One line a domain.
+    pub moves: Vec<ProposedMove>,
+    /// How many at once.
+    pub parallel: u32,
+    /// Of all that can move.
+    pub expected_time: Duration,
+}
+
+/// How many migrations a node's link carries at once:
+///
+/// ```text
+/// clamp(floor(link / share), 1, PARALLEL_MOVES_MAX)      share = RATE_FLOOR_BYTES_PER_SECOND,
+///                                                        or the operator's cap when lower
+/// ```
+///
+/// So each of them gets at least `share`. 1 Gbit/s gives 2, 10 Gbit/s gives 16 (23 by
+/// bandwidth). The same holds at the destination, so one node is not flooded by many.
+#[must_use]
+pub fn parallel_moves(link_bytes_per_second: u64, bandwidth_max: u64) -> u32 {
+    let share = match bandwidth_max {
+        0 => RATE_FLOOR_BYTES_PER_SECOND,
+        cap => cap.min(RATE_FLOOR_BYTES_PER_SECOND),
+    };
+    let fits = u32::try_from(link_bytes_per_second / share).unwrap_or(u32::MAX);
+    fits.clamp(1, PARALLEL_MOVES_MAX)
+}
+
+/// Plans where everything on `node` goes. `view` is not changed; an unknown node gives an
+/// empty plan.
+#[must_use]
+pub fn plan_drain(view: &ClusterView, node: &NodeId, options: &DrainOptions) -> DrainProposal {
+    let link = view.nodes.get(node).map_or(0, |n| n.link_bytes_per_second);
+    let parallel = parallel_moves(link, options.bandwidth_max);
+    let mut domains: Vec<_> = view.on(node).collect();
+    domains.sort_by(|(a_id, a), (b_id, b)| {
+        let largest = |d: &DomainView| (d.needs.memory_bytes, d.needs.vcpus);
+        largest(b).cmp(&largest(a)).then_with(|| a_id.cmp(b_id))
+    });
+
+    let mut room = view.clone();
+    let mut moves = Vec::with_capacity(domains.len());
+    for (id, domain) in domains {
+        let share = rate_of_one(link, parallel, options.bandwidth_max);
+        moves.push(plan_move(&mut room, node, id, domain, share, options));
+    }
+
+    let movable = moves.iter().filter(|m| m.to.is_some()).count();
+    let parallel = parallel.min(u32::try_from(movable).unwrap_or(u32::MAX)).max(1);
+    let total: Duration =
+        moves.iter().filter(|m| m.to.is_some()).map(|m| m.expected_time).sum();
+    DrainProposal { moves, parallel, expected_time: total / parallel }
+}
+
+fn plan_move(
+    room: &mut ClusterView,
+    from: &NodeId,
+    id: &DomainId,
+    domain: &DomainView,
+    rate: u64,
+    options: &DrainOptions,
+) -> ProposedMove {
+    let memory_bytes = domain.needs.memory_bytes;
+    let blocked = |reason: String| ProposedMove {
+        domain: id.clone(),
+        to: None,
+        waits: false,
+        reason,
+        memory_bytes,
+        expected_time: Duration::ZERO,
+    };
+    let live = match &domain.mobility {
+        Mobility::Fixed(reason) => return blocked(reason.clone()),
+        Mobility::Busy(reason) => {
+            return ProposedMove { waits: true, ..blocked(reason.clone()) };
+        }
+        Mobility::Live => true,
+        Mobility::Cold => false,
+    };
+    let mut excluded = options.failed.get(id).cloned().unwrap_or_default();
+    excluded.insert(from.clone(), "it is there now".into());
+    let choice = PlaceOptions { strategy: options.strategy, only: None, excluded };
+    match place(room, domain.needs, &choice) {
+        Ok(decision) => {
+            if let Some(target) = room.nodes.get_mut(&decision.node) {
+                target.reserved = target.reserved.plus(domain.needs);
+            }
+            let how = match options.strategy {
+                Strategy::BestFit => "best fit",
+                Strategy::Spread => "emptiest",
+            };
+            let what = if live { "" } else { "; not running, only its record moves" };
+            ProposedMove {
+                domain: id.clone(),
+                reason: format!("{how}, then {:.0} % promised{what}", decision.score * 100.0),
+                to: Some(decision.node),
+                waits: false,
+                memory_bytes,
+                expected_time: if live { copy_time(memory_bytes, rate) } else { Duration::ZERO },
+            }
+        }
+        Err(none) => {
+            let others: Vec<_> = none
+                .rejected
+                .iter()
+                .filter(|r| r.node != *from)
+                .map(|r| format!("{}: {}", r.node, r.reason))
+                .collect();
+            let why = if others.is_empty() {
+                "there is no other node".into()
+            } else {
+                format!("no node fits ({})", others.join("; "))
+            };
+            blocked(format!("{why}; {}", what_would_help(room, domain.needs, &choice)))
+        }
+    }
+}
+
+/// The cheapest thing that an operator can do about it.
+fn what_would_help(room: &ClusterView, needs: Resources, choice: &PlaceOptions) -> String {
+    let open = |id: &&NodeId| !choice.excluded.contains_key(*id);
+    let candidates = || {
+        room.nodes.iter().filter(|(id, n)| open(id) && n.ready && n.capacity.holds(needs))
+    };
+    let closed = candidates().find(|(_, n)| (n.cordoned || n.draining) && n.free().holds(needs));
+    if let Some((id, _)) = closed {
+        return format!("uncordon {id}");
+    }
+    let least = candidates()
+        .filter(|(_, n)| !n.cordoned && !n.draining && shortage(n, needs).is_some())
+        .min_by_key(|(_, n)| (needs.less(n.free()).memory_bytes, needs.less(n.free()).vcpus));
+    let Some((id, node)) = least else {
+        return "add a node with room for it, or stop it and start it later".into();
+    };
+    let lacks = needs.less(node.free());
+    let mut parts = Vec::new();
+    if lacks.memory_bytes > 0 {
+        parts.push(size(lacks.memory_bytes));
+    }
+    if lacks.vcpus > 0 {
+        parts.push(format!("{} vCPUs", lacks.vcpus));
+    }
+    format!("free {} on {id}, or add a node", parts.join(" and "))
+}
+
+fn rate_of_one(link: u64, parallel: u32, bandwidth_max: u64) -> u64 {
+    let share = link / u64::from(parallel.max(1));
+    if bandwidth_max == 0 { share } else { share.min(bandwidth_max) }
+}
+
+fn copy_time(memory_bytes: u64, rate: u64) -> Duration {
+    let bytes = memory_bytes.saturating_mul(100 + RESENT_PERCENT) / 100;
+    MOVE_OVERHEAD + Duration::from_millis(bytes.saturating_mul(1000) / rate.max(1))
+}

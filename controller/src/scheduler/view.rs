@@ -1,0 +1,125 @@
+//! The cluster as the scheduler sees it.
+
+use std::collections::BTreeMap;
+
+use crate::model::{DomainId, NodeId};
+
+/// What a link is taken to carry when nobody has told: 1 Gbit/s.
+pub const LINK_BYTES_PER_SECOND: u64 = 125_000_000;
+
+/// What a domain needs and a node has.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Resources {
+    /// Virtual CPUs.
+    pub vcpus: u32,
+    /// Bytes of memory.
+    pub memory_bytes: u64,
+}
+
+impl Resources {
+    /// Whether `self` holds at least `needs`.
+    #[must_use]
+    pub fn holds(self, needs: Resources) -> bool {
+        self.vcpus >= needs.vcpus && self.memory_bytes >= needs.memory_bytes
+    }
+
+    /// What is left after `other`, never below nothing.
+    #[must_use]
+    pub fn less(self, other: Resources) -> Resources {
+        Resources {
+            vcpus: self.vcpus.saturating_sub(other.vcpus),
+            memory_bytes: self.memory_bytes.saturating_sub(other.memory_bytes),
+        }
+    }
+
+    /// Both together.
+    #[must_use]
+    pub fn plus(self, other: Resources) -> Resources {
+        Resources {
+            vcpus: self.vcpus.saturating_add(other.vcpus),
+            memory_bytes: self.memory_bytes.saturating_add(other.memory_bytes),
+        }
+    }
+}
+
+/// A node and what is promised on it.
+#[derive(Clone, Debug, PartialEq)]
+pub struct NodeView {
+    /// Its agent is heard.
+    pub ready: bool,
+    /// Takes no new domains.
+    pub cordoned: bool,
+    /// Is being emptied, or has been.
+    pub draining: bool,
+    /// What may be promised in all.
+    pub capacity: Resources,
+    /// What is promised: domains that it owns, and migrations on their way to it.
+    pub reserved: Resources,
+    /// What its link for migrations carries.
+    pub link_bytes_per_second: u64,
+    /// Migrations that come in or go out now.
+    pub migrations: u32,
+}
+
+impl NodeView {
+    /// Room that is not promised yet.
+    #[must_use]
+    pub fn free(&self) -> Resources {
+        self.capacity.less(self.reserved)
+    }
+}
+
+/// Whether and how a domain can go elsewhere now.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Mobility {
+    /// It runs: a live migration.
+    Live,
+    /// Nothing runs: its record moves.
+    Cold,
+    /// Not now, but later: something else works on it.
+    Busy(String),
+    /// Not as things are, for this reason (and what would help).
+    Fixed(String),
+}
+
+/// A domain, as far as placing goes.
+#[derive(Clone, Debug, PartialEq)]
+pub struct DomainView {
+    /// Its owner, when it has one.
+    pub node: Option<NodeId>,
+    /// What it is promised.
+    pub needs: Resources,
+    /// Whether it can be moved.
+    pub mobility: Mobility,
+    /// Measured, in thousandths of a core.
+    pub cpu_millicores: u32,
+}
+
+/// The whole picture. Maps are ordered: whoever iterates gets the same order everywhere.
+#[derive(Clone, Debug, Default, PartialEq)]
+pub struct ClusterView {
+    /// All nodes.
+    pub nodes: BTreeMap<NodeId, NodeView>,
+    /// All domains.
+    pub domains: BTreeMap<DomainId, DomainView>,
+}
+
+impl ClusterView {
+    /// The domains that a node owns, by id.
+    pub fn on<'a>(
+        &'a self,
+        node: &'a NodeId,
+    ) -> impl Iterator<Item = (&'a DomainId, &'a DomainView)> {
+        self.domains.iter().filter(move |(_, domain)| domain.node.as_ref() == Some(node))
+    }
+}
+
+/// Bytes for people: whole MiB, or GiB with one decimal from 10 GiB on.
+pub(crate) fn size(bytes: u64) -> String {
+    const MIB: u64 = 1 << 20;
+    if bytes >= 10 << 30 {
+        format!("{:.1} GiB", bytes as f64 / f64::from(1 << 30))
+    } else {
+        format!("{} MiB", bytes.div_ceil(MIB))
+    }
+}
