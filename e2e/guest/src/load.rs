@@ -129,7 +129,7 @@ impl Fill {
     }
 
     pub(crate) fn mib(&self) -> usize {
-        self.words.len() * 8 >> 20
+        self.words.len() * 8 / (1 << 20)
     }
 
     fn noise() -> impl Iterator<Item = u64> {
