@@ -147,7 +147,7 @@ impl Engine for RocksEngine {
             }
         }
         let options = if sync { &self.synced } else { &self.unsynced };
-        self.db.write_opt(&out, options).map_err(failed)
+        self.db.write_opt(out, options).map_err(failed)
     }
 }
 
