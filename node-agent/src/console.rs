@@ -1,0 +1,94 @@
+//! AgentService: the console of a domain, passed through from its VMM's socket.
+
+use std::time::Duration;
+
+use drover_proto::agent::v1::agent_service_server::{AgentService, AgentServiceServer};
+use drover_proto::v1::{ConsoleInput, ConsoleOutput};
+use drover_proto::vmm::v1::vmm_service_client::VmmServiceClient;
+use tokio::sync::mpsc;
+use tokio_stream::wrappers::ReceiverStream;
+use tonic::{Request, Response, Status, Streaming};
+
+use crate::domain::client::channel;
+use crate::records::Places;
+use crate::wanted::is_uid;
+
+/// How long the first message, and the VMM's answer to it, may take.
+const ATTACH_TIMEOUT: Duration = Duration::from_secs(10);
+/// Pieces of text that wait for a slow reader; then its stream waits, and the guest does not.
+const PIECES_MAX: usize = 16;
+
+/// Serves the consoles of the domains of this node.
+#[derive(Debug, Clone)]
+pub struct Console {
+    places: Places,
+    node: String,
+}
+
+impl Console {
+    /// The service, for domains whose files lie in `places`.
+    pub fn service(places: Places, node: String) -> AgentServiceServer<Self> {
+        AgentServiceServer::new(Self { places, node })
+    }
+}
+
+#[tonic::async_trait]
+impl AgentService for Console {
+    type AttachConsoleStream = ReceiverStream<Result<ConsoleOutput, Status>>;
+
+    async fn attach_console(
+        &self,
+        request: Request<Streaming<ConsoleInput>>,
+    ) -> Result<Response<Self::AttachConsoleStream>, Status> {
+        let mut input = request.into_inner();
+        let first = tokio::time::timeout(ATTACH_TIMEOUT, input.message())
+            .await
+            .map_err(|_| Status::deadline_exceeded("no first message within 10 s"))??
+            .ok_or_else(|| Status::invalid_argument("name: the first message carries it"))?;
+        let uid = first.name.clone();
+        if !is_uid(&uid) {
+            return Err(Status::invalid_argument(format!("name: {uid:?}: give a domain's uid")));
+        }
+        let socket = self.places.domain(&uid).socket;
+        let vmm = channel(&socket).await.map_err(|_| {
+            Status::not_found(format!("name: {uid}: no VMM of it runs on node {}", self.node))
+        })?;
+        let (to_vmm, input_pieces) = mpsc::channel(PIECES_MAX);
+        let _ = to_vmm.try_send(first);
+        let mut client = VmmServiceClient::new(vmm);
+        let attach = client.attach_console(ReceiverStream::new(input_pieces));
+        let mut output = tokio::time::timeout(ATTACH_TIMEOUT, attach)
+            .await
+            .map_err(|_| Status::deadline_exceeded("the VMM does not answer"))??
+            .into_inner();
+        let (to_caller, output_pieces) = mpsc::channel(PIECES_MAX);
+        // Keys go in until the caller has no more; the console goes on being read.
+        tokio::spawn(async move {
+            while let Ok(Some(piece)) = input.message().await {
+                if to_vmm.send(piece).await.is_err() {
+                    return;
+                }
+            }
+            // The VMM sees the end of input only when the caller has gone.
+            to_vmm.closed().await;
+        });
+        tokio::spawn(async move {
+            loop {
+                let piece = tokio::select! {
+                    piece = output.message() => piece,
+                    () = to_caller.closed() => return,
+                };
+                let piece = match piece {
+                    Ok(Some(piece)) => Ok(piece),
+                    Ok(None) => return,
+                    Err(status) => Err(status),
+                };
+                let last = piece.is_err();
+                if to_caller.send(piece).await.is_err() || last {
+                    return;
+                }
+            }
+        });
+        Ok(Response::new(ReceiverStream::new(output_pieces)))
+    }
+}

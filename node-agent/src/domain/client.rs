@@ -1,0 +1,121 @@
+//! The VMM's API on its socket. Every call has a deadline.
+
+use std::future::Future;
+use std::path::{Path, PathBuf};
+use std::time::Duration;
+
+use drover_proto::vmm::v1 as pb;
+use drover_proto::vmm::v1::vmm_service_client::VmmServiceClient;
+use hyper_util::rt::TokioIo;
+use tokio::net::UnixStream;
+use tonic::transport::{Channel, Endpoint};
+
+use crate::error::Error;
+
+/// How long a VMM may take to answer a call.
+const CALL_TIMEOUT: Duration = Duration::from_secs(10);
+/// How long connecting to its socket may take.
+const CONNECT_TIMEOUT: Duration = Duration::from_secs(2);
+
+/// A connection to one VMM.
+#[derive(Debug, Clone)]
+pub(crate) struct VmmClient {
+    inner: VmmServiceClient<Channel>,
+}
+
+/// Connects to a VMM's socket.
+pub(crate) async fn connect(socket: &Path) -> Result<VmmClient, Error> {
+    Ok(VmmClient { inner: VmmServiceClient::new(channel(socket).await?) })
+}
+
+/// A channel to a VMM's socket.
+pub(crate) async fn channel(socket: &Path) -> Result<Channel, Error> {
+    let path: PathBuf = socket.to_owned();
+    let connector = tower::service_fn(move |_: tonic::transport::Uri| {
+        let path = path.clone();
+        async move { UnixStream::connect(path).await.map(TokioIo::new) }
+    });
+    // The name is never resolved: the connector knows the way.
+    Endpoint::from_static("http://vmm")
+        .connect_timeout(CONNECT_TIMEOUT)
+        .connect_with_connector(connector)
+        .await
+        .map_err(|err| Error::Process {
+            action: "reach its socket",
+            source: std::io::Error::other(err),
+        })
+}
+
+impl VmmClient {
+    pub(crate) async fn status(&mut self) -> Result<pb::VmmStatus, Error> {
+        call("GetStatus", self.inner.get_status(pb::GetStatusRequest {})).await
+    }
+
+    /// The status at once, and after each change.
+    pub(crate) async fn watch(&mut self) -> Result<tonic::Streaming<pb::VmmStatus>, Error> {
+        call("WatchStatus", self.inner.watch_status(pb::GetStatusRequest {})).await
+    }
+
+    pub(crate) async fn power_button(&mut self) -> Result<pb::VmmStatus, Error> {
+        call("PowerButton", self.inner.power_button(pb::PowerButtonRequest {})).await
+    }
+
+    pub(crate) async fn quit(&mut self) -> Result<(), Error> {
+        call("Quit", self.inner.quit(pb::QuitRequest {})).await.map(drop)
+    }
+
+    pub(crate) async fn prepare_incoming(
+        &mut self,
+        request: pb::PrepareIncomingRequest,
+    ) -> Result<String, Error> {
+        let response = call("PrepareIncoming", self.inner.prepare_incoming(request)).await?;
+        Ok(response.listen_address)
+    }
+
+    pub(crate) async fn start_migration(
+        &mut self,
+        request: pb::StartMigrationRequest,
+    ) -> Result<pb::VmmStatus, Error> {
+        call("StartMigration", self.inner.start_migration(request)).await
+    }
+
+    pub(crate) async fn cancel_migration(
+        &mut self,
+        migration_id: String,
+    ) -> Result<pb::VmmStatus, Error> {
+        let request = pb::CancelMigrationRequest { migration_id };
+        call("CancelMigration", self.inner.cancel_migration(request)).await
+    }
+
+    pub(crate) async fn take_over(&mut self, epoch: u64) -> Result<pb::VmmStatus, Error> {
+        call("TakeOver", self.inner.take_over(pb::TakeOverRequest { epoch })).await
+    }
+}
+
+async fn call<T>(
+    call: &'static str,
+    future: impl Future<Output = Result<tonic::Response<T>, tonic::Status>>,
+) -> Result<T, Error> {
+    match tokio::time::timeout(CALL_TIMEOUT, future).await {
+        Ok(Ok(response)) => Ok(response.into_inner()),
+        Ok(Err(status)) => Err(Error::Vmm { call, status: Box::new(status) }),
+        Err(_) => Err(Error::VmmTimeout { call, seconds: CALL_TIMEOUT.as_secs() }),
+    }
+}
+
+/// The VMM has answered, and the answer is no: asking again will not change it.
+pub(crate) fn is_refusal(error: &Error) -> bool {
+    use tonic::Code;
+    match error {
+        Error::Vmm { status, .. } => matches!(
+            status.code(),
+            Code::FailedPrecondition
+                | Code::InvalidArgument
+                | Code::NotFound
+                | Code::AlreadyExists
+                | Code::Unimplemented
+                | Code::Internal
+        ),
+        _ => false,
+    }
+}

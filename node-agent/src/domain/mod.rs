@@ -1,0 +1,289 @@
+//! One domain on this node: a task that looks, asks [`crate::decide`] what to do, does it, and
+//! looks again. Domains share nothing but the bound on how many start at once, so that none
+//! waits for another that hangs (I6).
+//!
+//! [`Domain::run`] is the loop; `vmm` finds, follows and starts the process; `act` carries out
+//! one action; `files` are the files that the agent and a VMM leave for each other.
+
+mod act;
+pub(crate) mod client;
+mod files;
+mod vmm;
+
+use std::path::PathBuf;
+use std::sync::Arc;
+use std::time::Duration;
+
+use drover_proto::agent::v1::{ObservedDomain, ObservedState};
+use tokio::sync::{Semaphore, watch};
+use tokio::time::Instant;
+
+use crate::decide::{Action, Facts, Progress, decide};
+use crate::error::{Error, blocking};
+use crate::observe::{differs, observe};
+use crate::records::{DomainFiles, DomainRecord, Places};
+use crate::wanted::Wanted;
+use vmm::Link;
+
+/// How many VMMs may be starting at once.
+pub const STARTS_AT_ONCE_MAX: usize = 4;
+/// Without any news, a domain is looked at this often.
+const TICK: Duration = Duration::from_secs(5);
+/// A VMM that does not answer is called again this often.
+const RECONNECT: Duration = Duration::from_millis(100);
+/// First and longest wait before what failed is tried again.
+const RETRY_MIN: Duration = Duration::from_millis(500);
+const RETRY_MAX: Duration = Duration::from_secs(15);
+/// So many actions in a row without a pause are a mistake of ours, not work.
+const ACTIONS_IN_A_ROW_MAX: u32 = 32;
+
+/// What all domains of a node share.
+#[derive(Debug)]
+pub struct Shared {
+    /// The node's id, for messages.
+    pub node: String,
+    /// Where things lie.
+    pub places: Places,
+    /// The drover-vmm binary.
+    pub vmm: PathBuf,
+    /// The bridge for interfaces that name none.
+    pub bridge: String,
+    /// `ADDR:0`, where a destination listens.
+    pub migration_listen: String,
+    /// This boot of the host.
+    pub boot_id: String,
+    /// Bounds the starts at once.
+    pub starts: Semaphore,
+    /// The beginning of the monotonic clock.
+    pub clock: Instant,
+    /// Counts up when something worth a report has changed.
+    pub changed: watch::Sender<u64>,
+}
+
+/// What others see of a domain's task.
+#[derive(Debug, Clone, Default)]
+pub struct View {
+    /// The first look is done.
+    pub looked: bool,
+    /// What to report, without usage by the process.
+    pub observed: Option<ObservedDomain>,
+    /// The VMM's process.
+    pub pid: Option<u32>,
+}
+
+/// The task of one domain.
+pub(crate) struct Domain {
+    shared: Arc<Shared>,
+    uid: String,
+    files: DomainFiles,
+    wanted_source: watch::Receiver<Wanted>,
+    view: watch::Sender<View>,
+
+    wanted: Wanted,
+    record: Option<DomainRecord>,
+    /// Why the record cannot be used; then nothing is ever started.
+    record_damage: Option<String>,
+    link: Link,
+    progress: Progress,
+    /// What failed last, and how often in a row.
+    trouble: Option<(String, u32)>,
+    refused: Option<String>,
+    /// When the running VMM was first seen to answer, for the count of crashes.
+    live_since: Option<Instant>,
+}
+
+impl Domain {
+    pub(crate) fn new(
+        shared: Arc<Shared>,
+        uid: String,
+        wanted_source: watch::Receiver<Wanted>,
+        view: watch::Sender<View>,
+    ) -> Self {
+        let files = shared.places.domain(&uid);
+        Self {
+            shared,
+            uid,
+            files,
+            wanted_source,
+            view,
+            wanted: Wanted::Unknown,
+            record: None,
+            record_damage: None,
+            link: Link::gone(),
+            progress: Progress::default(),
+            trouble: None,
+            refused: None,
+            live_since: None,
+        }
+    }
+
+    /// Runs until nothing of the domain is left and nothing is wanted; answers its uid.
+    pub(crate) async fn run(mut self) -> String {
+        self.look_first().await;
+        let mut in_a_row = 0;
+        loop {
+            self.wanted = self.wanted_source.borrow_and_update().clone();
+            self.note_exit();
+            let action = self.next_action();
+            self.refused = match &action {
+                Action::Refuse(reason) => Some(reason.clone()),
+                _ => None,
+            };
+            let mut wake = None;
+            match action {
+                Action::Nothing | Action::Refuse(_) => in_a_row = 0,
+                Action::WaitUntil(at) => {
+                    in_a_row = 0;
+                    wake = Some(self.shared.clock + Duration::from_millis(at));
+                }
+                action if in_a_row >= ACTIONS_IN_A_ROW_MAX => {
+                    in_a_row = 0;
+                    tracing::error!(uid = self.uid, ?action, "the same things over and over");
+                    wake = Some(Instant::now() + RETRY_MAX);
+                }
+                action => {
+                    in_a_row += 1;
+                    self.publish();
+                    let removing = action == Action::Remove;
+                    match self.act(action).await {
+                        Ok(()) if removing => return self.uid,
+                        Ok(()) => {
+                            self.trouble = None;
+                            continue;
+                        }
+                        Err(error) => wake = Some(self.note_trouble(&error)),
+                    }
+                }
+            }
+            self.publish();
+            if !self.wait(wake).await {
+                return self.uid;
+            }
+        }
+    }
+
+    fn next_action(&self) -> Action {
+        if let Some(damage) = &self.record_damage {
+            return match self.wanted {
+                Wanted::Absent => decide(self.facts()),
+                _ => Action::Refuse(damage.clone()),
+            };
+        }
+        decide(self.facts())
+    }
+
+    /// Waits for news or for `wake`; false when the node has forgotten this task.
+    async fn wait(&mut self, wake: Option<Instant>) -> bool {
+        let tick = Instant::now() + if self.link.is_silent() { RECONNECT } else { TICK };
+        let until = wake.map_or(tick, |wake| wake.min(tick));
+        tokio::select! {
+            changed = self.wanted_source.changed() => return changed.is_ok(),
+            event = self.link.event() => {
+                let now_ms = self.now_ms();
+                self.link.take(event, now_ms);
+            }
+            () = tokio::time::sleep_until(until) => {
+                if self.link.is_silent() {
+                    self.look_again().await;
+                } else if until == tick {
+                    let log = self.files.log.clone();
+                    if let Err(error) = blocking(move || files::bound_log(&log)).await {
+                        tracing::warn!(uid = self.uid, %error, "cannot bound the VMM's log");
+                    }
+                }
+            }
+        }
+        self.learn().await;
+        true
+    }
+
+    fn note_exit(&mut self) {
+        let exited = self.link.has_exited();
+        if exited && self.progress.exited_ms.is_none() {
+            self.progress.exited_ms = Some(self.now_ms());
+        }
+    }
+
+    /// Remembers a failure, says it once, and answers when to try again.
+    fn note_trouble(&mut self, error: &Error) -> Instant {
+        let text = error.to_string();
+        let count = match &self.trouble {
+            Some((before, count)) if *before == text => count + 1,
+            _ => {
+                tracing::warn!(
+                    uid = self.uid,
+                    domain = self.name(),
+                    error = text,
+                    "will try again"
+                );
+                1
+            }
+        };
+        self.trouble = Some((text, count));
+        Instant::now() + RETRY_MIN.saturating_mul(1 << count.min(6)).min(RETRY_MAX)
+    }
+
+    fn facts(&self) -> Facts<'_> {
+        Facts {
+            record: self.record.as_ref(),
+            vmm: self.link.seen(),
+            wanted: &self.wanted,
+            progress: &self.progress,
+            now_ms: self.now_ms(),
+        }
+    }
+
+    fn now_ms(&self) -> u64 {
+        u64::try_from(self.shared.clock.elapsed().as_millis()).unwrap_or(u64::MAX)
+    }
+
+    fn name(&self) -> &str {
+        self.record.as_ref().map_or("", |record| &record.name)
+    }
+
+    /// Shows the others how things stand, and wakes the session if it is worth a report.
+    fn publish(&mut self) {
+        let trouble = self.trouble.as_ref().map(|(text, _)| text.as_str());
+        let mut observed =
+            observe(self.facts(), self.link.status(), trouble, self.refused.as_deref());
+        if let Some(damage) = &self.record_damage {
+            observed = Some(self.observe_damaged(damage));
+        }
+        if let (Some(observed), Some(status)) = (&mut observed, self.link.status()) {
+            observed.usage = Some(crate::usage::of_status(status));
+        }
+        let mut news = false;
+        self.view.send_modify(|view| {
+            news = match (&view.observed, &observed) {
+                (Some(before), Some(now)) => differs(before, now),
+                (None, None) => !view.looked,
+                _ => true,
+            };
+            *view = View { looked: true, observed, pid: self.link.pid() };
+        });
+        if news {
+            self.shared.changed.send_modify(|count| *count += 1);
+        }
+    }
+
+    fn observe_damaged(&self, damage: &str) -> ObservedDomain {
+        let state =
+            if self.link.is_gone() { ObservedState::Failed } else { ObservedState::Running };
+        ObservedDomain {
+            uid: self.uid.clone(),
+            name: self.wanted.assigned().map(|a| a.name.clone()).unwrap_or_default(),
+            state: state.into(),
+            state_reason: crate::observe::shorten(damage.to_owned()),
+            ..ObservedDomain::default()
+        }
+    }
+
+    /// Writes the changed record durably, and only then believes it.
+    async fn save(&mut self, record: DomainRecord) -> Result<(), Error> {
+        let files = self.files.clone();
+        let copy = record.clone();
+        blocking(move || copy.save(&files)).await?;
+        self.record = Some(record);
+        Ok(())
+    }
+}
