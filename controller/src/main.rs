@@ -120,7 +120,7 @@ async fn run(config: Config) -> Result<(), Error> {
     tokio::select! {
         name = signals.next() => tracing::info!(signal = name, "ending"),
         failure = running.failed() => {
-            tracing::error!(%failure, "this controller cannot go on");
+            running.abandon().await;
             return Err(failure.into());
         }
         served = &mut server => {

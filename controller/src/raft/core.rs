@@ -15,6 +15,7 @@ use rand::{RngExt as _, SeedableRng as _, rngs::SmallRng};
 
 use super::identity::{Identity, KEY_APPLIED};
 use super::log::{Log, Position};
+use super::logger::logger;
 use super::reads::Reads;
 use super::snapshot::{self, SnapshotJob};
 use crate::store::{
@@ -244,9 +245,8 @@ impl<C: Waiter, R: Waiter> Core<C, R> {
             max_committed_size_per_ready: APPLY_BYTES_MAX,
             ..Config::default()
         };
-        let logger = slog::Logger::root(tracing_slog::TracingSlogDrain, slog::o!());
         let mut core = Self {
-            raw: RawNode::new(&config, log, &logger)?,
+            raw: RawNode::new(&config, log, &logger())?,
             state,
             applied: Position { index: applied.index, term: applied.term },
             conf_state,

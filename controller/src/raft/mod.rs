@@ -34,6 +34,7 @@
 mod core;
 mod identity;
 mod log;
+mod logger;
 mod node;
 mod peers;
 mod reads;

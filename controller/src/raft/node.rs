@@ -32,6 +32,9 @@ const TURN_INPUTS_MAX: usize = 512;
 /// For the leadership to go to another member when this one stops.
 const TRANSFER_TIME: Duration = Duration::from_secs(3);
 
+/// For the thread to end after a failure.
+const ABANDON_TIME: Duration = Duration::from_secs(2);
+
 type CommitReply = oneshot::Sender<Result<Revision, CommitError>>;
 type ReadReply = oneshot::Sender<Result<(), ReadError>>;
 
@@ -99,7 +102,8 @@ pub struct Running {
     /// To be served at the member's address.
     pub server: RaftServer,
     refusals: mpsc::Receiver<Refused>,
-    ended: oneshot::Receiver<Result<(), Failure>>,
+    /// How the thread ended, until that is known.
+    ended: Option<oneshot::Receiver<Result<(), Failure>>>,
     stop: watch::Sender<bool>,
 }
 
@@ -167,7 +171,7 @@ pub fn start(options: StartOptions) -> Result<Running, StartError> {
     let (registrar, registered) = (peers.clone(), store.clone());
     tokio::spawn(async move { registrar.register(&registered).await });
     let server = service::server(peers, inbox);
-    Ok(Running { store, identity, server, refusals, ended, stop })
+    Ok(Running { store, identity, server, refusals, ended: Some(ended), stop })
 }
 
 impl Running {
@@ -175,12 +179,19 @@ impl Running {
     pub async fn failed(&mut self) -> Failure {
         tokio::select! {
             Some(refused) = self.refusals.recv() => refused.into(),
-            ended = &mut self.ended => match ended {
-                Ok(Err(failure)) => failure,
+            ended = ended(&mut self.ended) => match ended {
+                Err(failure) => failure,
                 // It only ends well when it is stopped, and that takes `self`.
-                Ok(Ok(())) | Err(_) => Failure::Panicked,
+                Ok(()) => Failure::Panicked,
             },
         }
+    }
+
+    /// Ends the thread as it is, after a failure; the data directory is closed then.
+    pub async fn abandon(mut self) {
+        self.stop.send_replace(true);
+        // How it ended is known already.
+        let _ = timeout(ABANDON_TIME, ended(&mut self.ended)).await;
     }
 
     /// Gives leadership away, if it has it and somebody can take it, and ends the thread. The
@@ -188,7 +199,7 @@ impl Running {
     ///
     /// # Errors
     /// The thread had failed.
-    pub async fn stop(self) -> Result<(), Failure> {
+    pub async fn stop(mut self) -> Result<(), Failure> {
         let mut leadership = self.store.leadership();
         if leadership.borrow().is_leader {
             self.store.transfer_leadership().await;
@@ -198,11 +209,18 @@ impl Running {
             }
         }
         self.stop.send_replace(true);
-        match self.ended.await {
-            Ok(result) => result,
-            Err(_) => Err(Failure::Panicked),
-        }
+        ended(&mut self.ended).await
     }
+}
+
+/// How the thread ended. It is told once; afterwards, it had ended well.
+async fn ended(
+    receiver: &mut Option<oneshot::Receiver<Result<(), Failure>>>,
+) -> Result<(), Failure> {
+    let Some(waiting) = receiver else { return Ok(()) };
+    let result = waiting.await;
+    *receiver = None;
+    result.unwrap_or(Err(Failure::Panicked))
 }
 
 struct Node {

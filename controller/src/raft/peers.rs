@@ -158,14 +158,15 @@ impl Peers {
         let storage = text(metadata, STORAGE)?;
         let recorded = self.recorded(from);
         let mut known = self.known();
-        let first = known.contacts.entry(from).or_insert_with(|| storage.to_owned());
-        if recorded.as_deref().unwrap_or(first) != storage {
+        let expected = recorded.as_ref().or_else(|| known.contacts.get(&from));
+        if expected.is_some_and(|expected| expected != storage) {
             return Err(Reason::Storage.status(format!(
                 "--id {from}: member {from} of cluster \"{}\" has another data directory; start \
                  this controller with that one, or with an id of its own",
                 self.identity.cluster_id
             )));
         }
+        known.contacts.insert(from, storage.to_owned());
         let stream = known.streams.entry(from).or_default();
         *stream += 1;
         let accepted = Accepted { from, stream: *stream };
@@ -238,8 +239,9 @@ impl Peers {
                 voters - known.refused_by.len() < voters / 2 + 1
             }
         };
-        tracing::error!(peer, address, reason = status.message(), "refused by a member");
-        if fatal {
+        if !fatal {
+            tracing::error!(peer, address, reason = status.message(), "refused by a member");
+        } else {
             // One is enough; a full queue holds one.
             let _ = self.failures.try_send(Refused {
                 by: peer,
