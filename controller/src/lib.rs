@@ -19,5 +19,8 @@
 //! Start reading at [`store`] (what is kept, and how it changes), then [`raft`] (how it is
 //! replicated). Nothing here knows the hypervisor or an agent's inside: only their protos.
 
+pub mod config;
+pub mod model;
 pub mod raft;
+pub mod scheduler;
 pub mod store;
