@@ -95,6 +95,8 @@ async fn run(config: Config) -> Result<(), Error> {
     );
 
     let (health, health_service) = tonic_health::server::health_reporter();
+    // The process lives; "" says whether it can answer. Kubernetes asks both.
+    health.set_service_status("live", ServingStatus::Serving).await;
     tokio::spawn(report_health(health.clone(), running.store.clone()));
     let reflection = tonic_reflection::server::Builder::configure()
         .register_encoded_file_descriptor_set(drover_proto::FILE_DESCRIPTOR_SET)
