@@ -9,9 +9,14 @@
 //!
 //! [`migratable`]: machine::migratable
 
+pub mod acpi;
 pub mod config;
+pub mod console;
+pub mod loader;
 pub mod machine;
 pub mod memory;
+pub mod migration;
 pub mod pci;
+pub mod serial;
 pub mod state;
 pub mod virtio;

@@ -1,3 +1,456 @@
 //! The machine: KVM's VM, its vCPUs and devices, and what may be done with them.
+//!
+//! A [`Machine`] is made from a [`DomainConfig`] and stands still. Then either [`Machine::boot`]
+//! loads its kernel, or a migration fills its memory and restores its state; [`resume`] lets it
+//! run, on the vCPUs' own threads ([`vcpu`]). What the guest does by ports and addresses goes to
+//! [`Devices`]; how its run ends is told to the `OnExit` that the machine was made with, once by
+//! each vCPU that finds out. A guest that reboots gets a new machine.
+//!
+//! Whoever has the machine owns it; the vCPUs share only its devices. Migration drives it through
+//! [`migratable::MigratableVm`].
+//!
+//! [`resume`]: migratable::MigratableVm::resume
 
+mod cpuid;
+pub mod exit;
 pub mod migratable;
+pub mod ports;
+pub mod power;
+pub mod vcpu;
+mod vcpu_state;
+mod vm_state;
+
+use std::io;
+use std::sync::Arc;
+
+use kvm_bindings::{
+    KVM_MAX_CPUID_ENTRIES, KVM_PIT_SPEAKER_DUMMY, kvm_cpuid_entry2, kvm_pit_config,
+};
+use kvm_ioctls::{Cap, Kvm, VmFd};
+use vm_memory::GuestMemoryError;
+use vmm_sys_util::eventfd::EventFd;
+
+use crate::config::{DomainConfig, FieldError};
+use crate::console::Console;
+use crate::memory::{self, DirtyPages, DirtyTracker, GuestMemory, KvmDirtyLog, MemoryError};
+use crate::migration::{Shape, cpu_features};
+use crate::pci::{KvmWiring, PciBus, RestoreError, Wiring};
+use crate::serial::SerialPort;
+use crate::state::{self, kind};
+use crate::virtio::net::{MacAddress, Net, NetCounters, Tap};
+use crate::virtio::rng::Rng;
+use crate::virtio::{VirtioDevice, VirtioPci};
+use crate::{acpi, loader};
+use exit::GuestExit;
+use migratable::{MachineState, MigratableError, MigratableVm};
+use power::{LevelLine, Power};
+use vcpu::{Bus, OnExit, Vcpu};
+use vcpu_state::{VcpuStateError, VcpuStates};
+use vm_state::{Clock, mismatch, step};
+
+/// Three pages that KVM on Intel needs for real mode, between the PCI windows and 4 GiB.
+const TSS_START: usize = 0xfffb_d000;
+
+/// Why a machine could not be made.
+#[derive(Debug, thiserror::Error)]
+pub enum MachineError {
+    /// What was asked for is wrong: the field says where.
+    #[error(transparent)]
+    Field(#[from] FieldError),
+    /// KVM refused.
+    #[error("{step}: {source}")]
+    Kvm {
+        /// What was tried.
+        step: &'static str,
+        /// What KVM said.
+        source: kvm_ioctls::Error,
+    },
+    /// A vCPU could not be set up.
+    #[error(transparent)]
+    Vcpu(#[from] VcpuStateError),
+    /// Memory could not be had.
+    #[error(transparent)]
+    Memory(#[from] MemoryError),
+    /// The boot structures do not fit into memory.
+    #[error("writing the ACPI tables: {0}")]
+    Acpi(#[from] GuestMemoryError),
+    /// A device could not be made.
+    #[error("making {device}: {source}")]
+    Device {
+        /// Which.
+        device: String,
+        /// What the system said.
+        source: io::Error,
+    },
+}
+
+fn kvm<T>(step: &'static str, result: Result<T, kvm_ioctls::Error>) -> Result<T, MachineError> {
+    result.map_err(|source| MachineError::Kvm { step, source })
+}
+
+/// A machine. Dropping it ends its threads.
+pub struct Machine {
+    // The order matters when it is dropped: first those who run the guest, last its memory.
+    vcpus: Vec<Vcpu>,
+    devices: Arc<Devices>,
+    virtio: Vec<Arc<VirtioPci>>,
+    dirty: DirtyTracker,
+    vm: Arc<VmFd>,
+    memory: GuestMemory,
+    config: DomainConfig,
+    /// CPUID of the first vCPU, as the guest was shown it.
+    cpuid: Vec<kvm_cpuid_entry2>,
+    counters: Vec<Arc<NetCounters>>,
+    paused: bool,
+    /// To be set when the guest resumes, after a restore.
+    clock: Option<Clock>,
+}
+
+impl std::fmt::Debug for Machine {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Machine").field("paused", &self.paused).finish_non_exhaustive()
+    }
+}
+
+/// What the guest reaches by ports and addresses.
+#[derive(Debug)]
+pub struct Devices {
+    /// The serial port.
+    pub serial: SerialPort,
+    /// Power button, power off, reset, pvpanic.
+    pub power: Power,
+    /// Everything virtio.
+    pub pci: PciBus,
+}
+
+impl Bus for Devices {
+    fn read_port(&self, port: u16, data: &mut [u8]) {
+        if let Some(register) = serial_register(port) {
+            self.serial.read(register, data);
+        } else if power::owns(port, data.len()) {
+            self.power.read(port, data);
+        } else if !self.pci.read_port(port, data) {
+            data.fill(0xff);
+        }
+    }
+
+    fn write_port(&self, port: u16, data: &[u8]) -> Option<GuestExit> {
+        if let Some(register) = serial_register(port) {
+            self.serial.write(register, data);
+        } else if power::owns(port, data.len()) {
+            return self.power.write(port, data);
+        } else {
+            // To nobody, like on a PC.
+            self.pci.write_port(port, data);
+        }
+        None
+    }
+
+    fn read_memory(&self, address: u64, data: &mut [u8]) {
+        if !self.pci.read_memory(address, data) {
+            data.fill(0xff);
+        }
+    }
+
+    fn write_memory(&self, address: u64, data: &[u8]) {
+        self.pci.write_memory(address, data);
+    }
+}
+
+fn serial_register(port: u16) -> Option<u8> {
+    let register = port.checked_sub(ports::SERIAL)?;
+    (register < ports::SERIAL_PORTS).then_some(register as u8)
+}
+
+/// ACPI's interrupt line.
+struct SciLine(Arc<VmFd>);
+
+impl LevelLine for SciLine {
+    fn set(&self, active: bool) {
+        if let Err(error) = self.0.set_irq_line(ports::SCI_LINE, active) {
+            tracing::error!(%error, "the power button's interrupt line cannot be set");
+        }
+    }
+}
+
+impl Machine {
+    /// Makes a machine that stands still, with empty memory.
+    ///
+    /// # Errors
+    /// When KVM, memory or a tap is not to be had; nothing is left behind.
+    pub fn new(
+        config: &DomainConfig,
+        console: Arc<Console>,
+        on_exit: OnExit,
+    ) -> Result<Self, MachineError> {
+        let system = kvm("opening /dev/kvm", Kvm::new())?;
+        let vm = Arc::new(kvm("creating a VM", system.create_vm())?);
+        kvm("placing the task state segment", vm.set_tss_address(TSS_START))?;
+        kvm("creating the interrupt controllers", vm.create_irq_chip())?;
+        let pit = kvm_pit_config { flags: KVM_PIT_SPEAKER_DUMMY, ..Default::default() };
+        kvm("creating the interval timer", vm.create_pit2(pit))?;
+        let memory = memory::create(config.memory_bytes)?;
+        let log = KvmDirtyLog::register(Arc::clone(&vm), &memory)?;
+        let dirty = DirtyTracker::new(memory.clone(), Box::new(log));
+
+        let serial = serial(&vm, console)?;
+        let power = Power::new(Box::new(SciLine(Arc::clone(&vm))));
+        let wiring: Arc<dyn Wiring> = Arc::new(KvmWiring::new(Arc::clone(&vm)));
+        let mut pci = PciBus::new(Arc::clone(&wiring));
+        let mut virtio = Vec::new();
+        let mut counters = Vec::new();
+        let mut add = |device: Box<dyn VirtioDevice>, name: String| {
+            let function = VirtioPci::new(device, pci.next_slot(), memory.clone(), Arc::clone(&wiring))
+                .map_err(|source| MachineError::Device { device: name, source })?;
+            // The machine stands still.
+            function.pause();
+            let function = Arc::new(function);
+            pci.add(Arc::clone(&function) as _);
+            virtio.push(function);
+            Ok::<_, MachineError>(())
+        };
+        for (index, interface) in config.interfaces.iter().enumerate() {
+            let mac = interface.mac_address()?;
+            let tap = Tap::open(&interface.tap).map_err(|error| {
+                let field = format!("interfaces[{index}].tap");
+                FieldError::new(field, error, "a tap device that exists and is free")
+            })?;
+            let net = Net::new(Box::new(tap), MacAddress(mac.bytes()), interface.ip_addresses());
+            counters.push(net.counters());
+            add(Box::new(net), format!("interfaces[{index}]"))?;
+        }
+        add(Box::new(Rng::new()), "the entropy device".into())?;
+        let devices = Arc::new(Devices { serial, power, pci });
+
+        let (vcpus, cpuid) = vcpus(&system, &vm, config.vcpus, &devices, &on_exit)?;
+        Ok(Self {
+            vcpus,
+            devices,
+            virtio,
+            dirty,
+            vm,
+            memory,
+            config: config.clone(),
+            cpuid,
+            counters,
+            paused: true,
+            clock: None,
+        })
+    }
+
+    /// Loads the domain's kernel and puts the first vCPU at its entry. The others wait to be
+    /// started by it. Memory must be empty: once a machine.
+    ///
+    /// # Errors
+    /// When kernel or initramfs are not what they should be; the machine is of no use then.
+    pub fn boot(&mut self) -> Result<(), MachineError> {
+        let rsdp = acpi::write(&self.memory, self.config.vcpus)?;
+        let kernel = loader::load(&self.memory, &self.config, rsdp)?;
+        self.vcpus[0].set_entry(kernel).wait()??;
+        Ok(())
+    }
+
+    /// The devices that may be used while the guest runs.
+    pub fn devices(&self) -> &Arc<Devices> {
+        &self.devices
+    }
+
+    /// What has gone through each network interface.
+    pub fn net_counters(&self) -> &[Arc<NetCounters>] {
+        &self.counters
+    }
+
+    /// What must fit for this machine to move, on either side.
+    pub fn shape(&self) -> Shape {
+        let macs = self.config.interfaces.iter().filter_map(|i| i.mac_address().ok());
+        Shape {
+            uid: self.config.uid.clone(),
+            vcpus: self.config.vcpus,
+            memory_bytes: self.config.memory_bytes,
+            interfaces: macs.map(|mac| mac.bytes()).collect(),
+            cpu_features: cpu_features(&self.cpuid),
+        }
+    }
+
+    /// Whether it stands still.
+    pub fn is_paused(&self) -> bool {
+        self.paused
+    }
+}
+
+fn serial(vm: &VmFd, console: Arc<Console>) -> Result<SerialPort, MachineError> {
+    let device = |source| MachineError::Device { device: "the serial port".into(), source };
+    let interrupt = EventFd::new(libc::EFD_NONBLOCK | libc::EFD_CLOEXEC).map_err(device)?;
+    kvm(
+        "wiring the serial port's interrupt",
+        vm.register_irqfd(&interrupt, ports::SERIAL_LINE),
+    )?;
+    Ok(SerialPort::new(console, interrupt))
+}
+
+/// The vCPUs, parked, and the CPUID of the first.
+fn vcpus(
+    system: &Kvm,
+    vm: &VmFd,
+    count: u32,
+    devices: &Arc<Devices>,
+    on_exit: &OnExit,
+) -> Result<(Vec<Vcpu>, Vec<kvm_cpuid_entry2>), MachineError> {
+    if !system.check_extension(Cap::ImmediateExit) {
+        let source = kvm_ioctls::Error::new(libc::ENOSYS);
+        return Err(MachineError::Kvm { step: "looking for KVM_CAP_IMMEDIATE_EXIT", source });
+    }
+    let supported =
+        kvm("reading the supported CPUID", system.get_supported_cpuid(KVM_MAX_CPUID_ENTRIES))?;
+    let msrs = kvm("listing MSRs", system.get_msr_index_list())?;
+    let msrs = msrs.as_slice().iter().copied().filter(|msr| vcpu_state::is_saved(*msr)).collect();
+    let states = VcpuStates { msrs };
+    let mut vcpus = Vec::new();
+    let mut first = Vec::new();
+    for index in 0..count {
+        let fd = kvm("creating a vCPU", vm.create_vcpu(index.into()))?;
+        let cpuid = cpuid::adapt(supported.as_slice(), index, count);
+        vcpu_state::set_cpuid(&fd, &cpuid)?;
+        vcpu_state::set_up(&fd)?;
+        let bus = Arc::clone(devices) as Arc<dyn Bus>;
+        let vcpu = Vcpu::spawn(index, fd, states.clone(), bus, Arc::clone(on_exit))
+            .map_err(|source| MachineError::Device { device: format!("vCPU {index}"), source })?;
+        vcpus.push(vcpu);
+        if index == 0 {
+            first = cpuid;
+        }
+    }
+    Ok((vcpus, first))
+}
+
+impl From<VcpuStateError> for MigratableError {
+    fn from(error: VcpuStateError) -> Self {
+        Self::Step { step: error.step, reason: error.reason }
+    }
+}
+
+impl From<RestoreError> for MigratableError {
+    fn from(error: RestoreError) -> Self {
+        match error {
+            RestoreError::State(error) => mismatch(error),
+            error @ RestoreError::Routes(_) => step("restoring PCI", error),
+        }
+    }
+}
+
+impl MigratableVm for Machine {
+    fn memory(&self) -> &GuestMemory {
+        &self.memory
+    }
+
+    fn pause(&mut self) -> Result<(), MigratableError> {
+        if self.paused {
+            return Ok(());
+        }
+        // All at once, then the devices: what a vCPU has told one is seen before it stops.
+        let parking: Vec<_> = self.vcpus.iter().map(Vcpu::park).collect();
+        for vcpu in parking {
+            vcpu.wait()?;
+        }
+        for function in &self.virtio {
+            function.pause();
+        }
+        self.paused = true;
+        Ok(())
+    }
+
+    fn resume(&mut self) -> Result<(), MigratableError> {
+        if !self.paused {
+            return Ok(());
+        }
+        if let Some(clock) = self.clock.take() {
+            clock.set(&self.vm)?;
+        }
+        let telling: Vec<_> = self.vcpus.iter().map(Vcpu::note_stop).collect();
+        for vcpu in telling {
+            vcpu.wait()?;
+        }
+        for function in &self.virtio {
+            function.resume();
+        }
+        for vcpu in &self.vcpus {
+            vcpu.run();
+        }
+        self.paused = false;
+        Ok(())
+    }
+
+    fn save_state(&mut self) -> Result<MachineState, MigratableError> {
+        assert!(self.paused, "the state of a running machine is none");
+        let saving: Vec<_> = self.vcpus.iter().map(Vcpu::save).collect();
+        let mut sections = vec![state::section(kind::VM, 0, 1, |out| {
+            out.u32(self.config.vcpus);
+            out.u64(self.config.memory_bytes);
+        })];
+        for vcpu in saving {
+            sections.push(vcpu.wait()??);
+        }
+        sections.extend(vm_state::save(&self.vm)?);
+        sections.push(self.devices.power.save());
+        sections.push(self.devices.serial.save());
+        sections.extend(self.devices.pci.save());
+        Ok(MachineState { sections })
+    }
+
+    fn restore_state(&mut self, state: MachineState) -> Result<(), MigratableError> {
+        assert!(self.paused, "a running machine cannot take over a state");
+        let mut fields =
+            state::fields(state::find(&state, kind::VM, 0).map_err(mismatch)?, 1).map_err(mismatch)?;
+        let vcpus = fields.u32("vcpus").map_err(mismatch)?;
+        let memory_bytes = fields.u64("memory_bytes").map_err(mismatch)?;
+        fields.finish("vm").map_err(mismatch)?;
+        if (vcpus, memory_bytes) != (self.config.vcpus, self.config.memory_bytes) {
+            return Err(mismatch(format!(
+                "{vcpus} vCPUs with {memory_bytes} bytes; accepted: {} with {}",
+                self.config.vcpus, self.config.memory_bytes
+            )));
+        }
+        let mut restoring = Vec::new();
+        for (vcpu, index) in self.vcpus.iter().zip(0..) {
+            let section = state::find(&state, kind::VCPU, index).map_err(mismatch)?;
+            if index == 0 {
+                self.cpuid = vcpu_state::cpuid_of(section).map_err(mismatch)?;
+            }
+            restoring.push(vcpu.restore(section.clone()));
+        }
+        for vcpu in restoring {
+            vcpu.wait()??;
+        }
+        self.clock = Some(vm_state::restore(&self.vm, &state)?);
+        self.devices.power.restore(&state).map_err(mismatch)?;
+        self.devices.serial.restore(&state).map_err(mismatch)?;
+        self.devices.pci.restore(&state)?;
+        Ok(())
+    }
+
+    fn start_dirty_log(&mut self) -> Result<(), MigratableError> {
+        Ok(self.dirty.start()?)
+    }
+
+    fn take_dirty(&mut self) -> Result<DirtyPages, MigratableError> {
+        Ok(self.dirty.take()?)
+    }
+
+    fn take_last_dirty(&mut self) -> Result<DirtyPages, MigratableError> {
+        Ok(self.dirty.take_last()?)
+    }
+
+    fn put_back_dirty(&mut self, pages: &DirtyPages) {
+        self.dirty.put_back(pages);
+    }
+
+    fn stop_dirty_log(&mut self) -> Result<(), MigratableError> {
+        Ok(self.dirty.stop()?)
+    }
+
+    fn announce(&mut self) {
+        for function in &self.virtio {
+            function.announce();
+        }
+    }
+}

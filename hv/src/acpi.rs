@@ -1,0 +1,286 @@
+//! The ACPI tables: how a guest learns of CPUs, buses, its power button, and how to end itself.
+//!
+//! Built at once for a number of vCPUs and placed into the reserved area below 1 MiB. The
+//! hardware they describe is the fixed-feature block of the [`power`](crate::machine::power)
+//! device, the in-kernel interrupt controllers, one PCI bus, the serial port and pvpanic. What
+//! PCs had and we have not is said not to be there (VGA, CMOS clock, 8042), so that no time goes
+//! into probing.
+//!
+//! Field offsets are those of the ACPI specification 6.5: FADT 5.2.9, FACS 5.2.10, MADT 5.2.12.
+
+use acpi_tables::aml::{
+    AddressSpace, AddressSpaceCacheable, Device, EISAName, IO, Interrupt, Name, Package,
+    ResourceTemplate,
+};
+use acpi_tables::rsdp::Rsdp;
+use acpi_tables::sdt::Sdt;
+use acpi_tables::{Aml, aml};
+use vm_memory::{Bytes, GuestAddress, GuestMemoryError};
+
+use crate::machine::ports;
+use crate::memory::GuestMemory;
+use crate::pci;
+
+/// Where the RSDP lies; the other tables follow. The area is reserved in the memory map.
+pub const RSDP_START: GuestAddress = GuestAddress(0xe_0000);
+/// First address behind the area for tables.
+const TABLES_END: u64 = 0x10_0000;
+/// Guest-physical address of the in-kernel I/O APIC.
+const IOAPIC_START: u32 = 0xfec0_0000;
+/// Guest-physical address of every CPU's local APIC.
+const LOCAL_APIC_START: u32 = 0xfee0_0000;
+
+const OEM_ID: [u8; 6] = *b"DROVER";
+const OEM_TABLE_ID: [u8; 8] = *b"DROVERVM";
+const OEM_REVISION: u32 = 1;
+/// The longest table that is written piecewise begins with this header, bytes.
+const HEADER_BYTES: u32 = 36;
+
+/// Builds the tables for so many vCPUs and writes them into memory.
+///
+/// # Errors
+/// When memory ends below 1 MiB.
+pub fn write(memory: &GuestMemory, vcpus: u32) -> Result<GuestAddress, GuestMemoryError> {
+    let mut next = RSDP_START.0 + Rsdp::len() as u64;
+    let mut place = |table: &[u8]| -> Result<u64, GuestMemoryError> {
+        // The FACS must be aligned to 64 bytes; it harms no other.
+        let start = next.next_multiple_of(64);
+        next = start + table.len() as u64;
+        assert!(next <= TABLES_END, "the ACPI tables outgrew their area");
+        memory.write_slice(table, GuestAddress(start))?;
+        Ok(start)
+    };
+    let facs = place(&facs())?;
+    let dsdt = place(dsdt().as_slice())?;
+    let fadt = place(fadt(facs, dsdt).as_slice())?;
+    let madt = place(madt(vcpus).as_slice())?;
+    let mut xsdt = sdt(*b"XSDT", 1);
+    for table in [fadt, madt] {
+        xsdt.append_slice(&table.to_le_bytes());
+    }
+    let xsdt = place(xsdt.as_slice())?;
+    let mut rsdp = Vec::new();
+    Rsdp::new(OEM_ID, xsdt).to_aml_bytes(&mut rsdp);
+    memory.write_slice(&rsdp, RSDP_START)?;
+    Ok(RSDP_START)
+}
+
+fn sdt(signature: [u8; 4], revision: u8) -> Sdt {
+    Sdt::new(signature, HEADER_BYTES, revision, OEM_ID, OEM_TABLE_ID, OEM_REVISION)
+}
+
+/// Firmware's control structure; we never wake from sleep, so that it holds nothing.
+fn facs() -> [u8; 64] {
+    let mut table = [0; 64];
+    table[..4].copy_from_slice(b"FACS");
+    table[4] = 64;
+    // Version.
+    table[32] = 2;
+    table
+}
+
+fn fadt(facs: u64, dsdt: u64) -> Sdt {
+    const LENGTH: u32 = 276;
+    /// No VGA to probe, no CMOS clock; the missing bit 1 says: no 8042.
+    const BOOT_ARCH: u16 = 1 << 2 | 1 << 5;
+    /// WBINVD works, C1 works on all CPUs, no sleep button, a reset register. The missing bit 4
+    /// says that the power button is the fixed one.
+    const FLAGS: u32 = 1 | 1 << 2 | 1 << 5 | 1 << 10;
+    /// Longer than ACPI allows: C2 and C3 are not there.
+    const NO_C_STATE: u16 = 0xfff;
+
+    let mut table = Sdt::new(*b"FACP", LENGTH, 6, OEM_ID, OEM_TABLE_ID, OEM_REVISION);
+    table.write_u32(36, facs as u32);
+    table.write_u32(40, dsdt as u32);
+    // Preferred profile: enterprise server.
+    table.write_u8(45, 4);
+    table.write_u16(46, ports::SCI_LINE as u16);
+    table.write_u32(56, ports::PM1_EVENT.into());
+    table.write_u32(64, ports::PM1_CONTROL.into());
+    table.write_u8(88, ports::PM1_EVENT_BYTES);
+    table.write_u8(89, ports::PM1_CONTROL_BYTES);
+    table.write_u16(96, NO_C_STATE);
+    table.write_u16(98, NO_C_STATE + 1);
+    table.write_u16(109, BOOT_ARCH);
+    table.write_u32(112, FLAGS);
+    table.write_bytes(116, &io_register(ports::RESET, 1));
+    table.write_u8(128, ports::RESET_VALUE);
+    // Minor version 5: ACPI 6.5.
+    table.write_u8(131, 5);
+    // The FACS has one address only (both set must be equal), the DSDT both.
+    table.write_u64(140, dsdt);
+    table.write_bytes(148, &io_register(ports::PM1_EVENT, ports::PM1_EVENT_BYTES));
+    table.write_bytes(172, &io_register(ports::PM1_CONTROL, ports::PM1_CONTROL_BYTES));
+    table
+}
+
+/// A generic address structure for so many bytes of ports.
+fn io_register(port: u16, bytes: u8) -> [u8; 12] {
+    let mut register = [0; 12];
+    register[0] = 1;
+    register[1] = bytes * 8;
+    // Access size: bytes for one, words for more.
+    register[3] = if bytes == 1 { 1 } else { 2 };
+    register[4..6].copy_from_slice(&port.to_le_bytes());
+    register
+}
+
+fn madt(vcpus: u32) -> Sdt {
+    /// There are PICs as well.
+    const PCAT_COMPATIBLE: u32 = 1;
+    /// An override's flags: active high, level triggered.
+    const HIGH_LEVEL: u16 = 0b1101;
+    /// The local APIC's non-maskable line.
+    const LINT1: u8 = 1;
+
+    let mut table = sdt(*b"APIC", 5);
+    table.append_slice(&LOCAL_APIC_START.to_le_bytes());
+    table.append_slice(&PCAT_COMPATIBLE.to_le_bytes());
+    for id in 0..vcpus as u8 {
+        // Local APIC: processor's uid, APIC's id, enabled.
+        table.append_slice(&[0, 8, id, id, 1, 0, 0, 0]);
+    }
+    // The I/O APIC gets the first id behind the CPUs'; interrupts from 0.
+    let mut ioapic = vec![1, 12, vcpus as u8, 0];
+    ioapic.extend(IOAPIC_START.to_le_bytes());
+    ioapic.extend(0u32.to_le_bytes());
+    table.append_slice(&ioapic);
+    // ISA's interrupt 9 is the SCI, and level triggered.
+    let mut sci = vec![2, 10, 0, ports::SCI_LINE as u8];
+    sci.extend(ports::SCI_LINE.to_le_bytes());
+    sci.extend(HIGH_LEVEL.to_le_bytes());
+    table.append_slice(&sci);
+    // NMIs come in at LINT1 of every CPU.
+    table.append_slice(&[4, 6, 0xff, 0, 0, LINT1]);
+    table
+}
+
+fn dsdt() -> Sdt {
+    let window_end = (pci::MMIO_END - 1) as u32;
+    let pci = Device::new(
+        "_SB_.PCI0".into(),
+        vec![
+            &Name::new("_HID".into(), &EISAName::new("PNP0A03")),
+            &Name::new("_UID".into(), &aml::ZERO),
+            &Name::new("_BBN".into(), &aml::ZERO),
+            &Name::new(
+                "_CRS".into(),
+                &ResourceTemplate::new(vec![
+                    &AddressSpace::new_bus_number(0u16, 0u16),
+                    &IO::new(
+                        pci::CONFIG_PORT_START,
+                        pci::CONFIG_PORT_START,
+                        1,
+                        (pci::CONFIG_PORT_END - pci::CONFIG_PORT_START) as u8,
+                    ),
+                    &AddressSpace::new_memory(
+                        AddressSpaceCacheable::NotCacheable,
+                        true,
+                        pci::MMIO_START as u32,
+                        window_end,
+                        None,
+                    ),
+                ]),
+            ),
+        ],
+    )
+    .bytes();
+    let serial = Device::new(
+        "_SB_.COM1".into(),
+        vec![
+            &Name::new("_HID".into(), &EISAName::new("PNP0501")),
+            &Name::new("_UID".into(), &aml::ZERO),
+            &Name::new(
+                "_CRS".into(),
+                &ResourceTemplate::new(vec![
+                    &Interrupt::new(true, true, false, false, ports::SERIAL_LINE),
+                    &IO::new(ports::SERIAL, ports::SERIAL, 1, ports::SERIAL_PORTS as u8),
+                ]),
+            ),
+        ],
+    )
+    .bytes();
+    // The id by which Linux' pvpanic-mmio driver finds it, given by QEMU.
+    let panic = Device::new(
+        "_SB_.PEVT".into(),
+        vec![
+            &Name::new("_HID".into(), &"QEMU0001"),
+            &Name::new("_STA".into(), &0xfu8),
+            &Name::new(
+                "_CRS".into(),
+                &ResourceTemplate::new(vec![&IO::new(ports::PANIC, ports::PANIC, 1, 1)]),
+            ),
+        ],
+    )
+    .bytes();
+    let sleep_type = ports::SLEEP_TYPE_OFF as u8;
+    let off =
+        Name::new("_S5_".into(), &Package::new(vec![&sleep_type, &sleep_type, &aml::ZERO, &aml::ZERO]))
+            .bytes();
+
+    let mut table = sdt(*b"DSDT", 2);
+    for part in [off, pci, serial, panic] {
+        table.append_slice(&part);
+    }
+    table
+}
+
+trait AmlBytes: Aml {
+    fn bytes(&self) -> Vec<u8> {
+        let mut bytes = Vec::new();
+        self.to_aml_bytes(&mut bytes);
+        bytes
+    }
+}
+impl<T: Aml> AmlBytes for T {}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::memory;
+
+    fn table(memory: &GuestMemory, start: u64) -> Vec<u8> {
+        let length = memory.read_obj::<u32>(GuestAddress(start + 4)).unwrap();
+        let mut table = vec![0; length as usize];
+        memory.read_slice(&mut table, GuestAddress(start)).unwrap();
+        table
+    }
+
+    fn sum(bytes: &[u8]) -> u8 {
+        bytes.iter().fold(0, |sum, byte| sum.wrapping_add(*byte))
+    }
+
+    fn long(bytes: &[u8], at: usize) -> u64 {
+        u64::from_le_bytes(bytes[at..at + 8].try_into().unwrap())
+    }
+
+    /// From the RSDP every table is reached, whole, and each vCPU is in the MADT.
+    #[test]
+    fn tables_are_linked_and_sum_up() {
+        let memory = memory::create(32 << 20).unwrap();
+        let rsdp = write(&memory, 8).unwrap();
+        let mut root = [0; 36];
+        memory.read_slice(&mut root, rsdp).unwrap();
+        assert_eq!(&root[..8], b"RSD PTR ");
+        assert_eq!((sum(&root[..20]), sum(&root)), (0, 0));
+
+        let xsdt = table(&memory, long(&root, 24));
+        assert_eq!((&xsdt[..4], sum(&xsdt), xsdt.len()), (&b"XSDT"[..], 0, 36 + 16));
+        let fadt = table(&memory, long(&xsdt, 36));
+        assert_eq!((&fadt[..4], sum(&fadt), fadt.len()), (&b"FACP"[..], 0, 276));
+        let dsdt = table(&memory, long(&fadt, 140));
+        assert_eq!((&dsdt[..4], sum(&dsdt)), (&b"DSDT"[..], 0));
+        let facs = u64::from(u32::from_le_bytes(fadt[36..40].try_into().unwrap()));
+        assert_eq!((&table(&memory, facs)[..4], facs % 64), (&b"FACS"[..], 0));
+
+        let madt = table(&memory, long(&xsdt, 44));
+        assert_eq!((&madt[..4], sum(&madt)), (&b"APIC"[..], 0));
+        let mut kinds = Vec::new();
+        let mut rest = &madt[44..];
+        while let [kind, length, ..] = rest {
+            kinds.push(*kind);
+            rest = &rest[usize::from(*length)..];
+        }
+        assert_eq!(kinds, [0, 0, 0, 0, 0, 0, 0, 0, 1, 2, 4]);
+    }
+}

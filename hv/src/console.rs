@@ -1,0 +1,179 @@
+//! What the guest has said on its serial port, and who listens.
+//!
+//! A bounded history is kept, so that someone who attaches late still reads the boot messages,
+//! or why it died. Readers hold a position in the stream of all bytes ever said; one that is too
+//! slow loses the oldest bytes, never the guest's time.
+
+use std::collections::VecDeque;
+use std::sync::{Mutex, MutexGuard, PoisonError};
+
+use tokio::sync::watch;
+
+/// Bytes of history.
+pub const HISTORY_BYTES: usize = 256 << 10;
+/// A longer line is cut when it is looked at for a panic.
+const LINE_BYTES_MAX: usize = 400;
+/// How Linux' kernel says that it gives up (`kernel/panic.c`).
+const PANIC_TEXT: &str = "Kernel panic - not syncing: ";
+
+/// The console of one domain. It outlives reboots of the guest.
+#[derive(Debug)]
+pub struct Console {
+    ring: Mutex<Ring>,
+    /// Bytes ever said; changes wake readers.
+    end: watch::Sender<u64>,
+}
+
+#[derive(Debug, Default)]
+struct Ring {
+    bytes: VecDeque<u8>,
+    end: u64,
+    line: Vec<u8>,
+    panic: Option<String>,
+}
+
+/// Some of what was said.
+#[derive(Debug, PartialEq, Eq)]
+pub struct Said {
+    /// The bytes.
+    pub bytes: Vec<u8>,
+    /// Position behind the last of them: where to go on.
+    pub next: u64,
+}
+
+impl Default for Console {
+    fn default() -> Self {
+        Self { ring: Mutex::default(), end: watch::Sender::new(0) }
+    }
+}
+
+impl Console {
+    fn ring(&self) -> MutexGuard<'_, Ring> {
+        self.ring.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// The guest says something.
+    pub fn push(&self, bytes: &[u8]) {
+        let mut ring = self.ring();
+        for &byte in bytes {
+            if ring.bytes.len() == HISTORY_BYTES {
+                ring.bytes.pop_front();
+            }
+            ring.bytes.push_back(byte);
+            match byte {
+                b'\n' => ring.end_line(),
+                _ if ring.line.len() < LINE_BYTES_MAX => ring.line.push(byte),
+                _ => {}
+            }
+        }
+        ring.end += bytes.len() as u64;
+        let end = ring.end;
+        drop(ring);
+        self.end.send_replace(end);
+    }
+
+    /// At most `bytes_max` bytes from `position` on; from the oldest that are kept, when those
+    /// are gone. Empty when nothing is new.
+    pub fn read(&self, position: u64, bytes_max: usize) -> Said {
+        let ring = self.ring();
+        let oldest = ring.end - ring.bytes.len() as u64;
+        let start = position.clamp(oldest, ring.end);
+        let bytes: Vec<u8> =
+            ring.bytes.iter().skip((start - oldest) as usize).take(bytes_max).copied().collect();
+        Said { next: start + bytes.len() as u64, bytes }
+    }
+
+    /// The last bytes said, at most so many.
+    pub fn tail(&self, bytes_max: usize) -> Vec<u8> {
+        let ring = self.ring();
+        ring.bytes.iter().skip(ring.bytes.len().saturating_sub(bytes_max)).copied().collect()
+    }
+
+    /// A receiver that sees each change of the number of bytes ever said.
+    pub fn watch(&self) -> watch::Receiver<u64> {
+        self.end.subscribe()
+    }
+
+    /// What a kernel that panicked has said last, since [`forget_panic`](Self::forget_panic).
+    /// A guest's users can make it say this; alone it is a hint, no proof.
+    pub fn panic(&self) -> Option<String> {
+        self.ring().panic.clone()
+    }
+
+    /// A new kernel starts.
+    pub fn forget_panic(&self) {
+        let mut ring = self.ring();
+        ring.panic = None;
+        ring.line.clear();
+    }
+}
+
+impl Ring {
+    fn end_line(&mut self) {
+        let line = String::from_utf8_lossy(&self.line);
+        // "---[ end Kernel panic …" says it again.
+        if let Some(at) = line.find(PANIC_TEXT)
+            && !line[..at].contains("[ end ")
+        {
+            let text: String = line[at..].chars().filter(|c| !c.is_control()).collect();
+            self.panic = Some(text.trim_end().to_owned());
+        }
+        self.line.clear();
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn late_readers_get_the_history_and_then_what_comes() {
+        let console = Console::default();
+        console.push(b"hello ");
+        console.push(b"world");
+        let said = console.read(0, 100);
+        assert_eq!(said, Said { bytes: b"hello world".to_vec(), next: 11 });
+        assert_eq!(console.read(said.next, 100).bytes, b"");
+        console.push(b"!");
+        assert_eq!(console.read(said.next, 100), Said { bytes: b"!".to_vec(), next: 12 });
+        assert_eq!(console.read(0, 5).bytes, b"hello");
+    }
+
+    /// However much is said, the history stays bounded, and a slow reader goes on with the oldest.
+    #[test]
+    fn history_is_bounded() {
+        let console = Console::default();
+        let line = [b'x'; 1000];
+        for _ in 0..300 {
+            console.push(&line);
+        }
+        console.push(b"end");
+        let said = console.read(10, usize::MAX);
+        assert_eq!((said.bytes.len(), said.next), (HISTORY_BYTES, 300_003));
+        assert!(said.bytes.ends_with(b"xend"));
+        assert!(console.ring().bytes.capacity() <= 2 * HISTORY_BYTES);
+    }
+
+    #[test]
+    fn readers_are_woken() {
+        let console = Console::default();
+        let mut receiver = console.watch();
+        console.push(b"x");
+        assert!(receiver.has_changed().unwrap());
+        assert_eq!(*receiver.borrow_and_update(), 1);
+    }
+
+    /// The panic's own line is kept, however the bytes came in, and not its echo at the end.
+    #[test]
+    fn panics_are_recognised() {
+        let console = Console::default();
+        console.push(b"[    1.0] Kernel panic - not sync");
+        assert_eq!(console.panic(), None);
+        console.push(b"ing: Attempted to kill init! exitcode=0x00000100\r\n[    1.1] CPU: 0\r\n");
+        console.push(b"[    1.2] ---[ end Kernel panic - not syncing: Attempted to kill ---\r\n");
+        let text = "Kernel panic - not syncing: Attempted to kill init! exitcode=0x00000100";
+        assert_eq!(console.panic().as_deref(), Some(text));
+        console.forget_panic();
+        assert_eq!(console.panic(), None);
+    }
+}
