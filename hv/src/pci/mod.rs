@@ -15,7 +15,7 @@ mod msix;
 pub(crate) mod tests;
 mod wiring;
 
-pub use bus::{PciBus, PciFunction};
+pub use bus::{PciBus, PciFunction, RestoreError};
 pub use config::{ClassCode, ConfigSpace, Identity, command};
 pub use kvm::KvmWiring;
 pub use msix::{MSIX_CAPABILITY_BYTES, Msix};

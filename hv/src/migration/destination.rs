@@ -1,0 +1,440 @@
+//! The destination's shell: does what [`DestinationMachine`] says.
+
+use std::io;
+use std::net::{TcpListener, ToSocketAddrs};
+use std::os::fd::{AsFd, BorrowedFd};
+use std::time::{Duration, Instant};
+
+use drover_proto::agent::v1::{MigrationProgress, MigrationRole, ObservedMigration};
+use rustix::event::{PollFd, PollFlags, Timespec, poll};
+
+use super::destination_machine::{
+    DestinationAction, DestinationEvent, DestinationMachine, DestinationState,
+};
+use super::features::Shape;
+use super::link::{Link, protocol, reason};
+use super::wire::{self, Hello, Kind, RUN_BYTES};
+use super::{DestinationControl, IDLE_TIMEOUT, LISTEN_TIMEOUT, MigrationError, Observer, pages};
+use crate::machine::migratable::MigratableVm;
+use crate::memory::GuestMemory;
+use crate::state;
+
+/// Connections that were not the source's, before it is called an attack.
+const STRANGERS_MAX: u32 = 64;
+/// A stranger may be silent for this long.
+const HELLO_TIMEOUT: Duration = Duration::from_secs(5);
+
+/// What a destination is told.
+#[derive(Debug, Clone)]
+pub struct DestinationConfig {
+    /// Unique in the cluster.
+    pub migration_id: String,
+    /// What the source must know.
+    pub token: String,
+    /// Of the machine that waits here.
+    pub shape: Shape,
+}
+
+/// How it ended.
+#[derive(Debug)]
+pub enum DestinationOutcome {
+    /// The guest runs here.
+    Running,
+    /// It never ran here; the machine is of no use.
+    Failed(MigrationError),
+}
+
+/// A destination that listens.
+#[derive(Debug)]
+pub struct Incoming {
+    listener: TcpListener,
+    address: String,
+}
+
+impl Incoming {
+    /// Listens at host:port; port 0 chooses one.
+    ///
+    /// # Errors
+    /// When the address is none of this host's, or the port is taken.
+    pub fn bind(address: &str) -> io::Result<Self> {
+        let addresses: Vec<_> = address.to_socket_addrs()?.collect();
+        let listener = TcpListener::bind(&addresses[..])?;
+        listener.set_nonblocking(true)?;
+        let address = listener.local_addr()?.to_string();
+        Ok(Self { listener, address })
+    }
+
+    /// Where it listens, host:port.
+    pub fn address(&self) -> &str {
+        &self.address
+    }
+
+    /// Takes in a machine. Returns when the guest runs here, or never will.
+    pub fn run(
+        self,
+        vm: &mut dyn MigratableVm,
+        config: &DestinationConfig,
+        control: &DestinationControl,
+        observer: Observer<'_>,
+    ) -> DestinationOutcome {
+        let deadline = Instant::now() + LISTEN_TIMEOUT;
+        let mut destination = Destination {
+            incoming: self,
+            vm,
+            config,
+            control,
+            observer,
+            deadline,
+            strangers: 0,
+            link: None,
+            pages: 0,
+            image: Vec::new(),
+            error: None,
+        };
+        destination.run()
+    }
+}
+
+struct Destination<'a, 'o> {
+    incoming: Incoming,
+    vm: &'a mut dyn MigratableVm,
+    config: &'a DestinationConfig,
+    control: &'a DestinationControl,
+    observer: Observer<'o>,
+    deadline: Instant,
+    strangers: u32,
+    link: Option<Link>,
+    /// Pages that came, zero ones included.
+    pages: u64,
+    image: Vec<u8>,
+    error: Option<MigrationError>,
+}
+
+impl Destination<'_, '_> {
+    fn run(&mut self) -> DestinationOutcome {
+        let mut machine = DestinationMachine::new();
+        let mut event = DestinationEvent::Start;
+        loop {
+            let action = match machine.step(event) {
+                Ok(action) => action,
+                Err(illegal) => unreachable!("{illegal}"),
+            };
+            if action == DestinationAction::Finish {
+                self.report(machine.state());
+                return self.finish(machine.state());
+            }
+            // READY is told to the source first: somebody else's wait is part of the pause.
+            if machine.state() != DestinationState::Ready {
+                self.report(machine.state());
+            }
+            event = match self.act(action) {
+                Ok(event) => event,
+                Err(error) => self.failed(error),
+            };
+        }
+    }
+
+    fn act(&mut self, action: DestinationAction) -> Result<DestinationEvent, MigrationError> {
+        match action {
+            DestinationAction::Listen => self.listen(),
+            DestinationAction::Greet => self.greet(),
+            DestinationAction::Receive => self.receive(),
+            DestinationAction::Restore => {
+                let image = std::mem::take(&mut self.image);
+                self.vm.restore_state(state::decode(&image)?)?;
+                Ok(DestinationEvent::Restored)
+            }
+            DestinationAction::AwaitCommit => {
+                self.control.set_ready(true);
+                let said = self.link()?.send(Kind::Ready, &[]);
+                self.report(DestinationState::Ready);
+                said?;
+                self.await_commit()
+            }
+            DestinationAction::AwaitController => self.await_controller(),
+            DestinationAction::Resume => {
+                self.control.set_ready(false);
+                self.vm.resume()?;
+                self.vm.announce();
+                if let Some(link) = &mut self.link
+                    && let Err(error) = link.send(Kind::Running, &[])
+                {
+                    tracing::warn!(%error, "the source does not hear that the guest runs here");
+                }
+                Ok(DestinationEvent::Resumed)
+            }
+            DestinationAction::Finish => unreachable!("handled by the caller"),
+        }
+    }
+
+    /// The event that an error is. Behind READY only the source's word or the VMM's end is one
+    /// that ends it; the loss of the link is not.
+    fn failed(&mut self, error: MigrationError) -> DestinationEvent {
+        let event = match error {
+            MigrationError::Aborted(_) | MigrationError::Cancelled => DestinationEvent::Aborted,
+            MigrationError::Link { .. } => DestinationEvent::LinkLost,
+            _ => DestinationEvent::Failed,
+        };
+        tracing::warn!(%error, "the incoming migration");
+        self.error = Some(error);
+        event
+    }
+
+    fn listen(&mut self) -> Result<DestinationEvent, MigrationError> {
+        let failed = MigrationError::link("waiting for the source");
+        self.link = None;
+        loop {
+            if self.control.is_ended() {
+                return Ok(self.ended());
+            }
+            let left = self.deadline.saturating_duration_since(Instant::now());
+            if left.is_zero() || self.strangers > STRANGERS_MAX {
+                self.error = Some(failed(io::ErrorKind::TimedOut.into()));
+                return Ok(DestinationEvent::Failed);
+            }
+            match self.incoming.listener.accept() {
+                Ok((stream, peer)) => {
+                    tracing::info!(%peer, "a source has connected");
+                    self.link = Some(Link::new(stream)?);
+                    return Ok(DestinationEvent::Connected);
+                }
+                Err(error) if error.kind() == io::ErrorKind::WouldBlock => {}
+                Err(error) => {
+                    self.error = Some(failed(error));
+                    return Ok(DestinationEvent::Failed);
+                }
+            }
+            let listener = self.incoming.listener.as_fd();
+            if let Err(error) = wait_for(&[listener, self.wake()], left) {
+                self.error = Some(failed(error));
+                return Ok(DestinationEvent::Failed);
+            }
+        }
+    }
+
+    fn ended(&mut self) -> DestinationEvent {
+        self.error = Some(MigrationError::Cancelled);
+        DestinationEvent::Failed
+    }
+
+    fn greet(&mut self) -> Result<DestinationEvent, MigrationError> {
+        let payload = match self.link()?.expect(Kind::Hello, HELLO_TIMEOUT) {
+            Ok(payload) => payload,
+            Err(error) => return Ok(self.stranger(&error.to_string())),
+        };
+        let hello = match Hello::decode(&payload) {
+            Ok(hello) => hello,
+            Err(error) => return Ok(self.stranger(&error.to_string())),
+        };
+        let known = hello.migration_id == self.config.migration_id
+            && wire::same_secret(&hello.token, &self.config.token);
+        if !known {
+            return Ok(self.stranger("this migration is not expected here"));
+        }
+        let expected = self.control.epoch();
+        let fits = match hello.to_epoch {
+            epoch if epoch != expected => Err(format!("epoch: {epoch}; accepted: {expected}")),
+            _ => self.config.shape.accepts(&hello.shape),
+        };
+        if let Err(why) = fits {
+            self.link()?.send(Kind::Refuse, &wire::encode_reason(&why))?;
+            self.error = Some(MigrationError::Refused(why));
+            return Ok(DestinationEvent::Failed);
+        }
+        // Zero pages are not sent, so memory must be zero; a machine that waits has not touched
+        // it, and then this does nothing.
+        pages::clear(self.vm.memory()).map_err(MigrationError::link("clearing memory"))?;
+        self.link()?.send(Kind::Welcome, &[])?;
+        Ok(DestinationEvent::Accepted)
+    }
+
+    /// It was not the source: say so, go on listening.
+    fn stranger(&mut self, why: &str) -> DestinationEvent {
+        self.strangers += 1;
+        tracing::warn!(why, "a connection was refused");
+        if let Some(link) = &mut self.link {
+            // It may be gone already.
+            let _ = link.send(Kind::Refuse, &wire::encode_reason(why));
+        }
+        DestinationEvent::Rejected
+    }
+
+    /// Pages, until the state comes.
+    fn receive(&mut self) -> Result<DestinationEvent, MigrationError> {
+        let memory = self.vm.memory().clone();
+        loop {
+            if self.control.is_ended() {
+                return Ok(self.ended());
+            }
+            let message = self.link()?.receive(IDLE_TIMEOUT)?;
+            match message.kind {
+                Kind::Pages => self.receive_pages(&memory, message.length)?,
+                Kind::Round => {
+                    let (round, pages) = wire::decode_round(&message.payload).map_err(protocol)?;
+                    self.check_pages(pages)?;
+                    self.link()?.send(Kind::RoundAck, &wire::encode_round(round, pages))?;
+                }
+                Kind::State => {
+                    let Some((pages, image)) = message.payload.split_first_chunk::<8>() else {
+                        return Err(MigrationError::Protocol("STATE is too short".into()));
+                    };
+                    self.check_pages(u64::from_le_bytes(*pages))?;
+                    self.image = image.to_vec();
+                    return Ok(DestinationEvent::StateReceived);
+                }
+                Kind::Abort => return Err(MigrationError::Aborted(reason(&message.payload)?)),
+                kind => return Err(MigrationError::Protocol(format!("{kind:?} among pages"))),
+            }
+        }
+    }
+
+    fn check_pages(&self, sent: u64) -> Result<(), MigrationError> {
+        if sent == self.pages {
+            return Ok(());
+        }
+        Err(MigrationError::Protocol(format!("{sent} pages were sent, {} came", self.pages)))
+    }
+
+    /// The body of a PAGES message, straight into memory.
+    fn receive_pages(&mut self, memory: &GuestMemory, length: usize) -> Result<(), MigrationError> {
+        let mut count = [0; 4];
+        self.link()?.receive_exact(&mut count)?;
+        let count = u32::from_le_bytes(count) as usize;
+        let table_bytes = count.saturating_mul(RUN_BYTES);
+        let Some(data_bytes) =
+            length.checked_sub(4).and_then(|rest| rest.checked_sub(table_bytes))
+        else {
+            return Err(MigrationError::Protocol(format!("{count} runs in {length} bytes")));
+        };
+        let mut table = vec![0; table_bytes];
+        self.link()?.receive_exact(&mut table)?;
+        let runs = wire::decode_runs(&table, count, data_bytes).map_err(protocol)?;
+        let mut buffers = Vec::with_capacity(runs.len());
+        for run in &runs {
+            let mut here = Vec::new();
+            if !pages::gather(memory, run, &mut here) {
+                return Err(MigrationError::Protocol(format!("{run:?} is outside of memory")));
+            }
+            if run.zero {
+                for buffer in here {
+                    // SAFETY: `gather` made it from mapped guest memory; no guest runs here.
+                    unsafe { buffer.iov_base.cast::<u8>().write_bytes(0, buffer.iov_len) };
+                }
+            } else {
+                buffers.extend(here);
+            }
+            self.pages += u64::from(run.pages);
+        }
+        // SAFETY: the buffers are mapped guest memory, to which nothing holds a reference.
+        unsafe { self.link()?.receive_buffers(&mut buffers) }
+    }
+
+    /// READY was said: COMMIT, the loss of the link, or the controller.
+    fn await_commit(&mut self) -> Result<DestinationEvent, MigrationError> {
+        loop {
+            if let Some(event) = self.decided() {
+                return Ok(event);
+            }
+            let wake = self.wake();
+            let link = self.link.as_ref().map(|link| link.stream().as_fd());
+            let Some(link) = link else { return Ok(DestinationEvent::LinkLost) };
+            let readable = wait_for(&[link, wake], IDLE_TIMEOUT)
+                .map_err(MigrationError::link("waiting for COMMIT"))?;
+            // Keepalive ends a link whose other side is gone; silence alone does not.
+            if readable[0] {
+                self.link()?.expect(Kind::Commit, IDLE_TIMEOUT)?;
+                return Ok(DestinationEvent::CommitHeard);
+            }
+        }
+    }
+
+    fn await_controller(&mut self) -> Result<DestinationEvent, MigrationError> {
+        self.link = None;
+        loop {
+            if let Some(event) = self.decided() {
+                return Ok(event);
+            }
+            if let Err(error) = wait_for(&[self.wake()], IDLE_TIMEOUT) {
+                tracing::error!(%error, "waiting for the controller");
+                std::thread::sleep(Duration::from_secs(1));
+            }
+        }
+    }
+
+    fn decided(&self) -> Option<DestinationEvent> {
+        // Looked at below; the event is only there to wake us.
+        let _ = self.control.wake_fd().read();
+        if self.control.taken_over() {
+            Some(DestinationEvent::TakeOver)
+        } else if self.control.is_ended() {
+            Some(DestinationEvent::Aborted)
+        } else {
+            None
+        }
+    }
+
+    fn finish(&mut self, state: DestinationState) -> DestinationOutcome {
+        if state == DestinationState::Running {
+            return DestinationOutcome::Running;
+        }
+        self.control.set_ready(false);
+        let error = self.error.take().unwrap_or(MigrationError::Cancelled);
+        if let Some(link) = &mut self.link {
+            // It may be gone already.
+            let _ = link.send(Kind::Abort, &wire::encode_reason(&error.to_string()));
+            link.close();
+        }
+        DestinationOutcome::Failed(error)
+    }
+
+    fn link(&mut self) -> Result<&mut Link, MigrationError> {
+        self.link.as_mut().ok_or_else(|| MigrationError::Protocol("there is no connection".into()))
+    }
+
+    fn wake(&self) -> BorrowedFd<'_> {
+        // SAFETY: the control outlives `self`, and keeps its eventfd open as long as it lives.
+        unsafe {
+            BorrowedFd::borrow_raw(std::os::fd::AsRawFd::as_raw_fd(self.control.wake_fd()))
+        }
+    }
+
+    fn report(&mut self, state: DestinationState) {
+        let progress = match state {
+            DestinationState::Idle | DestinationState::Listening | DestinationState::Greeting => {
+                MigrationProgress::Listening
+            }
+            DestinationState::Receiving => MigrationProgress::Copying,
+            DestinationState::Ready => MigrationProgress::Ready,
+            // Told when it is over, or not at all: these are part of the pause.
+            DestinationState::Restoring | DestinationState::Resuming => return,
+            DestinationState::Running => MigrationProgress::Succeeded,
+            DestinationState::Failed => MigrationProgress::Failed,
+        };
+        let error = match state {
+            DestinationState::Failed => {
+                self.error.as_ref().map_or_else(String::new, ToString::to_string)
+            }
+            _ => String::new(),
+        };
+        let observed = ObservedMigration {
+            id: self.config.migration_id.clone(),
+            role: MigrationRole::Destination as i32,
+            progress: progress as i32,
+            listen_address: self.incoming.address.clone(),
+            report: None,
+            error,
+        };
+        (self.observer)(&observed);
+    }
+}
+
+/// Waits until one of these is readable (or broken); answers which are.
+fn wait_for(fds: &[BorrowedFd<'_>], timeout: Duration) -> io::Result<Vec<bool>> {
+    let mut polled: Vec<_> = fds.iter().map(|fd| PollFd::new(fd, PollFlags::IN)).collect();
+    let timeout = Timespec::try_from(timeout).map_err(io::Error::other)?;
+    match poll(&mut polled, Some(&timeout)) {
+        Ok(_) | Err(rustix::io::Errno::INTR) => {}
+        Err(error) => return Err(error.into()),
+    }
+    Ok(polled.iter().map(|fd| !fd.revents().is_empty()).collect())
+}

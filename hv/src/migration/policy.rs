@@ -1,0 +1,271 @@
+//! When to stop copying: pure.
+//!
+//! The copy ends when what is left fits the pause at the measured rate *and* another pass would
+//! not make it much smaller; a pass costs little then, and the pause is what a customer notices.
+//! It fails, and the guest goes on where it is, when a limit on passes, bytes or time is reached
+//! before that: a pause that is longer than was promised is not a way out.
+
+use std::time::Duration;
+
+/// A domain's downtime target when none is given.
+const DOWNTIME_DEFAULT: Duration = Duration::from_millis(100);
+const DOWNTIME_MAX: Duration = Duration::from_secs(10);
+const ROUNDS_DEFAULT: u32 = 30;
+const ROUNDS_MAX: u32 = 1000;
+/// Bytes sent, in multiples of the domain's memory.
+const BYTES_DEFAULT_FACTOR: u64 = 8;
+const TOTAL_TIME_DEFAULT: Duration = Duration::from_secs(600);
+const TOTAL_TIME_MAX: Duration = Duration::from_secs(24 * 3600);
+/// Of the pause, what is not memory: stopping, device state, hand-over. At most half of the
+/// target is set aside for it.
+const STATE_TIME: Duration = Duration::from_millis(20);
+/// Less than this is sent in no time: no pass is spent on it.
+const SMALL_BYTES: u64 = 256 << 10;
+/// A round below this says nothing about the link's rate.
+const RATE_SAMPLE_BYTES: u64 = 256 << 10;
+
+/// Bounds of one migration.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Limits {
+    /// Longest pause aimed at.
+    pub downtime: Duration,
+    /// Most passes, the last included.
+    pub rounds_max: u32,
+    /// Most bytes of memory sent.
+    pub bytes_max: u64,
+    /// Longest time from the start to the pause.
+    pub total_time: Duration,
+    /// Most bytes a second; 0 is unlimited.
+    pub bandwidth_max: u64,
+}
+
+impl Limits {
+    /// The limits that were asked for; what is zero or absent gets its default.
+    ///
+    /// # Errors
+    /// When one is out of its range: the text names the field, the value and the range.
+    pub fn from_request(
+        request: Option<&drover_proto::v1::MigrationLimits>,
+        memory_bytes: u64,
+    ) -> Result<Self, String> {
+        let request = request.cloned().unwrap_or_default();
+        let duration = |field: &str, value: Option<prost_types::Duration>, default, max: Duration| {
+            let Some(value) = value else { return Ok(default) };
+            let asked = Duration::try_from(value).map_err(|_| {
+                format!("limits.{field}: {value:?}; accepted: a positive duration up to {max:?}")
+            })?;
+            match asked {
+                Duration::ZERO => Ok(default),
+                _ if asked > max => {
+                    Err(format!("limits.{field}: {asked:?}; accepted: at most {max:?}"))
+                }
+                _ => Ok(asked),
+            }
+        };
+        let rounds_max = match request.rounds_max {
+            0 => ROUNDS_DEFAULT,
+            1..=ROUNDS_MAX => request.rounds_max,
+            other => {
+                return Err(format!("limits.rounds_max: {other}; accepted: 1 to {ROUNDS_MAX}"));
+            }
+        };
+        let bytes_max = match request.bytes_max {
+            0 => memory_bytes.saturating_mul(BYTES_DEFAULT_FACTOR),
+            bytes => bytes,
+        };
+        Ok(Self {
+            downtime: duration("downtime", request.downtime, DOWNTIME_DEFAULT, DOWNTIME_MAX)?,
+            rounds_max,
+            bytes_max,
+            total_time: duration(
+                "total_time",
+                request.total_time,
+                TOTAL_TIME_DEFAULT,
+                TOTAL_TIME_MAX,
+            )?,
+            bandwidth_max: request.bandwidth_max,
+        })
+    }
+}
+
+/// What is known after a pass.
+#[derive(Debug, Clone, Copy, Default)]
+pub struct Progress {
+    /// Passes so far.
+    pub rounds: u32,
+    /// Bytes of pages that were written meanwhile.
+    pub remaining: u64,
+    /// The same after the pass before, if there was one.
+    pub remaining_before: Option<u64>,
+    /// Bytes of memory sent so far.
+    pub sent: u64,
+    /// Time since the start.
+    pub elapsed: Duration,
+    /// Bytes a second.
+    pub rate: u64,
+}
+
+/// Why the copy ended.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Stop {
+    /// The rest fits the pause.
+    Converged,
+    /// Too many passes.
+    Rounds,
+    /// Too many bytes.
+    Bytes,
+    /// Too long.
+    Time,
+}
+
+impl Stop {
+    /// As in `MigrationReport.stop_reason`.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Converged => "CONVERGED",
+            Self::Rounds => "ROUNDS",
+            Self::Bytes => "BYTES",
+            Self::Time => "TIME",
+        }
+    }
+}
+
+/// What to do after a pass.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Decision {
+    /// Another pass.
+    Copy,
+    /// Pause now.
+    SwitchOver,
+    /// Give up: this limit is reached.
+    GiveUp(Stop),
+}
+
+/// Decides after a pass.
+pub fn decide(progress: &Progress, limits: &Limits) -> Decision {
+    let room = limits.downtime.saturating_sub(STATE_TIME).max(limits.downtime / 2);
+    let budget = bytes_in(room, progress.rate);
+    let fits = progress.remaining == 0 || progress.remaining <= budget;
+    let over = limit_reached(progress, limits);
+    if fits {
+        let small = progress.remaining <= SMALL_BYTES;
+        let shrinks =
+            progress.remaining_before.is_none_or(|before| progress.remaining < before / 4 * 3);
+        return if small || !shrinks || over.is_some() {
+            Decision::SwitchOver
+        } else {
+            Decision::Copy
+        };
+    }
+    over.map_or(Decision::Copy, Decision::GiveUp)
+}
+
+fn limit_reached(progress: &Progress, limits: &Limits) -> Option<Stop> {
+    if progress.rounds + 1 >= limits.rounds_max {
+        Some(Stop::Rounds)
+    } else if progress.sent.saturating_add(progress.remaining) > limits.bytes_max {
+        Some(Stop::Bytes)
+    } else if progress.elapsed >= limits.total_time {
+        Some(Stop::Time)
+    } else {
+        None
+    }
+}
+
+/// How many bytes go over in this time.
+fn bytes_in(time: Duration, rate: u64) -> u64 {
+    u64::try_from(time.as_micros() * u128::from(rate) / 1_000_000).unwrap_or(u64::MAX)
+}
+
+/// The rate after a round: a round that was too small to tell leaves it as it was.
+pub fn rate_after(rate: u64, bytes: u64, time: Duration) -> u64 {
+    let micros = time.as_micros().max(1);
+    if bytes < RATE_SAMPLE_BYTES && rate != 0 {
+        return rate;
+    }
+    u64::try_from(u128::from(bytes) * 1_000_000 / micros).unwrap_or(u64::MAX)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn limits() -> Limits {
+        Limits::from_request(None, 128 << 20).unwrap()
+    }
+
+    fn after(rounds: u32, remaining: u64, before: Option<u64>) -> Progress {
+        Progress {
+            rounds,
+            remaining,
+            remaining_before: before,
+            sent: 50 << 20,
+            elapsed: Duration::from_secs(1),
+            rate: 100 << 20,
+        }
+    }
+
+    #[test]
+    fn it_stops_when_the_rest_fits_and_does_not_shrink() {
+        // 80 ms at 100 MiB/s are 8 MiB.
+        assert_eq!(decide(&after(1, 20 << 20, None), &limits()), Decision::Copy);
+        assert_eq!(decide(&after(2, 6 << 20, Some(20 << 20)), &limits()), Decision::Copy);
+        assert_eq!(decide(&after(3, 2 << 20, Some(6 << 20)), &limits()), Decision::Copy);
+        assert_eq!(decide(&after(4, 2 << 20, Some(2 << 20)), &limits()), Decision::SwitchOver);
+        assert_eq!(decide(&after(1, 0, None), &limits()), Decision::SwitchOver);
+        assert_eq!(decide(&after(1, 4096, None), &limits()), Decision::SwitchOver);
+    }
+
+    #[test]
+    fn a_limit_gives_up_rather_than_pausing_for_long() {
+        let much = 20 << 20;
+        let limits = Limits { rounds_max: 5, ..limits() };
+        assert_eq!(decide(&after(4, much, Some(much)), &limits), Decision::GiveUp(Stop::Rounds));
+        let mut progress = after(1, much, None);
+        progress.sent = limits.bytes_max;
+        assert_eq!(decide(&progress, &limits), Decision::GiveUp(Stop::Bytes));
+        progress.sent = 0;
+        progress.elapsed = limits.total_time;
+        assert_eq!(decide(&progress, &limits), Decision::GiveUp(Stop::Time));
+        // What fits is sent even then.
+        assert_eq!(decide(&after(4, 2 << 20, Some(4 << 20)), &limits), Decision::SwitchOver);
+    }
+
+    /// Whatever a guest does, the passes come to an end.
+    #[test]
+    fn no_guest_copies_for_ever() {
+        let limits = limits();
+        for remaining in [0, 4096, 1 << 20, 9 << 20, 128 << 20] {
+            let mut before = None;
+            let rounds = (1..).find(|rounds| {
+                let progress = Progress { sent: 0, ..after(*rounds, remaining, before) };
+                before = Some(remaining * 2);
+                decide(&progress, &limits) != Decision::Copy
+            });
+            assert!(rounds.unwrap() < limits.rounds_max);
+        }
+    }
+
+    #[test]
+    fn limits_name_what_they_accept() {
+        let ask = |rounds_max| drover_proto::v1::MigrationLimits { rounds_max, ..Default::default() };
+        assert_eq!(Limits::from_request(Some(&ask(7)), 1).unwrap().rounds_max, 7);
+        assert_eq!(
+            Limits::from_request(Some(&ask(1001)), 1).unwrap_err(),
+            "limits.rounds_max: 1001; accepted: 1 to 1000"
+        );
+        let downtime = Some(prost_types::Duration { seconds: 11, nanos: 0 });
+        let ask = drover_proto::v1::MigrationLimits { downtime, ..Default::default() };
+        assert_eq!(
+            Limits::from_request(Some(&ask), 1).unwrap_err(),
+            "limits.downtime: 11s; accepted: at most 10s"
+        );
+    }
+
+    #[test]
+    fn small_rounds_do_not_change_the_rate() {
+        assert_eq!(rate_after(0, 4096, Duration::from_secs(1)), 4096);
+        assert_eq!(rate_after(1000, 4096, Duration::from_secs(1)), 1000);
+        assert_eq!(rate_after(1000, 1 << 20, Duration::from_secs(1)), 1 << 20);
+    }
+}

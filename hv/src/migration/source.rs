@@ -1,0 +1,502 @@
+//! The source's shell: does what [`SourceMachine`] says, with the machine, the network, the disk.
+
+use std::path::PathBuf;
+use std::time::{Duration, Instant};
+
+use drover_proto::agent::v1::{MigrationProgress, MigrationRole, ObservedMigration};
+use drover_proto::v1::{MigrationPhase, MigrationReport};
+
+use super::features::Shape;
+use super::handover::{Handover, Prepared, remove_handover};
+use super::link::{Link, buffer};
+use super::pages::{self, Batch, Batches};
+use super::policy::{self, Decision, Limits, Progress, Stop};
+use super::source_machine::{SourceAction, SourceEvent, SourceMachine, SourceState};
+use super::wire::{self, Hello, Kind};
+use super::{
+    CONNECT_TIMEOUT, IDLE_TIMEOUT, MigrationError, Observer, READY_TIMEOUT, RUNNING_TIMEOUT,
+    SourceControl,
+};
+use crate::machine::migratable::MigratableVm;
+use crate::memory::{DirtyPages, PAGE_BYTES};
+use crate::state;
+
+/// How often counters alone are reported.
+const REPORT_INTERVAL: Duration = Duration::from_millis(200);
+/// Longest time that pacing waits before it looks at the clock again.
+const PACE_MAX: Duration = Duration::from_millis(100);
+
+/// What a source is told.
+#[derive(Debug, Clone)]
+pub struct SourceConfig {
+    /// Unique in the cluster.
+    pub migration_id: String,
+    /// The destination's.
+    pub token: String,
+    /// The destination's, host:port.
+    pub address: String,
+    /// The epoch under which the destination will run the domain.
+    pub to_epoch: u64,
+    /// Bounds.
+    pub limits: Limits,
+    /// Where the hand-over is written down.
+    pub state_dir: PathBuf,
+    /// Of the machine that is sent.
+    pub shape: Shape,
+}
+
+/// How it ended.
+#[derive(Debug)]
+pub enum SourceOutcome {
+    /// The destination runs the guest. The machine here stays paused for ever.
+    Succeeded,
+    /// The guest runs here as if nothing had happened.
+    Failed(MigrationError),
+    /// The guest should run here and could not be resumed: the machine is of no use. (The
+    /// destination does not run it either.)
+    Broken(MigrationError),
+    /// Handed over, and the destination was not heard: the machine stays paused until the
+    /// controller has decided ([`remove_handover`], then resume).
+    HandedOver(MigrationError),
+}
+
+/// Sends a machine away. Returns when it is over, one way or another; the outcome says in which
+/// state the machine is.
+pub fn run(
+    vm: &mut dyn MigratableVm,
+    config: &SourceConfig,
+    control: &SourceControl,
+    observer: Observer<'_>,
+) -> SourceOutcome {
+    let mut source = Source {
+        vm,
+        config,
+        control,
+        observer,
+        link: None,
+        report: MigrationReport {
+            memory_bytes: config.shape.memory_bytes,
+            phase: MigrationPhase::Copying as i32,
+            ..Default::default()
+        },
+        reported: None,
+        started: Instant::now(),
+        copied: Copied::default(),
+        dirty: None,
+        logging: false,
+        pause: None,
+        error: None,
+        broken: false,
+    };
+    source.run()
+}
+
+struct Source<'a, 'o> {
+    vm: &'a mut dyn MigratableVm,
+    config: &'a SourceConfig,
+    control: &'a SourceControl,
+    observer: Observer<'o>,
+    link: Option<Link>,
+    report: MigrationReport,
+    reported: Option<Instant>,
+    started: Instant,
+    copied: Copied,
+    /// What the next pass sends; `None` before the first.
+    dirty: Option<DirtyPages>,
+    logging: bool,
+    pause: Option<Pause>,
+    error: Option<MigrationError>,
+    broken: bool,
+}
+
+/// What the passes have done so far.
+#[derive(Default)]
+struct Copied {
+    rounds: u32,
+    pages: u64,
+    remaining_before: Option<u64>,
+    rate: u64,
+}
+
+/// The pause, as it goes on.
+struct Pause {
+    start: Instant,
+    part: Instant,
+    prepared: Prepared,
+    image: Vec<u8>,
+    last: DirtyPages,
+}
+
+impl Pause {
+    /// The time since the last call, in microseconds: each moment belongs to one part.
+    fn lap_us(&mut self) -> u64 {
+        let now = Instant::now();
+        let lap = now - std::mem::replace(&mut self.part, now);
+        lap.as_micros() as u64
+    }
+}
+
+impl Source<'_, '_> {
+    fn run(&mut self) -> SourceOutcome {
+        let mut machine = SourceMachine::new();
+        let mut event = SourceEvent::Start;
+        loop {
+            let action = match machine.step(event) {
+                Ok(action) => action,
+                Err(illegal) => unreachable!("{illegal}"),
+            };
+            self.report(machine.state(), true);
+            if action == SourceAction::Finish {
+                return self.finish(machine.state());
+            }
+            event = match self.act(action) {
+                Ok(event) => event,
+                Err(error) => {
+                    self.note(error);
+                    SourceEvent::Failed
+                }
+            };
+        }
+    }
+
+    fn act(&mut self, action: SourceAction) -> Result<SourceEvent, MigrationError> {
+        Ok(match action {
+            SourceAction::Connect => {
+                let wanted = || !self.control.is_cancelled();
+                let link = Link::connect(&self.config.address, CONNECT_TIMEOUT, wanted)?;
+                self.control.set_socket(link.handle()?);
+                self.link = Some(link);
+                SourceEvent::Connected
+            }
+            SourceAction::Greet => {
+                let hello = Hello {
+                    migration_id: self.config.migration_id.clone(),
+                    token: self.config.token.clone(),
+                    to_epoch: self.config.to_epoch,
+                    shape: self.config.shape.clone(),
+                };
+                self.link()?.send(Kind::Hello, &hello.encode())?;
+                self.link()?.expect(Kind::Welcome, IDLE_TIMEOUT)?;
+                SourceEvent::Welcomed
+            }
+            SourceAction::CopyRound => self.copy_round()?,
+            SourceAction::Stop => self.stop()?,
+            SourceAction::SendLast => self.send_last()?,
+            SourceAction::AwaitReady => {
+                let waited = self.pause()?.start.elapsed();
+                self.link()?.expect(Kind::Ready, READY_TIMEOUT.saturating_sub(waited))?;
+                self.report.pause_state_us += self.pause()?.lap_us();
+                SourceEvent::ReadyHeard
+            }
+            SourceAction::WriteHandover => self.write_handover()?,
+            SourceAction::Commit => {
+                self.link()?.send(Kind::Commit, &[])?;
+                self.link()?.expect(Kind::Running, RUNNING_TIMEOUT)?;
+                self.report.pause_commit_us += self.pause()?.lap_us();
+                SourceEvent::RunningHeard
+            }
+            SourceAction::Resume => {
+                if let Err(error) = self.vm.resume() {
+                    self.broken = true;
+                    self.note(error.into());
+                }
+                SourceEvent::Resumed
+            }
+            SourceAction::Finish => unreachable!("handled by the caller"),
+        })
+    }
+
+    /// One pass: what was written since the last one, or all there is.
+    fn copy_round(&mut self) -> Result<SourceEvent, MigrationError> {
+        let fresh = self.dirty.is_none();
+        let pages = match self.dirty.take() {
+            Some(pages) => pages,
+            None => {
+                // From here on every write is logged; so what is a hole now, and is written
+                // later, is in the log.
+                self.vm.start_dirty_log()?;
+                self.logging = true;
+                let present = pages::present(self.vm.memory());
+                let all = self.config.shape.memory_bytes / PAGE_BYTES;
+                self.report.zero_pages += all.saturating_sub(present.count());
+                present
+            }
+        };
+        let began = Instant::now();
+        let sent_before = self.report.bytes_sent;
+        self.send_pages(&pages, fresh)?;
+        self.copied.rounds += 1;
+        self.report.rounds = self.copied.rounds;
+        let round = wire::encode_round(self.copied.rounds, self.copied.pages);
+        self.link()?.send(Kind::Round, &round)?;
+        let ack = self.link()?.expect(Kind::RoundAck, IDLE_TIMEOUT)?;
+        if ack != round {
+            return Err(MigrationError::Protocol("the passes' pages do not add up".into()));
+        }
+        let sent = self.report.bytes_sent - sent_before;
+        self.copied.rate = policy::rate_after(self.copied.rate, sent, began.elapsed());
+        self.report.rate_bytes_per_second = self.copied.rate;
+
+        let dirty = self.vm.take_dirty()?;
+        let progress = Progress {
+            rounds: self.copied.rounds,
+            remaining: dirty.bytes(),
+            remaining_before: self.copied.remaining_before.replace(dirty.bytes()),
+            sent: self.report.bytes_sent,
+            elapsed: self.started.elapsed(),
+            rate: self.copied.rate,
+        };
+        self.report.remaining_bytes = dirty.bytes();
+        self.dirty = Some(dirty);
+        tracing::debug!(?progress, "a pass is done");
+        match policy::decide(&progress, &self.config.limits) {
+            Decision::Copy => Ok(SourceEvent::RoundDone),
+            Decision::SwitchOver => {
+                self.report.stop_reason = Stop::Converged.name().to_owned();
+                Ok(SourceEvent::Converged)
+            }
+            Decision::GiveUp(stop) => {
+                self.report.stop_reason = stop.name().to_owned();
+                Err(gave_up(stop, &progress, &self.config.limits))
+            }
+        }
+    }
+
+    /// Sends these pages; `fresh` when none was sent before.
+    fn send_pages(&mut self, pages: &DirtyPages, fresh: bool) -> Result<(), MigrationError> {
+        let mut remaining = pages.bytes();
+        let began = Instant::now();
+        let mut paced = 0;
+        let memory = self.vm.memory().clone();
+        for batch in Batches::new(&memory, pages.ranges(), fresh) {
+            if self.control.is_cancelled() {
+                return Err(MigrationError::Cancelled);
+            }
+            let sent = self.send_batch(&memory, &batch)?;
+            let handled = batch.zero_pages * PAGE_BYTES + batch.data_bytes as u64;
+            remaining = remaining.saturating_sub(handled);
+            self.report.remaining_bytes = remaining;
+            if self.pause.is_none() {
+                paced += sent;
+                self.pace(began, paced)?;
+                self.report(SourceState::Copying, false);
+            }
+        }
+        Ok(())
+    }
+
+    fn send_batch(
+        &mut self,
+        memory: &crate::memory::GuestMemory,
+        batch: &Batch,
+    ) -> Result<u64, MigrationError> {
+        self.report.zero_pages += batch.zero_pages;
+        if batch.runs.is_empty() {
+            return Ok(0);
+        }
+        let table = wire::encode_runs(&batch.runs);
+        let header = wire::header(Kind::Pages, table.len() + batch.data_bytes);
+        let mut buffers = Vec::with_capacity(2 + batch.runs.len());
+        buffers.extend([buffer(&header), buffer(&table)]);
+        let mut data_pages = 0;
+        for run in batch.runs.iter().filter(|run| !run.zero) {
+            let gathered = pages::gather(memory, run, &mut buffers);
+            assert!(gathered, "a dirty page outside of memory");
+            data_pages += u64::from(run.pages);
+        }
+        let link = self.link()?;
+        let before = link.sent;
+        // SAFETY: the buffers are the header, the table, and mapped guest memory, all alive.
+        unsafe { link.send_buffers(&mut buffers) }?;
+        let sent = link.sent - before;
+        self.report.bytes_sent += sent;
+        self.report.pages_sent += data_pages;
+        self.copied.pages += batch.runs.iter().map(|run| u64::from(run.pages)).sum::<u64>();
+        Ok(sent)
+    }
+
+    /// Keeps to the bandwidth that was given.
+    fn pace(&self, began: Instant, sent: u64) -> Result<(), MigrationError> {
+        let rate = self.config.limits.bandwidth_max;
+        if rate == 0 {
+            return Ok(());
+        }
+        let due = Duration::from_secs_f64(sent as f64 / rate as f64);
+        loop {
+            let early = due.saturating_sub(began.elapsed());
+            if self.control.is_cancelled() {
+                return Err(MigrationError::Cancelled);
+            }
+            if early.is_zero() {
+                return Ok(());
+            }
+            self.control.wait(early.min(PACE_MAX));
+        }
+    }
+
+    /// The pause begins: the guest stands still, and its state is saved.
+    fn stop(&mut self) -> Result<SourceEvent, MigrationError> {
+        let handover = Handover {
+            migration_id: self.config.migration_id.clone(),
+            to_epoch: self.config.to_epoch,
+        };
+        let prepared = handover.prepare(&self.config.state_dir).map_err(MigrationError::Handover)?;
+        let rest = self.dirty.take().unwrap_or_else(|| DirtyPages::none(self.vm.memory()));
+        let start = Instant::now();
+        let pause =
+            self.pause.insert(Pause { start, part: start, prepared, image: Vec::new(), last: rest });
+        self.vm.pause()?;
+        self.report.pause_stop_us = pause.lap_us();
+        pause.image = state::encode(&self.vm.save_state()?)?;
+        self.report.pause_state_us = pause.lap_us();
+        // After the save, which may have written memory.
+        pause.last.merge(&self.vm.take_last_dirty()?);
+        Ok(SourceEvent::Stopped)
+    }
+
+    fn send_last(&mut self) -> Result<SourceEvent, MigrationError> {
+        let none = DirtyPages::none(self.vm.memory());
+        let last = std::mem::replace(&mut self.pause()?.last, none);
+        self.send_pages(&last, false)?;
+        self.report.rounds = self.copied.rounds + 1;
+        self.report.pause_memory_us = self.pause()?.lap_us();
+        let mut payload = self.copied.pages.to_le_bytes().to_vec();
+        payload.append(&mut self.pause()?.image);
+        self.link()?.send(Kind::State, &payload)?;
+        self.report.bytes_sent += payload.len() as u64;
+        Ok(SourceEvent::LastSent)
+    }
+
+    fn write_handover(&mut self) -> Result<SourceEvent, MigrationError> {
+        if !self.control.close() {
+            return Err(MigrationError::Cancelled);
+        }
+        let Err(error) = self.pause()?.prepared.commit() else {
+            return Ok(SourceEvent::HandoverWritten);
+        };
+        self.note(MigrationError::Handover(error));
+        match remove_handover(&self.config.state_dir) {
+            Ok(()) => Ok(SourceEvent::HandoverWithdrawn),
+            Err(error) => {
+                tracing::error!(%error, "the hand-over may be on disk: the guest stays paused");
+                Ok(SourceEvent::HandoverUnclear)
+            }
+        }
+    }
+
+    fn finish(&mut self, state: SourceState) -> SourceOutcome {
+        match state {
+            SourceState::Succeeded => {
+                tracing::info!(pause_us = self.report.pause_us, "the domain has moved");
+                return SourceOutcome::Succeeded;
+            }
+            SourceState::HandedOver => return SourceOutcome::HandedOver(self.take_error()),
+            _ => {}
+        }
+        // The guest runs here; what follows costs it nothing.
+        if let Some(link) = &mut self.link {
+            let reason = self.error.as_ref().map_or_else(String::new, ToString::to_string);
+            let _ = link.send(Kind::Abort, &wire::encode_reason(&reason));
+            link.close();
+        }
+        if self.logging
+            && let Err(error) = self.vm.stop_dirty_log()
+        {
+            tracing::warn!(%error, "the log of dirty pages stays on");
+        }
+        if self.pause.is_some()
+            && let Err(error) = remove_handover(&self.config.state_dir)
+        {
+            tracing::warn!(%error, "the prepared hand-over stays on disk");
+        }
+        let error = self.take_error();
+        if self.broken { SourceOutcome::Broken(error) } else { SourceOutcome::Failed(error) }
+    }
+
+    fn link(&mut self) -> Result<&mut Link, MigrationError> {
+        self.link.as_mut().ok_or_else(|| MigrationError::Protocol("there is no connection".into()))
+    }
+
+    fn pause(&mut self) -> Result<&mut Pause, MigrationError> {
+        self.pause.as_mut().ok_or_else(|| MigrationError::Protocol("the guest runs".into()))
+    }
+
+    /// Keeps the first error, and the better reason where the other side gave one.
+    fn note(&mut self, error: MigrationError) {
+        let error = match error {
+            MigrationError::Link { .. } if self.control.is_cancelled() => MigrationError::Cancelled,
+            MigrationError::Link { .. } => {
+                self.link.as_mut().and_then(Link::last_words).unwrap_or(error)
+            }
+            error => error,
+        };
+        tracing::warn!(%error, "the migration has failed");
+        self.error.get_or_insert(error);
+    }
+
+    fn take_error(&mut self) -> MigrationError {
+        self.error.take().unwrap_or(MigrationError::Cancelled)
+    }
+
+    /// Tells the observer; counters alone not too often.
+    fn report(&mut self, state: SourceState, now: bool) {
+        let report = &mut self.report;
+        if !now && self.reported.is_some_and(|last| last.elapsed() < REPORT_INTERVAL) {
+            return;
+        }
+        // Inside the pause nobody is told: it would be paid by the guest.
+        let paused = [
+            SourceState::Stopping,
+            SourceState::Sending,
+            SourceState::AwaitingReady,
+            SourceState::HandingOver,
+            SourceState::Committing,
+            SourceState::Resuming,
+        ];
+        if paused.contains(&state) {
+            return;
+        }
+        report.total_us = self.started.elapsed().as_micros() as u64;
+        report.pause_us = report.pause_stop_us
+            + report.pause_memory_us
+            + report.pause_state_us
+            + report.pause_commit_us;
+        let (progress, phase) = match state {
+            SourceState::Succeeded => (MigrationProgress::Succeeded, MigrationPhase::Done),
+            SourceState::HandedOver | SourceState::TakingOver => {
+                (MigrationProgress::HandedOver, MigrationPhase::HandedOver)
+            }
+            SourceState::Failed | SourceState::Owner => {
+                (MigrationProgress::Failed, MigrationPhase::Aborting)
+            }
+            _ => (MigrationProgress::Copying, MigrationPhase::Copying),
+        };
+        report.phase = phase as i32;
+        self.reported = Some(Instant::now());
+        let observed = ObservedMigration {
+            id: self.config.migration_id.clone(),
+            role: MigrationRole::Source as i32,
+            progress: progress as i32,
+            report: Some(report.clone()),
+            error: self.error.as_ref().map_or_else(String::new, ToString::to_string),
+            ..Default::default()
+        };
+        (self.observer)(&observed);
+    }
+}
+
+fn gave_up(stop: Stop, progress: &Progress, limits: &Limits) -> MigrationError {
+    let left = progress.remaining >> 10;
+    let rate = progress.rate >> 10;
+    let tried = match stop {
+        Stop::Rounds => format!("{} passes (limits.rounds_max)", limits.rounds_max),
+        Stop::Bytes => format!("{} bytes (limits.bytes_max)", limits.bytes_max),
+        Stop::Time | Stop::Converged => format!("{:?} (limits.total_time)", limits.total_time),
+    };
+    MigrationError::Limits(format!(
+        "the copy does not fit {tried}: the guest writes faster than it goes over; {left} KiB are \
+         left at {rate} KiB/s, for a pause of {:?}",
+        limits.downtime
+    ))
+}
+

@@ -1,0 +1,338 @@
+//! The messages between source and destination, as `docs/migration-format.md` has them.
+
+use super::features::Shape;
+use crate::memory::PAGE_BYTES;
+use crate::state::{Decoder, Encoder, STATE_BYTES_MAX, StateError};
+
+/// The protocol's version; both sides must speak the same.
+pub const PROTOCOL_VERSION: u16 = 1;
+/// Begins each message, so that a stream out of step is noticed at once.
+const MAGIC: [u8; 4] = *b"DRVM";
+/// magic, kind, reserved, length.
+pub const HEADER_BYTES: usize = 12;
+/// start, pages, what they hold.
+pub const RUN_BYTES: usize = 16;
+/// Most runs in a message: with the header, fewer buffers than one `writev` takes.
+pub const RUNS_MAX: usize = 512;
+/// Most bytes of page data in a message.
+pub const DATA_BYTES_MAX: usize = 1 << 20;
+/// Longest text of a refusal.
+const REASON_BYTES_MAX: usize = 1024;
+const ID_BYTES_MAX: usize = 128;
+const TOKEN_BYTES_MAX: usize = 256;
+const HELLO_BYTES_MAX: usize = 8192;
+
+/// What a message is.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[repr(u16)]
+pub enum Kind {
+    /// Source: who, and of what shape.
+    Hello = 1,
+    /// Destination: go on.
+    Welcome = 2,
+    /// Destination: no, and why.
+    Refuse = 3,
+    /// Source: pages.
+    Pages = 4,
+    /// Source: the pass is over.
+    Round = 5,
+    /// Destination: every page of the pass is in memory.
+    RoundAck = 6,
+    /// Source: the state of the machine; no page follows.
+    State = 7,
+    /// Destination: restored and verified.
+    Ready = 8,
+    /// Source: handed over.
+    Commit = 9,
+    /// Destination: the guest runs.
+    Running = 10,
+    /// Either, before the hand-over: it is off, and why.
+    Abort = 11,
+}
+
+impl Kind {
+    const ALL: [Self; 11] = [
+        Self::Hello,
+        Self::Welcome,
+        Self::Refuse,
+        Self::Pages,
+        Self::Round,
+        Self::RoundAck,
+        Self::State,
+        Self::Ready,
+        Self::Commit,
+        Self::Running,
+        Self::Abort,
+    ];
+
+    fn length_max(self) -> usize {
+        match self {
+            Self::Hello => HELLO_BYTES_MAX,
+            Self::Refuse | Self::Abort => 4 + REASON_BYTES_MAX,
+            Self::Pages => 4 + RUNS_MAX * RUN_BYTES + DATA_BYTES_MAX,
+            Self::Round | Self::RoundAck => 12,
+            Self::State => 8 + STATE_BYTES_MAX,
+            Self::Welcome | Self::Ready | Self::Commit | Self::Running => 0,
+        }
+    }
+}
+
+/// Pages that lie behind each other and hold the same kind of content.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Run {
+    /// Guest-physical address of the first page.
+    pub start: u64,
+    /// How many.
+    pub pages: u32,
+    /// They hold zeros, which are not sent.
+    pub zero: bool,
+}
+
+impl Run {
+    /// Length in bytes.
+    pub fn bytes(&self) -> u64 {
+        u64::from(self.pages) * PAGE_BYTES
+    }
+}
+
+/// HELLO.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Hello {
+    /// Unique in the cluster.
+    pub migration_id: String,
+    /// Known to the two sides of this migration alone.
+    pub token: String,
+    /// The epoch under which the destination will run the domain.
+    pub to_epoch: u64,
+    /// The source's machine.
+    pub shape: Shape,
+}
+
+impl Hello {
+    /// The payload.
+    pub fn encode(&self) -> Vec<u8> {
+        let mut out = Encoder::new();
+        out.u16(PROTOCOL_VERSION);
+        out.bytes(self.migration_id.as_bytes());
+        out.bytes(self.token.as_bytes());
+        out.u64(self.to_epoch);
+        self.shape.encode(&mut out);
+        out.into_bytes()
+    }
+
+    /// Reads a payload.
+    pub fn decode(payload: &[u8]) -> Result<Self, StateError> {
+        let mut fields = Decoder::new(payload);
+        let version = fields.u16("protocol version")?;
+        if version != PROTOCOL_VERSION {
+            let accepted = PROTOCOL_VERSION.to_string();
+            return Err(StateError::value("protocol version", version, accepted));
+        }
+        let text = |bytes: &[u8]| String::from_utf8_lossy(bytes).into_owned();
+        let hello = Self {
+            migration_id: text(fields.bytes("migration id", ID_BYTES_MAX)?),
+            token: text(fields.bytes("token", TOKEN_BYTES_MAX)?),
+            to_epoch: fields.u64("to_epoch")?,
+            shape: Shape::decode(&mut fields)?,
+        };
+        fields.finish("hello")?;
+        Ok(hello)
+    }
+}
+
+/// A message's header.
+pub fn header(kind: Kind, length: usize) -> [u8; HEADER_BYTES] {
+    debug_assert!(length <= kind.length_max());
+    let mut header = [0; HEADER_BYTES];
+    header[..4].copy_from_slice(&MAGIC);
+    header[4..6].copy_from_slice(&(kind as u16).to_le_bytes());
+    header[8..].copy_from_slice(&(length as u32).to_le_bytes());
+    header
+}
+
+/// Reads a header: the message's kind and its payload's length, which is within its bounds.
+pub fn parse_header(header: [u8; HEADER_BYTES]) -> Result<(Kind, usize), StateError> {
+    let mut fields = Decoder::new(&header);
+    let magic = fields.array::<4>("message magic")?;
+    if magic != MAGIC {
+        return Err(StateError::value(
+            "message magic",
+            format_args!("{magic:02x?}"),
+            "\"DRVM\": the other side speaks another protocol",
+        ));
+    }
+    let number = fields.u16("message kind")?;
+    let kind = Kind::ALL.into_iter().find(|kind| *kind as u16 == number);
+    let kind = kind.ok_or_else(|| StateError::value("message kind", number, "1 to 11"))?;
+    fields.u16("reserved")?;
+    let value = fields.u32("message length")? as usize;
+    let limit = kind.length_max();
+    if value > limit {
+        return Err(StateError::TooLarge { field: "message length", value, limit });
+    }
+    Ok((kind, value))
+}
+
+/// The table that begins a PAGES message.
+pub fn encode_runs(runs: &[Run]) -> Vec<u8> {
+    debug_assert!(runs.len() <= RUNS_MAX);
+    let mut out = Encoder::new();
+    out.u32(runs.len() as u32);
+    for run in runs {
+        out.u64(run.start);
+        out.u32(run.pages);
+        out.u32(u32::from(run.zero));
+    }
+    out.into_bytes()
+}
+
+/// Reads a table of `count` runs, whose data are exactly `data_bytes` long.
+pub fn decode_runs(table: &[u8], count: usize, data_bytes: usize) -> Result<Vec<Run>, StateError> {
+    if count > RUNS_MAX {
+        return Err(StateError::TooLarge { field: "runs", value: count, limit: RUNS_MAX });
+    }
+    let mut fields = Decoder::new(table);
+    let mut runs = Vec::with_capacity(count);
+    let mut sent = 0u64;
+    for _ in 0..count {
+        let start = fields.u64("run start")?;
+        let pages = fields.u32("run pages")?;
+        let zero = match fields.u32("run content")? {
+            0 => false,
+            1 => true,
+            other => return Err(StateError::value("run content", other, "0 or 1")),
+        };
+        let run = Run { start, pages, zero };
+        if pages == 0 || !start.is_multiple_of(PAGE_BYTES) {
+            return Err(StateError::value("run", format_args!("{run:?}"), "whole pages"));
+        }
+        sent += if zero { 0 } else { run.bytes() };
+        runs.push(run);
+    }
+    fields.finish("runs")?;
+    if sent != data_bytes as u64 {
+        return Err(StateError::value("page data", data_bytes, format!("{sent} bytes")));
+    }
+    Ok(runs)
+}
+
+/// ROUND and ROUND_ACK: which pass, and how many pages it had.
+pub fn encode_round(round: u32, pages: u64) -> Vec<u8> {
+    let mut out = Encoder::new();
+    out.u32(round);
+    out.u64(pages);
+    out.into_bytes()
+}
+
+/// Reads a ROUND or ROUND_ACK.
+pub fn decode_round(payload: &[u8]) -> Result<(u32, u64), StateError> {
+    let mut fields = Decoder::new(payload);
+    let round = (fields.u32("round")?, fields.u64("round pages")?);
+    fields.finish("round")?;
+    Ok(round)
+}
+
+/// REFUSE and ABORT: a text.
+pub fn encode_reason(reason: &str) -> Vec<u8> {
+    let mut end = reason.len().min(REASON_BYTES_MAX);
+    while !reason.is_char_boundary(end) {
+        end -= 1;
+    }
+    let mut out = Encoder::new();
+    out.bytes(reason[..end].as_bytes());
+    out.into_bytes()
+}
+
+/// Reads a REFUSE or ABORT; control characters are replaced, as it goes to a person's terminal.
+pub fn decode_reason(payload: &[u8]) -> Result<String, StateError> {
+    let mut fields = Decoder::new(payload);
+    let text = String::from_utf8_lossy(fields.bytes("reason", REASON_BYTES_MAX)?).into_owned();
+    fields.finish("reason")?;
+    Ok(text.replace(char::is_control, " "))
+}
+
+/// Whether two secrets are the same, in a time that does not tell where they differ.
+pub fn same_secret(a: &str, b: &str) -> bool {
+    let (a, b) = (a.as_bytes(), b.as_bytes());
+    let differences = a.iter().zip(b).fold(0, |all, (a, b)| all | (a ^ b));
+    a.len() == b.len() && std::hint::black_box(differences) == 0
+}
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+
+    use super::*;
+
+    fn hello() -> Hello {
+        Hello {
+            migration_id: "m".into(),
+            token: "t".into(),
+            to_epoch: 7,
+            shape: Shape {
+                uid: "u".into(),
+                vcpus: 2,
+                memory_bytes: 1 << 27,
+                interfaces: vec![[2; 6]],
+                cpu_features: vec![],
+            },
+        }
+    }
+
+    proptest! {
+        #[test]
+        fn arbitrary_bytes_never_panic(bytes in prop::collection::vec(any::<u8>(), 0..300)) {
+            let _ = Hello::decode(&bytes);
+            let _ = decode_round(&bytes);
+            let _ = decode_reason(&bytes);
+            let _ = decode_runs(&bytes, bytes.len() / RUN_BYTES, 4096);
+            if let Some(header) = bytes.first_chunk() {
+                let _ = parse_header(*header);
+            }
+            let mut framed = header(Kind::Abort, 0);
+            for (to, from) in framed[4..].iter_mut().zip(&bytes) {
+                *to = *from;
+            }
+            if let Ok((kind, length)) = parse_header(framed) {
+                prop_assert!(length <= kind.length_max());
+            }
+        }
+
+        #[test]
+        fn runs_are_read_as_written(
+            runs in prop::collection::vec((0u64..1 << 40, 1u32..9, any::<bool>()), 0..40),
+        ) {
+            let runs: Vec<Run> = runs
+                .into_iter()
+                .map(|(page, pages, zero)| Run { start: page * PAGE_BYTES, pages, zero })
+                .collect();
+            let data: u64 = runs.iter().filter(|run| !run.zero).map(Run::bytes).sum();
+            let table = encode_runs(&runs);
+            prop_assert_eq!(decode_runs(&table[4..], runs.len(), data as usize).unwrap(), runs);
+        }
+    }
+
+    #[test]
+    fn messages_are_read_as_written() {
+        assert_eq!(Hello::decode(&hello().encode()), Ok(hello()));
+        assert_eq!(parse_header(header(Kind::Round, 12)), Ok((Kind::Round, 12)));
+        assert_eq!(decode_round(&encode_round(3, 9)), Ok((3, 9)));
+        assert_eq!(decode_reason(&encode_reason("no\x1b room")).unwrap(), "no  room");
+        let long = "ä".repeat(1000);
+        assert_eq!(decode_reason(&encode_reason(&long)).unwrap(), "ä".repeat(512));
+    }
+
+    #[test]
+    fn another_version_is_refused_with_both_numbers() {
+        let mut bytes = hello().encode();
+        bytes[0] = 9;
+        let error = Hello::decode(&bytes).unwrap_err().to_string();
+        assert_eq!(error, "state: protocol version is 9; accepted: 1");
+    }
+
+    #[test]
+    fn secrets_are_compared_whole() {
+        assert!(same_secret("abc", "abc"));
+        assert!(!same_secret("abc", "abd") && !same_secret("abc", "ab") && !same_secret("", "a"));
+    }
+}

@@ -1,0 +1,234 @@
+//! A machine of plain memory, whose guest is a thread that writes.
+
+use std::io;
+use std::sync::atomic::{AtomicBool, AtomicI32, AtomicU64, Ordering};
+use std::sync::{Arc, Mutex};
+use std::thread::JoinHandle;
+
+use drover_hv::machine::migratable::{MachineState, MigratableError, MigratableVm};
+use drover_hv::memory::{self, DirtyLog, DirtyPages, DirtyTracker, GuestMemory, PAGE_BYTES};
+use drover_hv::migration::{FeatureWord, Shape};
+use drover_hv::state::{self, kind};
+use vm_memory::{Bytes, GuestAddress};
+
+/// All writes of the fake guest go through `vm-memory`: there is nothing for KVM to log.
+struct NoLog;
+
+impl DirtyLog for NoLog {
+    fn start(&mut self) -> io::Result<()> {
+        Ok(())
+    }
+    fn read(&mut self, _: usize, _: bool) -> io::Result<Vec<u64>> {
+        Ok(Vec::new())
+    }
+    fn stop(&mut self) -> io::Result<()> {
+        Ok(())
+    }
+}
+
+/// How many machines of a test run; never more than one (I1).
+#[derive(Debug, Clone, Default)]
+pub struct Runners(Arc<AtomicI32>);
+
+impl Runners {
+    fn enter(&self) {
+        let others = self.0.fetch_add(1, Ordering::SeqCst);
+        assert_eq!(others, 0, "I1: the guest runs twice");
+    }
+    fn leave(&self) {
+        self.0.fetch_sub(1, Ordering::SeqCst);
+    }
+    pub fn count(&self) -> i32 {
+        self.0.load(Ordering::SeqCst)
+    }
+}
+
+/// What the guest does all day.
+#[derive(Debug, Clone, Copy)]
+pub struct Habits {
+    /// It writes pages below this one.
+    pub hot_pages: u64,
+    /// Between two writes.
+    pub rest: std::time::Duration,
+}
+
+pub struct FakeVm {
+    memory: GuestMemory,
+    tracker: DirtyTracker,
+    runners: Runners,
+    /// Held by the guest for each write; pausing is taking it.
+    gate: Arc<Mutex<bool>>,
+    running: bool,
+    writes: Arc<AtomicU64>,
+    ended: Arc<AtomicBool>,
+    guest: Option<JoinHandle<()>>,
+    pub announced: u32,
+    pub fail_restore: bool,
+}
+
+pub const PAGES: u64 = 2048;
+
+pub fn shape() -> Shape {
+    Shape {
+        uid: "fake".into(),
+        vcpus: 1,
+        memory_bytes: PAGES * PAGE_BYTES,
+        interfaces: vec![[0x52, 0x54, 0, 0, 0, 1]],
+        cpu_features: vec![FeatureWord { leaf: 7, subleaf: 0, register: 1, bits: 3 }],
+    }
+}
+
+impl FakeVm {
+    /// A machine that stands still, with zeroed memory.
+    pub fn new(runners: &Runners, habits: Habits) -> Self {
+        let memory = memory::create(PAGES * PAGE_BYTES).unwrap();
+        let tracker = DirtyTracker::new(memory.clone(), Box::new(NoLog));
+        let (gate, writes) = (Arc::new(Mutex::new(false)), Arc::new(AtomicU64::new(0)));
+        let ended = Arc::new(AtomicBool::new(false));
+        let guest = {
+            let (memory, gate) = (memory.clone(), Arc::clone(&gate));
+            let (writes, ended) = (Arc::clone(&writes), Arc::clone(&ended));
+            std::thread::spawn(move || guest(&memory, &gate, &writes, &ended, habits))
+        };
+        Self {
+            memory,
+            tracker,
+            runners: runners.clone(),
+            gate,
+            running: false,
+            writes,
+            ended,
+            guest: Some(guest),
+            announced: 0,
+            fail_restore: false,
+        }
+    }
+
+    /// A machine that has run for a while: some pages hold something, some zeros, some nothing.
+    pub fn running(runners: &Runners, habits: Habits) -> Self {
+        let mut vm = Self::new(runners, habits);
+        for page in (0..PAGES).step_by(3) {
+            let value = if page % 2 == 0 { page } else { 0 };
+            vm.memory.write_obj(value, GuestAddress(page * PAGE_BYTES + 8)).unwrap();
+        }
+        vm.resume().unwrap();
+        vm
+    }
+
+    pub fn is_running(&self) -> bool {
+        self.running
+    }
+
+    pub fn writes(&self) -> u64 {
+        self.writes.load(Ordering::SeqCst)
+    }
+
+    pub fn contents(&self) -> Vec<u8> {
+        let mut bytes = vec![0; (PAGES * PAGE_BYTES) as usize];
+        self.memory.read_slice(&mut bytes, GuestAddress(0)).unwrap();
+        bytes
+    }
+
+    /// Ends a machine, as SIGKILL does.
+    pub fn kill(mut self) {
+        self.pause().unwrap();
+    }
+}
+
+fn guest(
+    memory: &GuestMemory,
+    gate: &Mutex<bool>,
+    writes: &AtomicU64,
+    ended: &AtomicBool,
+    habits: Habits,
+) {
+    let mut seed = 1u64;
+    while !ended.load(Ordering::SeqCst) {
+        if *gate.lock().unwrap() {
+            seed = seed.wrapping_mul(6364136223846793005).wrapping_add(1442695040888963407);
+            let page = (seed >> 33) % habits.hot_pages;
+            // Now and then a page becomes zero again.
+            let value = if seed >> 60 == 0 { 0 } else { seed };
+            memory.write_obj(value, GuestAddress(page * PAGE_BYTES)).unwrap();
+            writes.fetch_add(1, Ordering::SeqCst);
+        }
+        std::thread::sleep(habits.rest);
+    }
+}
+
+impl Drop for FakeVm {
+    fn drop(&mut self) {
+        self.pause().unwrap();
+        self.ended.store(true, Ordering::SeqCst);
+        if let Some(guest) = self.guest.take() {
+            guest.join().unwrap();
+        }
+    }
+}
+
+impl MigratableVm for FakeVm {
+    fn memory(&self) -> &GuestMemory {
+        &self.memory
+    }
+
+    fn pause(&mut self) -> Result<(), MigratableError> {
+        *self.gate.lock().unwrap() = false;
+        if std::mem::take(&mut self.running) {
+            self.runners.leave();
+        }
+        Ok(())
+    }
+
+    fn resume(&mut self) -> Result<(), MigratableError> {
+        if !self.running {
+            self.runners.enter();
+            self.running = true;
+            *self.gate.lock().unwrap() = true;
+        }
+        Ok(())
+    }
+
+    fn save_state(&mut self) -> Result<MachineState, MigratableError> {
+        assert!(!self.running);
+        // Saving may write memory, and that write must travel.
+        self.memory.write_obj(0x5a5a_5a5a_u32, GuestAddress(77 * PAGE_BYTES)).unwrap();
+        let writes = self.writes();
+        Ok(MachineState { sections: vec![state::section(kind::VM, 0, 1, |e| e.u64(writes))] })
+    }
+
+    fn restore_state(&mut self, state: MachineState) -> Result<(), MigratableError> {
+        assert!(!self.running);
+        if self.fail_restore {
+            return Err(MigratableError::Mismatch("as the test wanted".into()));
+        }
+        let section = state::find(&state, kind::VM, 0).unwrap();
+        let writes = state::fields(section, 1).unwrap().u64("writes").unwrap();
+        self.writes.store(writes, Ordering::SeqCst);
+        Ok(())
+    }
+
+    fn start_dirty_log(&mut self) -> Result<(), MigratableError> {
+        Ok(self.tracker.start()?)
+    }
+
+    fn take_dirty(&mut self) -> Result<DirtyPages, MigratableError> {
+        Ok(self.tracker.take()?)
+    }
+
+    fn take_last_dirty(&mut self) -> Result<DirtyPages, MigratableError> {
+        Ok(self.tracker.take_last()?)
+    }
+
+    fn put_back_dirty(&mut self, pages: &DirtyPages) {
+        self.tracker.put_back(pages);
+    }
+
+    fn stop_dirty_log(&mut self) -> Result<(), MigratableError> {
+        Ok(self.tracker.stop()?)
+    }
+
+    fn announce(&mut self) {
+        assert!(self.running, "announced before it runs");
+        self.announced += 1;
+    }
+}

@@ -1,0 +1,302 @@
+//! The migration's shells over real TCP, with machines of plain memory: whatever happens to the
+//! link, the guest runs in one place at most, and its memory is whole.
+
+mod common;
+
+use std::io::{Read, Write};
+use std::net::{Shutdown, TcpListener, TcpStream};
+use std::time::Duration;
+
+use common::{FakeVm, Habits, Runners, shape};
+use drover_hv::machine::migratable::MigratableVm;
+use drover_hv::migration::{
+    ControlError, DestinationConfig, DestinationControl, DestinationOutcome, Handover, Incoming,
+    Limits, MigrationError, SourceConfig, SourceControl, SourceOutcome, remove_handover, source,
+};
+use drover_proto::agent::v1::{MigrationProgress, ObservedMigration};
+use tempfile::TempDir;
+
+const EPOCH: u64 = 5;
+const CALM: Habits = Habits { hot_pages: 64, rest: Duration::from_micros(50) };
+/// More than goes over: never converges with a tight limit.
+const WILD: Habits = Habits { hot_pages: common::PAGES, rest: Duration::ZERO };
+
+fn limits() -> Limits {
+    Limits::from_request(None, shape().memory_bytes).unwrap()
+}
+
+/// A destination on a thread of its own.
+struct Destination {
+    address: String,
+    control: DestinationControl,
+    thread: std::thread::JoinHandle<(FakeVm, DestinationOutcome, Vec<MigrationProgress>)>,
+}
+
+fn destination(runners: &Runners, change: impl FnOnce(&mut FakeVm)) -> Destination {
+    let incoming = Incoming::bind("127.0.0.1:0").unwrap();
+    let address = incoming.address().to_owned();
+    let control = DestinationControl::new(EPOCH).unwrap();
+    let mut vm = FakeVm::new(runners, CALM);
+    change(&mut vm);
+    let its_control = control.clone();
+    let thread = std::thread::spawn(move || {
+        let config =
+            DestinationConfig { migration_id: "m".into(), token: "secret".into(), shape: shape() };
+        let mut seen = Vec::new();
+        let mut observer = |observed: &ObservedMigration| seen.push(observed.progress());
+        let outcome = incoming.run(&mut vm, &config, &its_control, &mut observer);
+        (vm, outcome, seen)
+    });
+    Destination { address, control, thread }
+}
+
+fn config(address: &str, dir: &TempDir) -> SourceConfig {
+    SourceConfig {
+        migration_id: "m".into(),
+        token: "secret".into(),
+        address: address.into(),
+        to_epoch: EPOCH,
+        limits: limits(),
+        state_dir: dir.path().into(),
+        shape: shape(),
+    }
+}
+
+fn send(vm: &mut FakeVm, config: &SourceConfig) -> (SourceOutcome, ObservedMigration) {
+    let mut last = ObservedMigration::default();
+    let mut observer = |observed: &ObservedMigration| last = observed.clone();
+    let outcome = source::run(vm, config, &SourceControl::new(), &mut observer);
+    (outcome, last)
+}
+
+#[test]
+fn a_running_machine_moves_whole() {
+    let (runners, dir) = (Runners::default(), TempDir::new().unwrap());
+    let mut vm = FakeVm::running(&runners, CALM);
+    let there = destination(&runners, |_| {});
+    let (outcome, last) = send(&mut vm, &config(&there.address, &dir));
+    assert!(matches!(outcome, SourceOutcome::Succeeded), "{outcome:?}");
+    let (mut moved, outcome, seen) = there.thread.join().unwrap();
+    assert!(matches!(outcome, DestinationOutcome::Running), "{outcome:?}");
+    assert!(moved.is_running() && !vm.is_running());
+    assert_eq!(moved.announced, 1);
+
+    moved.pause().unwrap();
+    assert!(moved.writes() >= vm.writes(), "the guest's own count went back");
+    // What it wrote there since is in its hot pages.
+    let hot = (CALM.hot_pages * 4096) as usize;
+    assert_eq!(moved.contents()[hot..], vm.contents()[hot..]);
+
+    let handover = Handover { migration_id: "m".into(), to_epoch: EPOCH };
+    assert_eq!(Handover::read(dir.path()).unwrap(), Some(handover));
+    assert_eq!(last.progress(), MigrationProgress::Succeeded);
+    let report = last.report.unwrap();
+    assert_eq!(report.stop_reason, "CONVERGED");
+    assert!(report.pause_us > 0 && report.pause_us <= report.total_us, "{report:?}");
+    assert!(report.rounds >= 2 && report.zero_pages > common::PAGES / 2, "{report:?}");
+    use MigrationProgress::{Copying, Listening, Ready, Succeeded};
+    assert_eq!(seen, [Listening, Listening, Copying, Ready, Succeeded]);
+}
+
+/// The final content, page for page, when the guest stops writing with the pause.
+#[test]
+fn memory_at_the_destination_is_that_of_the_pause() {
+    let (runners, dir) = (Runners::default(), TempDir::new().unwrap());
+    for _ in 0..5 {
+        let mut vm = FakeVm::running(&runners, CALM);
+        let there = destination(&runners, |vm| vm.fail_restore = true);
+        let (outcome, _) = send(&mut vm, &config(&there.address, &dir));
+        // The restore fails behind the last page: the source goes on, the pages are all there.
+        assert!(matches!(outcome, SourceOutcome::Failed(MigrationError::Aborted(_))), "{outcome:?}");
+        let (copy, outcome, _) = there.thread.join().unwrap();
+        assert!(matches!(outcome, DestinationOutcome::Failed(_)));
+        assert!(vm.is_running() && !copy.is_running());
+        vm.pause().unwrap();
+        let hot = (CALM.hot_pages * 4096) as usize;
+        assert_eq!(copy.contents()[hot..], vm.contents()[hot..]);
+        assert_eq!(Handover::read(dir.path()).unwrap(), None);
+    }
+}
+
+#[test]
+fn a_stranger_is_refused_and_the_source_still_gets_in() {
+    let (runners, dir) = (Runners::default(), TempDir::new().unwrap());
+    let mut vm = FakeVm::running(&runners, CALM);
+    let there = destination(&runners, |_| {});
+    let wrong = SourceConfig { token: "guess".into(), ..config(&there.address, &dir) };
+    let (outcome, _) = send(&mut vm, &wrong);
+    let SourceOutcome::Failed(error) = outcome else { panic!("{outcome:?}") };
+    assert_eq!(error.to_string(), "the destination refused: this migration is not expected here");
+    let mut garbage = TcpStream::connect(&there.address).unwrap();
+    garbage.write_all(&[0xee; 5000]).unwrap();
+    let _ = garbage.read_to_end(&mut Vec::new());
+    assert!(vm.is_running());
+    let (outcome, _) = send(&mut vm, &config(&there.address, &dir));
+    assert!(matches!(outcome, SourceOutcome::Succeeded), "{outcome:?}");
+    assert!(matches!(there.thread.join().unwrap().1, DestinationOutcome::Running));
+}
+
+#[test]
+fn another_shape_is_refused_before_anything_is_copied() {
+    let (runners, dir) = (Runners::default(), TempDir::new().unwrap());
+    let mut vm = FakeVm::running(&runners, CALM);
+    let there = destination(&runners, |_| {});
+    let mut wrong = config(&there.address, &dir);
+    wrong.shape.cpu_features[0].bits = 7;
+    let (outcome, last) = send(&mut vm, &wrong);
+    let SourceOutcome::Failed(error) = outcome else { panic!("{outcome:?}") };
+    assert!(error.to_string().contains("CPUID 0x7.0 ebx lacks bits 0x00000004"), "{error}");
+    assert_eq!(last.report.unwrap().pages_sent, 0);
+    assert!(vm.is_running());
+    assert!(matches!(there.thread.join().unwrap().1, DestinationOutcome::Failed(_)));
+}
+
+#[test]
+fn a_guest_that_writes_too_fast_stays_where_it_is() {
+    let (runners, dir) = (Runners::default(), TempDir::new().unwrap());
+    let mut vm = FakeVm::running(&runners, WILD);
+    let there = destination(&runners, |_| {});
+    let mut tight = config(&there.address, &dir);
+    tight.limits.downtime = Duration::from_millis(10);
+    tight.limits.rounds_max = 3;
+    tight.limits.bandwidth_max = 20 << 20;
+    let (outcome, last) = send(&mut vm, &tight);
+    let SourceOutcome::Failed(MigrationError::Limits(why)) = outcome else { panic!("{outcome:?}") };
+    assert!(why.contains("3 passes (limits.rounds_max)"), "{why}");
+    let report = last.report.unwrap();
+    assert_eq!((report.stop_reason.as_str(), report.pause_us), ("ROUNDS", 0));
+    assert!(vm.is_running());
+    let (_, outcome, _) = there.thread.join().unwrap();
+    assert!(matches!(outcome, DestinationOutcome::Failed(MigrationError::Aborted(_))), "{outcome:?}");
+}
+
+/// Cancelled in the middle of a slow copy: at once, and the next attempt moves it whole.
+#[test]
+fn a_cancelled_migration_leaves_no_trace() {
+    let (runners, dir) = (Runners::default(), TempDir::new().unwrap());
+    let mut vm = FakeVm::running(&runners, CALM);
+    let there = destination(&runners, |_| {});
+    let mut slow = config(&there.address, &dir);
+    slow.limits.bandwidth_max = 1 << 20;
+    let control = SourceControl::new();
+    let canceller = control.clone();
+    let mut cancelled_at = None;
+    let mut observer = |observed: &ObservedMigration| {
+        if observed.report.as_ref().is_some_and(|r| r.pages_sent > 0) && cancelled_at.is_none() {
+            canceller.cancel().unwrap();
+            cancelled_at = Some(std::time::Instant::now());
+        }
+    };
+    let outcome = source::run(&mut vm, &slow, &control, &mut observer);
+    assert!(matches!(outcome, SourceOutcome::Failed(MigrationError::Cancelled)), "{outcome:?}");
+    assert!(cancelled_at.unwrap().elapsed() < Duration::from_secs(1));
+    assert!(vm.is_running());
+    assert!(matches!(there.thread.join().unwrap().1, DestinationOutcome::Failed(_)));
+
+    let there = destination(&runners, |_| {});
+    let (outcome, _) = send(&mut vm, &config(&there.address, &dir));
+    assert!(matches!(outcome, SourceOutcome::Succeeded), "{outcome:?}");
+    let (mut moved, _, _) = there.thread.join().unwrap();
+    moved.pause().unwrap();
+    let hot = (CALM.hot_pages * 4096) as usize;
+    assert_eq!(moved.contents()[hot..], vm.contents()[hot..]);
+}
+
+/// Passes bytes on until so many went towards the destination, or it has answered so many; then
+/// the cable is cut.
+fn proxy(to: &str, there_max: u64, back_max: u64) -> String {
+    let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+    let address = listener.local_addr().unwrap().to_string();
+    let to = to.to_owned();
+    std::thread::spawn(move || {
+        let (near, _) = listener.accept().unwrap();
+        let far = TcpStream::connect(to).unwrap();
+        let pump = |mut from: TcpStream, mut to: TcpStream, max: u64| {
+            move || {
+                let mut left = max;
+                let mut buffer = [0; 65536];
+                while let Ok(count @ 1..) = from.read(&mut buffer) {
+                    let pass = (count as u64).min(left) as usize;
+                    left -= pass as u64;
+                    if to.write_all(&buffer[..pass]).is_err() || left == 0 {
+                        break;
+                    }
+                }
+                let _ = (from.shutdown(Shutdown::Both), to.shutdown(Shutdown::Both));
+            }
+        };
+        let mut there = pump(near.try_clone().unwrap(), far.try_clone().unwrap(), there_max);
+        let back = std::thread::spawn(pump(far, near, back_max));
+        there();
+        back.join().unwrap();
+    });
+    address
+}
+
+/// The cable is cut after every possible answer of the destination, and in the middle of pages:
+/// either the source runs, or it has handed over; never both.
+#[test]
+fn a_cut_link_leaves_the_guest_in_one_place() {
+    let dir = TempDir::new().unwrap();
+    // Answers: WELCOME 12, ROUND_ACK 24 each, READY 12, RUNNING 12.
+    let mut endings = std::collections::BTreeSet::new();
+    let cuts = (0..12).map(|n| (u64::MAX, 12 * n + 1));
+    let middles = [100, 5000, 300_000, 900_000].map(|bytes| (bytes, u64::MAX));
+    for (there_max, back_max) in cuts.chain(middles) {
+        let runners = Runners::default();
+        let mut vm = FakeVm::running(&runners, CALM);
+        let there = destination(&runners, |_| {});
+        let address = proxy(&there.address, there_max, back_max);
+        let (outcome, _) = send(&mut vm, &config(&address, &dir));
+        match outcome {
+            SourceOutcome::Succeeded => {
+                endings.insert("moved");
+                assert!(matches!(there.thread.join().unwrap().1, DestinationOutcome::Running));
+            }
+            SourceOutcome::Failed(_) => {
+                endings.insert("stayed");
+                assert!(vm.is_running());
+                assert_eq!(Handover::read(dir.path()).unwrap(), None);
+                // One that is READY waits for the controller, which knows better.
+                there.control.end();
+                assert!(matches!(there.thread.join().unwrap().1, DestinationOutcome::Failed(_)));
+            }
+            SourceOutcome::HandedOver(_) => {
+                endings.insert("handed over");
+                assert!(!vm.is_running());
+                assert!(Handover::read(dir.path()).unwrap().is_some());
+                // The controller decides for the destination, which may run already.
+                match there.control.take_over(EPOCH + 1) {
+                    Ok(()) | Err(ControlError::NotReady) => {}
+                    Err(other) => panic!("{other}"),
+                }
+                let (moved, outcome, _) = there.thread.join().unwrap();
+                assert!(matches!(outcome, DestinationOutcome::Running), "{outcome:?}");
+                assert!(moved.is_running());
+            }
+            SourceOutcome::Broken(error) => panic!("{error}"),
+        }
+        remove_handover(dir.path()).unwrap();
+    }
+    assert!(endings.contains("stayed") && endings.contains("handed over"), "{endings:?}");
+}
+
+#[test]
+fn a_destination_that_is_not_ready_does_not_take_over() {
+    let control = DestinationControl::new(EPOCH).unwrap();
+    assert_eq!(control.take_over(EPOCH + 1), Err(ControlError::NotReady));
+}
+
+#[test]
+fn a_state_directory_that_cannot_be_written_fails_before_the_pause() {
+    let (runners, dir) = (Runners::default(), TempDir::new().unwrap());
+    let mut vm = FakeVm::running(&runners, CALM);
+    let there = destination(&runners, |_| {});
+    let mut wrong = config(&there.address, &dir);
+    wrong.state_dir = dir.path().join("is/not/there");
+    let (outcome, last) = send(&mut vm, &wrong);
+    assert!(matches!(outcome, SourceOutcome::Failed(MigrationError::Handover(_))), "{outcome:?}");
+    assert_eq!(last.report.unwrap().pause_us, 0);
+    assert!(vm.is_running());
+    there.thread.join().unwrap();
+}
