@@ -320,6 +320,28 @@ impl Lab {
         Ok(String::from_utf8_lossy(&bytes).into_owned())
     }
 
+    /// Copies the logs of switch, hosts, controllers and agents to a folder.
+    pub fn save_logs(&self, folder: &std::path::Path) -> Result<()> {
+        let _ = fs::remove_dir_all(folder);
+        fs::create_dir_all(folder).map_err(Error::io("cannot create", folder))?;
+        let run_dir = paths::run_dir(&self.name);
+        let entries = fs::read_dir(&run_dir).map_err(Error::io("cannot list", &run_dir))?;
+        for path in entries.flatten().map(|e| e.path()) {
+            let is_log = path.extension().is_some_and(|e| e == "log" || e == "console");
+            if let (true, Some(name)) = (is_log, path.file_name()) {
+                fs::copy(&path, folder.join(name)).map_err(Error::io("cannot copy", &path))?;
+            }
+        }
+        for host in self.hosts()? {
+            if self.is_running(&host)? {
+                let journal = self.ssh(&host)?.run("journalctl --no-pager -o short-monotonic")?;
+                let path = folder.join(format!("{host}.journal"));
+                fs::write(&path, journal).map_err(Error::io("cannot write", &path))?;
+            }
+        }
+        Ok(())
+    }
+
     /// Pulls (or plugs in again) one or both of a host's cables.
     pub fn set_cut(&self, host: &str, segments: &[Segment], cut: bool) -> Result<()> {
         self.set_link(host, segments, |link| link.cut = cut)
@@ -338,6 +360,20 @@ impl Lab {
             control.change(Port::Host(number, *segment), &change)?;
         }
         Ok(())
+    }
+
+    /// The hosts from which frames of this address came on the guests' network, in order. One that
+    /// comes back to a host without having been moved there runs twice.
+    pub fn hosts_of_address(&self, mac: &str) -> Result<Vec<String>> {
+        let moves = switch::Control::connect(&paths::run_dir(&self.name))?.moves()?;
+        Ok(moves
+            .into_iter()
+            .filter(|m| m.mac.eq_ignore_ascii_case(mac))
+            .filter_map(|m| match m.port {
+                Port::Host(number, Segment::Guest) => Some(format!("host{number}")),
+                _ => None,
+            })
+            .collect())
     }
 
     /// What all cables do, and what went over them.

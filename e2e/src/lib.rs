@@ -15,9 +15,17 @@
 //! guests' initramfs); [`lab::Lab`] starts a switch and hosts from it and keeps the processes'
 //! identities in a state file, so that another process (`drover-lab ssh host1`) finds them.
 //!
+//! On top of it, [`cluster::Cluster`] runs Drover there as a provider would, [`client`] is what
+//! its customers see, and [`demo`] tells the story of a drain. The same parts serve the tests
+//! and benchmarks.
+//!
 //! Start reading at [`lab`]. Nothing in the other crates depends on this one.
 
+pub mod client;
+pub mod cluster;
+pub mod demo;
 pub mod error;
+pub mod guests;
 pub mod host;
 pub mod image;
 pub mod initramfs;
@@ -27,6 +35,8 @@ pub mod paths;
 pub mod process;
 pub mod ssh;
 pub mod switch;
+pub mod vpsctl;
 
+pub use cluster::Cluster;
 pub use error::{Error, Result};
 pub use lab::Lab;

@@ -4,8 +4,10 @@ use std::path::PathBuf;
 use std::process::{Command, ExitCode, Stdio};
 
 use clap::{Args, Parser, Subcommand, ValueEnum};
+use drover_e2e::cluster::servers;
 use drover_e2e::lab::{Lab, LabOptions};
 use drover_e2e::switch::Segment;
+use drover_e2e::vpsctl::Vpsctl;
 use drover_e2e::{Error, Result};
 
 #[derive(Parser)]
@@ -70,6 +72,17 @@ enum Cmd {
     Exec {
         #[arg(required = true, trailing_var_arg = true, allow_hyphen_values = true)]
         command: Vec<String>,
+    },
+    /// Run vpsctl against the lab's controllers.
+    Ctl {
+        #[arg(trailing_var_arg = true, allow_hyphen_values = true)]
+        arguments: Vec<String>,
+    },
+    /// Drain a node under load, kill the leader and an agent, and count what the clients saw.
+    Demo {
+        /// Leave it running.
+        #[arg(long)]
+        keep: bool,
     },
     /// The switch's own process.
     #[command(hide = true)]
@@ -153,6 +166,12 @@ fn run(cli: &Cli) -> Result<ExitCode> {
             command.args(arguments);
             return pass_through(command);
         }
+        Cmd::Ctl { arguments } => {
+            let arguments: Vec<&str> = arguments.iter().map(String::as_str).collect();
+            let vpsctl = Vpsctl::new(open()?.netns(), servers());
+            return pass_through(vpsctl.command(&arguments)?);
+        }
+        Cmd::Demo { keep } => drover_e2e::demo::run(&cli.name, *keep)?,
         Cmd::Switch => drover_e2e::switch::serve(&cli.name)?,
     }
     Ok(ExitCode::SUCCESS)

@@ -5,9 +5,10 @@ use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
+use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
 
-use super::{LinkState, Port, PortReport};
+use super::{AddressMove, LinkState, Port, PortReport};
 use crate::{Error, Result};
 
 const PATIENCE: Duration = Duration::from_secs(10);
@@ -20,6 +21,7 @@ pub(super) fn socket(run_dir: &Path) -> PathBuf {
 #[serde(rename_all = "snake_case")]
 pub(super) enum Request {
     Report,
+    Moves,
     Set { port: Port, link: LinkState },
 }
 
@@ -49,10 +51,15 @@ impl Control {
             .ok_or_else(|| Error::other(format!("the switch has no port {port}")))?
             .link;
         change(&mut link);
-        self.ask(&Request::Set { port, link }).map(|_| ())
+        self.ask::<Vec<PortReport>>(&Request::Set { port, link }).map(|_| ())
     }
 
-    fn ask(&self, request: &Request) -> Result<Vec<PortReport>> {
+    /// Every address's ports, in the order in which frames came from there.
+    pub fn moves(&self) -> Result<Vec<AddressMove>> {
+        self.ask(&Request::Moves)
+    }
+
+    fn ask<T: DeserializeOwned>(&self, request: &Request) -> Result<T> {
         let failed = |e| Error::io("cannot ask the switch at", &self.path)(e);
         let mut stream = UnixStream::connect(&self.path).map_err(failed)?;
         stream.set_read_timeout(Some(PATIENCE)).map_err(failed)?;

@@ -13,7 +13,7 @@ use rustix::event::epoll;
 
 use super::control::{self, Request};
 use super::forward::{FRAME_BYTES_MIN, Route, Table};
-use super::{LinkState, Port, PortReport, Segment, tap};
+use super::{AddressMove, LinkState, Port, PortReport, Segment, tap};
 use crate::host::HOSTS_MAX;
 use crate::netns::Netns;
 use crate::{Error, Result, paths};
@@ -369,17 +369,31 @@ impl Engine {
         stream.set_write_timeout(Some(CONTROL_PATIENCE))?;
         let mut line = String::new();
         BufReader::new(io::Read::take(&stream, 4096)).read_line(&mut line)?;
-        if let Request::Set { port, link } = serde_json::from_str(&line)?
-            && let Some(index) = self.ports.iter().position(|p| p.port == port)
-        {
+        let mut text = match serde_json::from_str(&line)? {
+            Request::Moves => serde_json::to_string(&self.moves())?,
+            Request::Report => serde_json::to_string(&self.report())?,
+            Request::Set { port, link } => {
+                self.set(port, link);
+                serde_json::to_string(&self.report())?
+            }
+        };
+        text.push('\n');
+        stream.write_all(text.as_bytes())
+    }
+
+    fn set(&mut self, port: Port, link: LinkState) {
+        if let Some(index) = self.ports.iter().position(|p| p.port == port) {
             self.ports[index].link = link;
             if link.cut {
                 self.table.forget(index);
             }
         }
-        let mut text = serde_json::to_string(&self.report())?;
-        text.push('\n');
-        stream.write_all(text.as_bytes())
+    }
+
+    fn moves(&self) -> Vec<AddressMove> {
+        let text = |mac: [u8; 6]| mac.map(|byte| format!("{byte:02x}")).join(":");
+        let moves = self.table.moves().iter();
+        moves.map(|m| AddressMove { mac: text(m.mac), port: self.ports[m.port].port }).collect()
     }
 
     fn report(&self) -> Vec<PortReport> {

@@ -4,17 +4,31 @@ use std::collections::HashMap;
 
 use super::Segment;
 
+/// Most moves of addresses kept, oldest first.
+const MOVES_MAX: usize = 10_000;
+
 /// Most addresses remembered a segment; a flood of invented ones must not eat memory.
 const ADDRESSES_MAX: usize = 1024;
 /// Destination and source address, type.
 pub(super) const FRAME_BYTES_MIN: usize = 14;
 
-type Mac = [u8; 6];
+pub(super) type Mac = [u8; 6];
 
 /// Who was last seen where.
 #[derive(Debug, Default)]
 pub(super) struct Table {
     seen: HashMap<(Segment, Mac), usize>,
+    /// Where each address was seen last, also when its cable was pulled since.
+    last_port: HashMap<(Segment, Mac), usize>,
+    moves: Vec<Move>,
+}
+
+/// An address was seen at another port than before, or for the first time.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) struct Move {
+    pub(super) segment: Segment,
+    pub(super) mac: Mac,
+    pub(super) port: usize,
 }
 
 /// Where one frame goes.
@@ -37,7 +51,10 @@ impl Table {
         let (destination, source) = (mac(&frame[..6]), mac(&frame[6..12]));
         let room = self.seen.len() < ADDRESSES_MAX;
         if !is_multicast(source) && (room || self.seen.contains_key(&(segment, source))) {
-            self.seen.insert((segment, source), from);
+            let before = self.seen.insert((segment, source), from);
+            if before != Some(from) {
+                self.note_move(segment, source, from);
+            }
         }
         if is_multicast(destination) {
             return Route::Flood;
@@ -47,6 +64,19 @@ impl Table {
             Some(port) => Route::To(*port),
             None => Route::Flood,
         }
+    }
+
+    fn note_move(&mut self, segment: Segment, mac: Mac, port: usize) {
+        let before = self.last_port.insert((segment, mac), port);
+        if before != Some(port) && self.moves.len() < MOVES_MAX {
+            self.moves.push(Move { segment, mac, port });
+        }
+    }
+
+    /// Each address's ports in the order in which it was seen there. One that goes back and
+    /// forth is used by two machines.
+    pub(super) fn moves(&self) -> &[Move] {
+        &self.moves
     }
 
     /// Forgets who was behind a port (its cable was pulled).
@@ -87,6 +117,20 @@ mod tests {
         // 9 announces itself by a broadcast on port 2.
         assert_eq!(table.route(Segment::Guest, 2, &frame(0xff, 9)), Route::Flood);
         assert_eq!(table.route(Segment::Guest, 0, &frame(9, 1)), Route::To(2));
+        let ports = |mac: u8| -> Vec<usize> {
+            table.moves().iter().filter(|m| m.mac[5] == mac).map(|m| m.port).collect()
+        };
+        assert_eq!((ports(1), ports(9)), (vec![0], vec![1, 2]));
+    }
+
+    /// Pulling a cable and plugging it in again is no move.
+    #[test]
+    fn the_same_port_again_is_no_move() {
+        let mut table = Table::default();
+        table.route(Segment::Guest, 1, &frame(0xff, 9));
+        table.forget(1);
+        table.route(Segment::Guest, 1, &frame(0xff, 9));
+        assert_eq!(table.moves().len(), 1);
     }
 
     #[test]

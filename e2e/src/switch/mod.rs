@@ -119,6 +119,15 @@ pub struct PortReport {
     pub frames_overflowed: u64,
 }
 
+/// An address was seen at another port than before, or for the first time.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct AddressMove {
+    /// `52:54:00:…`.
+    pub mac: String,
+    /// Where frames from it came in.
+    pub port: Port,
+}
+
 /// Starts the switch of a lab as a process of its own and waits until its TAPs are there.
 pub fn start(lab: &str) -> Result<Process> {
     let run_dir = paths::run_dir(lab);

@@ -1,0 +1,333 @@
+//! The main job, told step by step: a node is drained under load while things are killed, and
+//! nobody notices. Real programs, real kills; the verdict comes from what clients saw.
+
+use std::time::{Duration, Instant};
+
+use serde_json::Value;
+
+use crate::client::{Seen, Watch};
+use crate::cluster::{CONTROLLERS, Cluster, list, servers};
+use crate::guests::Guest;
+use crate::lab::LabOptions;
+use crate::process::wait_for;
+use crate::{Error, Lab, Result, paths};
+
+/// Longest time without an answer that passes. Emulated time is slow.
+const GAP_MAX: Duration = Duration::from_secs(2);
+const DOMAIN_PATIENCE: Duration = Duration::from_secs(120);
+const DRAIN_PATIENCE: Duration = Duration::from_secs(180);
+/// The node that is drained.
+const FIRST: &str = "host1";
+/// The node whose agent is killed.
+const SECOND: &str = "host2";
+/// Where each of the six domains begins.
+const LAYOUT: [&str; 6] = ["host1", "host1", "host1", "host1", "host2", "host3"];
+
+/// One row of the table at the end.
+struct Row {
+    domain: String,
+    from: String,
+    to: String,
+    total_us: u64,
+    pause_us: u64,
+}
+
+/// Prints each step with the time since the beginning.
+struct Narrator {
+    begin: Instant,
+}
+
+impl Narrator {
+    fn say(&self, text: &str) {
+        let seconds = self.begin.elapsed().as_secs_f64();
+        for (n, line) in text.lines().enumerate() {
+            if n == 0 {
+                println!("[{seconds:6.1} s] {line}")
+            } else {
+                println!("           {line}")
+            }
+        }
+    }
+}
+
+/// Runs it; an error when a customer would have noticed. With `keep` the lab is left running.
+pub fn run(name: &str, keep: bool) -> Result<()> {
+    let narrator = Narrator { begin: Instant::now() };
+    narrator.say("starting three hosts (Debian 13 in QEMU, each with its own kernel and KVM)");
+    let options = LabOptions { name: name.to_owned(), ..LabOptions::default() };
+    let lab = Lab::up(&options, |line| narrator.say(line))?;
+    let result = story(&lab, &narrator);
+    if result.is_err() {
+        let folder = paths::cache_dir().join("logs").join(name);
+        match lab.save_logs(&folder) {
+            Ok(()) => narrator.say(&format!("logs are in {}", folder.display())),
+            Err(error) => narrator.say(&format!("the logs could not be kept: {error}")),
+        }
+    }
+    if keep {
+        print_what_to_try(name);
+    } else {
+        lab.down()?;
+    }
+    result
+}
+
+fn story(lab: &Lab, narrator: &Narrator) -> Result<()> {
+    narrator.say("starting three controllers and three agents");
+    let mut cluster = Cluster::start(lab, |line| narrator.say(line))?;
+    let guests = create_guests(&cluster, narrator)?;
+
+    let targets: Vec<_> = guests.iter().map(|g| (g.name.clone(), g.address())).collect();
+    let watch = Watch::start(&lab.netns(), &targets)?;
+    watch.wait_all_answer(DOMAIN_PATIENCE)?;
+    watch.forget();
+    narrator
+        .say("all six answer pings (each 20 ms) and pages (each second); from now on it counts");
+
+    let mut rows = drain_and_kill_the_leader(&mut cluster, narrator)?;
+    rows.push(kill_an_agent(&cluster, narrator)?);
+
+    // What comes late should be seen too.
+    std::thread::sleep(Duration::from_secs(2));
+    let seen = watch.stop()?;
+    print_table(&guests, &rows, &seen);
+    let faults = faults(&cluster, &guests, &rows, &seen)?;
+    if faults.is_empty() {
+        narrator.say("nobody noticed: no gap over 2 s, no counter went back, no guest rebooted, none ran twice");
+        return Ok(());
+    }
+    Err(Error::other(format!("customers would have noticed:\n  {}", faults.join("\n  "))))
+}
+
+fn create_guests(cluster: &Cluster, narrator: &Narrator) -> Result<Vec<Guest>> {
+    let vpsctl = cluster.vpsctl();
+    let guests: Vec<Guest> = (1..=LAYOUT.len() as u8)
+        .map(|n| Guest {
+            vcpus: if n == 2 { 2 } else { 1 },
+            ..Guest::new(format!("web{n}"), 10 + n)
+        })
+        .collect();
+    let operations: Vec<String> = guests
+        .iter()
+        .zip(LAYOUT)
+        .map(|(guest, node)| guest.create(&vpsctl, Some(node)))
+        .collect::<Result<_>>()?;
+    for (guest, operation) in guests.iter().zip(&operations) {
+        succeeded(&cluster.wait_operation(operation, DOMAIN_PATIENCE)?)
+            .map_err(|e| Error::other(format!("{}: {e}", guest.name)))?;
+    }
+    narrator.say(&format!(
+        "six domains run: stock Debian kernels on our hypervisor\n{}",
+        vpsctl.run(&["domain", "list"])?
+    ));
+    Ok(guests)
+}
+
+/// An operation that ended well, or its error.
+fn succeeded(operation: &Value) -> Result<()> {
+    if operation["state"] == "succeeded" {
+        return Ok(());
+    }
+    Err(Error::other(format!(
+        "{} {}: {}",
+        operation["name"].as_str().unwrap_or("?"),
+        operation["state"].as_str().unwrap_or("?"),
+        operation["error"]["message"].as_str().unwrap_or("no reason given")
+    )))
+}
+
+fn drain_and_kill_the_leader(cluster: &mut Cluster, narrator: &Narrator) -> Result<Vec<Row>> {
+    let vpsctl = cluster.vpsctl();
+    let plan = vpsctl.run(&["node", "drain", FIRST, "--dry-run"])?;
+    narrator.say(&format!("vpsctl node drain {FIRST} --dry-run\n{plan}"));
+    let leader = cluster.wait_leader(Duration::from_secs(20))?;
+    let drain = vpsctl.start(&["node", "drain", FIRST])?;
+    narrator.say(&format!("vpsctl node drain {FIRST}: {drain}"));
+
+    wait_for("the middle of the drain", DRAIN_PATIENCE, || {
+        let operation = vpsctl.json(&["operation", "show", &drain])?;
+        let count = |state: &str| list(&operation["moves"]).filter(|m| m["state"] == state).count();
+        match operation["state"].as_str() {
+            Some("pending" | "running") => {}
+            _ => {
+                return Err(Error::other(format!("the drain ended before its middle: {operation}")));
+            }
+        }
+        Ok((count("moved") >= 1 && count("moving") >= 1).then_some(()))
+    })?;
+    cluster.kill_controller(leader)?;
+    let killed = Instant::now();
+    narrator.say(&format!("in the middle of it: kill -9 of controller {leader}, which leads"));
+    let next = wait_for("another leader", Duration::from_secs(60), || {
+        Ok(cluster.wait_leader(Duration::from_secs(60)).ok().filter(|id| *id != leader))
+    })?;
+    narrator.say(&format!(
+        "controller {next} leads after {:.1} s and goes on with the drain",
+        killed.elapsed().as_secs_f64()
+    ));
+
+    let operation = cluster.wait_operation(&drain, DRAIN_PATIENCE)?;
+    succeeded(&operation)?;
+    let rows: Vec<Row> = list(&operation["moves"]).map(Row::of_move).collect();
+    if rows.len() != LAYOUT.iter().filter(|host| **host == FIRST).count() {
+        return Err(Error::other(format!("the drain moved {} domains: {operation}", rows.len())));
+    }
+    let left = cluster.vmm_pids(FIRST)?.len();
+    if left > 0 {
+        return Err(Error::other(format!("{FIRST} still has {left} VMMs after its drain")));
+    }
+    narrator.say(&format!(
+        "{FIRST} is drained: {} domains moved, no VMM is left there; {} leaders worked on it",
+        rows.len(),
+        1 + operation["resumed_count"].as_u64().unwrap_or(0)
+    ));
+    cluster.start_controller(leader)?;
+    narrator.say(&format!("controller {leader} is started again"));
+    Ok(rows)
+}
+
+/// Kills an agent, sees that its VMMs live, starts it again, and lets it move one of them.
+fn kill_an_agent(cluster: &Cluster, narrator: &Narrator) -> Result<Row> {
+    let before = cluster.vmm_pids(SECOND)?;
+    cluster.kill_agent(SECOND)?;
+    narrator.say(&format!("kill -9 of the agent on {SECOND}, which has {} domains", before.len()));
+    std::thread::sleep(Duration::from_secs(2));
+    cluster.start_agent(SECOND)?;
+    let after = cluster.vmm_pids(SECOND)?;
+    if before != after || before.is_empty() {
+        return Err(Error::other(format!(
+            "the VMMs on {SECOND} were {before:?} before its agent was killed and {after:?} after"
+        )));
+    }
+    let domain = cluster
+        .domains()?
+        .into_iter()
+        .find(|d| d.host() == SECOND && d.name == "domains/web5")
+        .ok_or_else(|| Error::other(format!("web5 should be on {SECOND}")))?;
+    // The agent is back when it moves what it has found again.
+    let vpsctl = cluster.vpsctl();
+    let name = domain.name.trim_start_matches("domains/").to_owned();
+    let migration = wait_for("a migration by the agent that came back", DRAIN_PATIENCE, || {
+        Ok(vpsctl.start(&["domain", "migrate", &name]).ok())
+    })?;
+    let operation = cluster.wait_operation(&migration, DRAIN_PATIENCE)?;
+    succeeded(&operation)?;
+    let row = Row::of_migration(&name, &operation["migration"]);
+    narrator.say(&format!(
+        "the agent is back, has found its VMMs (the same processes), and has moved {name} to {}",
+        row.to
+    ));
+    Ok(row)
+}
+
+impl Row {
+    fn of_move(value: &Value) -> Self {
+        Self {
+            domain: bare(&value["domain"]),
+            from: bare(&value["from_node"]),
+            to: bare(&value["to_node"]),
+            total_us: value["total_us"].as_u64().unwrap_or(0),
+            pause_us: value["pause_us"].as_u64().unwrap_or(0),
+        }
+    }
+
+    fn of_migration(domain: &str, report: &Value) -> Self {
+        Self {
+            domain: domain.to_owned(),
+            from: bare(&report["from_node"]),
+            to: bare(&report["to_node"]),
+            total_us: report["total_us"].as_u64().unwrap_or(0),
+            pause_us: report["pause_us"].as_u64().unwrap_or(0),
+        }
+    }
+}
+
+/// The last part of a resource's name.
+fn bare(name: &Value) -> String {
+    let name = name.as_str().unwrap_or_default();
+    name.rsplit('/').next().unwrap_or_default().to_owned()
+}
+
+fn print_table(guests: &[Guest], rows: &[Row], seen: &[Seen]) {
+    let header =
+        ["domain", "from", "to", "total", "pause", "longest gap", "slowest page", "counter"];
+    let mut table = vec![header.map(str::to_owned)];
+    for (guest, seen) in guests.iter().zip(seen) {
+        let row = rows.iter().find(|r| r.domain == guest.name);
+        let cell = |value: Option<String>| value.unwrap_or_else(|| "-".to_owned());
+        let pages = &seen.pages;
+        let intact = pages.went_back == 0 && pages.reboots == 0 && pages.last.is_some();
+        table.push([
+            guest.name.clone(),
+            cell(row.map(|r| r.from.clone())),
+            cell(row.map(|r| r.to.clone())),
+            cell(row.map(|r| format!("{:.2} s", r.total_us as f64 / 1e6))),
+            cell(row.map(|r| format!("{:.0} ms", r.pause_us as f64 / 1e3))),
+            format!("{:.0} ms", seen.pings.longest_gap().as_secs_f64() * 1e3),
+            format!("{:.0} ms", pages.slowest.as_secs_f64() * 1e3),
+            format!(
+                "{} {}",
+                pages.last.as_ref().map_or(0, |p| p.counter),
+                if intact { "intact" } else { "BROKEN" }
+            ),
+        ]);
+    }
+    println!();
+    for line in &table {
+        for (column, cell) in line.iter().enumerate() {
+            let width = table.iter().map(|l| l[column].len()).max().unwrap_or(0) + 2;
+            print!("{cell:<width$}");
+        }
+        println!();
+    }
+    println!();
+}
+
+fn faults(cluster: &Cluster, guests: &[Guest], rows: &[Row], seen: &[Seen]) -> Result<Vec<String>> {
+    let mut faults: Vec<String> = seen.iter().flat_map(|s| s.faults(GAP_MAX)).collect();
+    let netns = cluster.lab().netns();
+    for (guest, first) in guests.iter().zip(LAYOUT) {
+        let mut expected = vec![first.to_owned()];
+        expected.extend(rows.iter().filter(|r| r.domain == guest.name).map(|r| r.to.clone()));
+        // Its frames tell where it ran; a host that comes twice ran it beside another.
+        let ran_on = cluster.lab().hosts_of_address(&guest.mac())?;
+        if ran_on != expected {
+            faults.push(format!(
+                "{}: its frames came from {}, and it was moved along {}",
+                guest.name,
+                ran_on.join(", "),
+                expected.join(", ")
+            ));
+        }
+        if let Err(error) = netns.run(|| guest.check_memory()) {
+            faults.push(error.to_string());
+        }
+    }
+    let mut vmms = 0;
+    for host in cluster.lab().hosts()? {
+        vmms += cluster.vmm_pids(&host)?.len();
+    }
+    if vmms != guests.len() {
+        faults.push(format!("{vmms} VMMs run for {} domains", guests.len()));
+    }
+    Ok(faults)
+}
+
+fn print_what_to_try(name: &str) {
+    let lab = paths::program("drover-lab");
+    let lab = lab.display();
+    println!(
+        "It is left running, with {} controllers at {}. Try:\n\
+         \n  {lab} --name {name} ctl cluster status\n\
+         \x20 {lab} --name {name} ctl domain list\n\
+         \x20 {lab} --name {name} ctl node uncordon {FIRST}\n\
+         \x20 {lab} --name {name} ctl domain migrate web1 --to {FIRST}\n\
+         \x20 {lab} --name {name} ctl domain console web1\n\
+         \x20 {lab} --name {name} exec -- curl -s http://10.78.0.11/\n\
+         \x20 {lab} --name {name} ssh host2\n\
+         \x20 {lab} --name {name} kill host3\n\
+         \x20 make lab-down\n",
+        CONTROLLERS.len(),
+        servers()
+    );
+}
