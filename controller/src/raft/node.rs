@@ -9,6 +9,7 @@ use std::time::Duration;
 use raft::eraftpb::{Message, MessageType, Snapshot};
 use tokio::runtime::Handle;
 use tokio::sync::{mpsc, oneshot, watch};
+use tokio::task::JoinHandle;
 use tokio::time::{Instant, MissedTickBehavior, interval, timeout};
 
 use super::core::{Core, Fatal, Input, Limits, Options, Output, Waiter};
@@ -105,6 +106,7 @@ pub struct Running {
     /// How the thread ended, until that is known.
     ended: Option<oneshot::Receiver<Result<(), Failure>>>,
     stop: watch::Sender<bool>,
+    registrar: JoinHandle<()>,
 }
 
 /// Starts a member; it is up when this returns, and knows a leader soon after. Must be called
@@ -168,10 +170,10 @@ pub fn start(options: StartOptions) -> Result<Running, StartError> {
             let _ = end.send(result);
         })
         .map_err(StartError::Thread)?;
-    let (registrar, registered) = (peers.clone(), store.clone());
-    tokio::spawn(async move { registrar.register(&registered).await });
+    let (registering, registered) = (peers.clone(), store.clone());
+    let registrar = tokio::spawn(async move { registering.register(&registered).await });
     let server = service::server(peers, inbox);
-    Ok(Running { store, identity, server, refusals, ended: Some(ended), stop })
+    Ok(Running { store, identity, server, refusals, ended: Some(ended), stop, registrar })
 }
 
 impl Running {
@@ -187,11 +189,21 @@ impl Running {
         }
     }
 
-    /// Ends the thread as it is, after a failure; the data directory is closed then.
+    /// Ends the thread as it is. The data directory is closed once every clone of the store
+    /// is dropped, too.
     pub async fn abandon(mut self) {
         self.stop.send_replace(true);
-        // How it ended is known already.
-        let _ = timeout(ABANDON_TIME, ended(&mut self.ended)).await;
+        if timeout(ABANDON_TIME, self.finish()).await.is_err() {
+            tracing::warn!("the Raft thread does not end");
+        }
+    }
+
+    async fn finish(&mut self) -> Result<(), Failure> {
+        let result = ended(&mut self.ended).await;
+        self.registrar.abort();
+        // It ends by being aborted.
+        let _ = (&mut self.registrar).await;
+        result
     }
 
     /// Gives leadership away, if it has it and somebody can take it, and ends the thread. The
@@ -209,7 +221,7 @@ impl Running {
             }
         }
         self.stop.send_replace(true);
-        ended(&mut self.ended).await
+        self.finish().await
     }
 }
 

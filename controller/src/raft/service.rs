@@ -9,6 +9,7 @@ use drover_proto::raft::v1::{InstallSnapshotResponse, RaftFrame, Received, Snaps
 use futures::Stream;
 use prost_raft::Message as _;
 use raft::eraftpb::{Message, MessageType};
+use tokio::sync::mpsc::error::TrySendError;
 use tokio::sync::{Semaphore, mpsc};
 use tokio::time::timeout;
 use tokio_stream::wrappers::ReceiverStream;
@@ -50,6 +51,9 @@ impl RaftService for Incoming {
         &self,
         request: Request<Streaming<RaftFrame>>,
     ) -> Result<Response<Self::OpenStreamStream>, Status> {
+        if self.inbox.is_closed() {
+            return Err(stopping());
+        }
         let accepted = self.shared.accept(request.metadata())?;
         tracing::info!(peer = accepted.from, "stream from peer is up");
         let (answers, received) = mpsc::channel(1);
@@ -88,7 +92,7 @@ impl RaftService for Incoming {
         check_ends(&message, from, self.shared.identity.member)?;
         match timeout(INBOX_TIME, self.inbox.send(Inbound::Message(message))).await {
             Ok(Ok(())) => Ok(Response::new(InstallSnapshotResponse {})),
-            Ok(Err(_)) => Err(Status::unavailable("this controller is stopping")),
+            Ok(Err(_)) => Err(stopping()),
             Err(_) => Err(Status::unavailable("this controller is overloaded")),
         }
     }
@@ -112,14 +116,20 @@ fn take_in(
     }
     let deliver = || {
         for message in messages {
-            if inbox.try_send(Inbound::Message(message)).is_err() {
-                break;
+            match inbox.try_send(Inbound::Message(message)) {
+                Ok(()) => {}
+                Err(TrySendError::Full(_)) => break,
+                Err(TrySendError::Closed(_)) => return Err(stopping()),
             }
         }
+        Ok(())
     };
-    shared
-        .deliver(accepted, deliver)
-        .ok_or_else(|| Status::aborted("a newer stream took this one's place"))
+    let superseded = || Status::aborted("a newer stream took this one's place");
+    shared.deliver(accepted, deliver).unwrap_or_else(|| Err(superseded()))
+}
+
+fn stopping() -> Status {
+    Status::unavailable("this controller is stopping")
 }
 
 fn check_ends(message: &Message, from: MemberId, to: MemberId) -> Result<(), Status> {

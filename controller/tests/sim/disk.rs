@@ -10,7 +10,7 @@ type Content = BTreeMap<(Family, Vec<u8>), Vec<u8>>;
 
 /// The disk of one member; it outlives the member's processes.
 #[derive(Default)]
-pub struct SimDisk {
+pub(crate) struct SimDisk {
     inner: Mutex<Inner>,
 }
 
@@ -26,7 +26,7 @@ struct Inner {
 }
 
 impl SimDisk {
-    pub fn lying(lies: bool) -> Self {
+    pub(crate) fn lying(lies: bool) -> Self {
         Self { inner: Mutex::new(Inner { lies, ..Inner::default() }) }
     }
 
@@ -35,17 +35,17 @@ impl SimDisk {
     }
 
     /// The process will find a write fail, `writes` from now: it may be on disk or not.
-    pub fn fail_in(&self, writes: u32) {
+    pub(crate) fn fail_in(&self, writes: u32) {
         self.inner().fails_in = Some(writes);
     }
 
     /// Batches that a crash may lose.
-    pub fn unsynced(&self) -> usize {
+    pub(crate) fn unsynced(&self) -> usize {
         self.inner().unsynced.len()
     }
 
     /// The process is dead: of what was not synced, a prefix of `keep` batches stays.
-    pub fn crash(&self, keep: usize) {
+    pub(crate) fn crash(&self, keep: usize) {
         let mut inner = self.inner();
         let unsynced = std::mem::take(&mut inner.unsynced);
         for batch in unsynced.into_iter().take(keep) {

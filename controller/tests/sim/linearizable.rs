@@ -5,7 +5,7 @@ use std::collections::HashSet;
 
 /// What an operation did, as its client saw it. Written values are never written twice.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Action {
+pub(crate) enum Action {
     Write(u64),
     /// It saw this value, or none.
     Read(Option<u64>),
@@ -19,10 +19,10 @@ pub enum Action {
 
 /// One operation. Without an `end` nobody knows whether, or when, it took effect.
 #[derive(Clone, Copy, Debug)]
-pub struct Operation {
-    pub start: u64,
-    pub end: Option<u64>,
-    pub action: Action,
+pub(crate) struct Operation {
+    pub(crate) start: u64,
+    pub(crate) end: Option<u64>,
+    pub(crate) action: Action,
 }
 
 /// What the action makes of the register; None when it could not have seen that.
@@ -44,7 +44,7 @@ fn step(value: Option<u64>, operation: &Operation) -> Option<Option<u64>> {
 
 /// Whether some order of the operations, each between its start and its end, explains what
 /// all of them saw. The register begins empty.
-pub fn check(operations: &[Operation]) -> bool {
+pub(crate) fn check(operations: &[Operation]) -> bool {
     Search::new(operations).run()
 }
 

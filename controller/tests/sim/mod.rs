@@ -1,27 +1,28 @@
 //! The simulator of `raft_sim.rs`: a disk, a network, clients, and what must hold.
 
-pub mod disk;
-pub mod linearizable;
-pub mod network;
-pub mod world;
+pub(crate) mod disk;
+pub(crate) mod engines;
+pub(crate) mod linearizable;
+pub(crate) mod network;
+pub(crate) mod world;
 
 /// What a run is made of.
 #[derive(Clone, Copy, Debug)]
-pub struct Settings {
+pub(crate) struct Settings {
     /// Decides everything that chance does.
-    pub seed: u64,
-    pub members: u64,
+    pub(crate) seed: u64,
+    pub(crate) members: u64,
     /// Syncs are said to be done and are not.
-    pub disks_lie: bool,
+    pub(crate) disks_lie: bool,
     /// Print what happens.
-    pub trace: bool,
+    pub(crate) trace: bool,
     /// Simulated time with faults, then without.
-    pub faults_ms: u64,
-    pub calm_ms: u64,
+    pub(crate) faults_ms: u64,
+    pub(crate) calm_ms: u64,
 }
 
 impl Settings {
-    pub fn of(seed: u64) -> Self {
+    pub(crate) fn of(seed: u64) -> Self {
         Self {
             seed,
             members: 3,

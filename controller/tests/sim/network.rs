@@ -9,7 +9,7 @@ use rand::{Rng, RngExt as _};
 type Way = (u64, u64);
 
 /// How one run's network behaves.
-pub struct Network {
+pub(crate) struct Network {
     links: BTreeMap<Way, Link>,
     cut: BTreeSet<Way>,
     delay_ms: u64,
@@ -29,14 +29,14 @@ struct Link {
 
 /// A message on its way.
 #[derive(Clone, Copy, Debug)]
-pub struct Ticket {
-    pub at: u64,
-    pub connection: u64,
-    pub twice: bool,
+pub(crate) struct Ticket {
+    pub(crate) at: u64,
+    pub(crate) connection: u64,
+    pub(crate) twice: bool,
 }
 
 impl Network {
-    pub fn new(rng: &mut SmallRng) -> Self {
+    pub(crate) fn new(rng: &mut SmallRng) -> Self {
         Self {
             links: BTreeMap::new(),
             cut: BTreeSet::new(),
@@ -46,14 +46,14 @@ impl Network {
         }
     }
 
-    pub fn calm(&mut self) {
+    pub(crate) fn calm(&mut self) {
         self.cut.clear();
         self.breaks = 0.0;
         self.doubles = 0.0;
     }
 
     /// Puts a message on its way; None when it cannot be sent.
-    pub fn send(&mut self, now: u64, way: Way, rng: &mut SmallRng) -> Option<Ticket> {
+    pub(crate) fn send(&mut self, now: u64, way: Way, rng: &mut SmallRng) -> Option<Ticket> {
         let link = self.links.entry(way).or_default();
         if now < link.down_until {
             return None;
@@ -74,18 +74,18 @@ impl Network {
     }
 
     /// Whether what left on that connection arrives.
-    pub fn arrives(&self, way: Way, connection: u64) -> bool {
+    pub(crate) fn arrives(&self, way: Way, connection: u64) -> bool {
         !self.cut.contains(&way)
             && self.links.get(&way).is_some_and(|link| link.connection == connection)
     }
 
     /// Ends the connection of one direction.
-    pub fn reset(&mut self, way: Way) {
+    pub(crate) fn reset(&mut self, way: Way) {
         self.links.entry(way).or_default().connection += 1;
     }
 
     /// Cuts some links, in one direction or both, or heals all.
-    pub fn change(&mut self, members: u64, rng: &mut SmallRng) {
+    pub(crate) fn change(&mut self, members: u64, rng: &mut SmallRng) {
         self.cut.clear();
         if rng.random_bool(0.4) {
             return;

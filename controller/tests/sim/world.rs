@@ -35,11 +35,11 @@ const LIMITS: Limits = Limits {
 
 /// The rows that the clients write.
 #[derive(Clone, PartialEq, prost::Message)]
-pub struct Register {
+pub(crate) struct Register {
     #[prost(string, tag = "1")]
-    pub key: String,
+    pub(crate) key: String,
     #[prost(uint64, tag = "2")]
-    pub value: u64,
+    pub(crate) value: u64,
 }
 
 impl Record for Register {
@@ -50,7 +50,7 @@ impl Record for Register {
 }
 
 /// The client's operation that waits for an answer.
-pub struct Waits(usize);
+pub(crate) struct Waits(usize);
 
 impl Waiter for Waits {
     fn is_abandoned(&self) -> bool {
@@ -105,19 +105,19 @@ struct Live {
 
 /// What happened, in numbers.
 #[derive(Clone, Debug, Default, PartialEq)]
-pub struct Summary {
-    pub acknowledged: u64,
-    pub refused: u64,
-    pub unknown: u64,
-    pub reads: u64,
-    pub leaders: u64,
-    pub crashes: u64,
-    pub crashes_in_writes: u64,
-    pub snapshots: u64,
-    pub applied: u64,
-    pub events: u64,
+pub(crate) struct Summary {
+    pub(crate) acknowledged: u64,
+    pub(crate) refused: u64,
+    pub(crate) unknown: u64,
+    pub(crate) reads: u64,
+    pub(crate) leaders: u64,
+    pub(crate) crashes: u64,
+    pub(crate) crashes_in_writes: u64,
+    pub(crate) snapshots: u64,
+    pub(crate) applied: u64,
+    pub(crate) events: u64,
     /// Of everything that happened, in order.
-    pub trace_hash: u64,
+    pub(crate) trace_hash: u64,
 }
 
 impl AddAssign for Summary {
@@ -137,7 +137,7 @@ impl AddAssign for Summary {
 }
 
 /// One run.
-pub struct World {
+pub(crate) struct World {
     settings: Settings,
     rng: SmallRng,
     now: u64,
@@ -157,7 +157,7 @@ pub struct World {
 }
 
 impl World {
-    pub fn new(settings: Settings) -> Self {
+    pub(crate) fn new(settings: Settings) -> Self {
         let mut rng = SmallRng::seed_from_u64(settings.seed);
         let network = Network::new(&mut rng);
         let members = (1..=settings.members).map(|id| {
@@ -187,7 +187,7 @@ impl World {
     }
 
     /// Runs the faults, then the calm, and checks.
-    pub fn run(mut self) -> Result<Summary, String> {
+    pub(crate) fn run(mut self) -> Result<Summary, String> {
         for id in 1..=self.settings.members {
             self.start(id)?;
         }
