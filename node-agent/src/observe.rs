@@ -8,7 +8,7 @@ use drover_proto::vmm::v1::{VmmState, VmmStatus};
 
 use crate::decide::{CRASH_RESTARTS_MAX, Facts, Vmm, restart_at};
 use crate::records::{DomainRecord, End, EndReason, Handover};
-use crate::wanted::Role;
+use crate::wanted::{Outgoing, Role};
 
 /// Text from a VMM or a guest is cut here: a report is not a log.
 const REASON_CHARS_MAX: usize = 500;
@@ -60,17 +60,18 @@ fn state(
             VmmState::Paused => (ObservedState::Paused, said),
             VmmState::Incoming => (ObservedState::Incoming, said),
             VmmState::HandedOver => (ObservedState::HandedOver, said),
-            VmmState::Exited => (ObservedState::Stopping, said),
+            VmmState::Exited => (unsettled(record, ObservedState::Stopping), said),
             VmmState::Unspecified => (ObservedState::Starting, said),
         },
         Vmm::Silent { .. } => match &record.run {
             Some(run) if run.ran => {
                 (ObservedState::Running, "its VMM does not answer on its socket".into())
             }
-            Some(run) if run.incoming.is_some() => (ObservedState::Incoming, String::new()),
-            _ => (ObservedState::Starting, String::new()),
+            _ => (unsettled(record, ObservedState::Starting), String::new()),
         },
-        Vmm::Gone if record.run.is_some() => (ObservedState::Stopping, String::new()),
+        Vmm::Gone if record.run.is_some() => {
+            (unsettled(record, ObservedState::Stopping), String::new())
+        }
         Vmm::Gone => match &record.end {
             Some(end) => ended(facts, record, end),
             None if facts.wanted.owner().is_some_and(|owner| owner.running) => {
@@ -79,6 +80,16 @@ fn state(
             None if is_incoming(facts) => (ObservedState::Incoming, String::new()),
             None => (ObservedState::Stopped, String::new()),
         },
+    }
+}
+
+/// A VMM that says nothing of itself. A destination in which the guest never ran must not look as
+/// if it had: the controller would take the migration for done.
+fn unsettled(record: &DomainRecord, otherwise: ObservedState) -> ObservedState {
+    match &record.run {
+        Some(run) if !run.ran && run.incoming.is_some() => ObservedState::Incoming,
+        Some(run) if !run.ran => ObservedState::Starting,
+        _ => otherwise,
     }
 }
 
@@ -120,82 +131,100 @@ fn ended(facts: Facts<'_>, record: &DomainRecord, end: &End) -> (ObservedState, 
     }
 }
 
+/// The migration that is asked for comes first; another one that the VMM still speaks of, last.
 fn migration(
     facts: Facts<'_>,
     record: &DomainRecord,
     status: Option<&VmmStatus>,
 ) -> Option<ObservedMigration> {
-    let source = MigrationRole::Source;
-    let destination = MigrationRole::Destination;
-    let outgoing = facts.wanted.owner().and_then(|owner| owner.outgoing.as_ref());
     let live = status.and_then(|status| status.migration.as_ref());
-    // The migration that is asked for comes first; an older one that the VMM remembers, last.
-    if let Some(outgoing) = outgoing
-        && live.is_none_or(|live| live.id != outgoing.migration_id)
-        && !record_has_handover(record, &outgoing.migration_id)
-    {
-        let last = record.outgoing.as_ref().filter(|l| l.migration_id == outgoing.migration_id);
-        let error = match last {
-            Some(last) => last.error.clone().unwrap_or_else(|| gone(record)),
-            None if outgoing.cancel => "cancelled before it began".to_owned(),
-            None => return live.cloned(),
-        };
-        return Some(failed(&outgoing.migration_id, source, error));
+    match facts.wanted.assigned().map(|assigned| &assigned.role) {
+        Some(Role::Owner(owner)) => {
+            if let Some(outgoing) = &owner.outgoing
+                && live.is_none_or(|live| live.id != outgoing.migration_id)
+                && let Some(said) = outgoing_unseen(record, status, outgoing)
+            {
+                return Some(said);
+            }
+        }
+        Some(Role::Incoming { migration_id, .. }) => {
+            if let Some((id, error)) = &facts.progress.prepare_failed
+                && id == migration_id
+            {
+                return Some(failed(id, MigrationRole::Destination, error.clone()));
+            }
+        }
+        None => {}
     }
-    if let Some(Role::Incoming { migration_id, .. }) = facts.wanted.assigned().map(|a| &a.role)
-        && let Some((id, error)) = &facts.progress.prepare_failed
-        && id == migration_id
-    {
-        return Some(failed(id, destination, error.clone()));
-    }
-    if live.is_some() {
+    if live.is_some() || record.run.is_some() {
         return live.cloned();
     }
-    if record.run.is_some() {
-        return None;
+    migration_of_end(record.end.as_ref()?)
+}
+
+/// What can be said of an outgoing migration that no VMM speaks of. "Failed" is a promise that
+/// the guest stays here: it is made only when nothing can be handing it over any more.
+fn outgoing_unseen(
+    record: &DomainRecord,
+    status: Option<&VmmStatus>,
+    outgoing: &Outgoing,
+) -> Option<ObservedMigration> {
+    let id = &outgoing.migration_id;
+    let source = MigrationRole::Source;
+    let told = record.outgoing.as_ref().filter(|told| told.migration_id == *id);
+    if let Some(error) = told.and_then(|told| told.error.clone()) {
+        return Some(failed(id, source, error));
     }
-    let end = record.end.as_ref()?;
-    if let Some(Handover { migration_id, .. }) = &end.handover {
-        return Some(ObservedMigration {
-            id: migration_id.clone(),
-            role: source.into(),
-            progress: MigrationProgress::HandedOver.into(),
-            ..ObservedMigration::default()
-        });
+    match (&record.run, status) {
+        // It may be doing it, and does not say so (yet).
+        (Some(_), None) => Some(of(id, source, MigrationProgress::Unspecified)),
+        (Some(run), Some(_)) => match told {
+            Some(told) if told.pid == run.pid => {
+                Some(of(id, source, MigrationProgress::Unspecified))
+            }
+            Some(_) => Some(failed(id, source, "the VMM that was migrating has ended".into())),
+            None if outgoing.cancel => Some(failed(id, source, "cancelled before it began".into())),
+            None => None,
+        },
+        (None, _) => {
+            let end = record.end.as_ref()?;
+            // Handed over, to this or another migration: the end says it.
+            if end.handover.is_some() {
+                return None;
+            }
+            Some(failed(id, source, format!("the VMM has ended: {}", end.detail)))
+        }
+    }
+}
+
+fn migration_of_end(end: &End) -> Option<ObservedMigration> {
+    if let Some(handover) = &end.handover {
+        return Some(handed_over(handover));
     }
     let id = end.incoming.as_ref()?;
-    if end.ran {
-        return Some(ObservedMigration {
-            id: id.clone(),
-            role: destination.into(),
-            progress: MigrationProgress::Succeeded.into(),
-            ..ObservedMigration::default()
-        });
+    let destination = MigrationRole::Destination;
+    match end.ran {
+        true => Some(of(id, destination, MigrationProgress::Succeeded)),
+        false => Some(failed(id, destination, end.detail.clone())),
     }
-    Some(failed(id, destination, end.detail.clone()))
 }
 
-fn record_has_handover(record: &DomainRecord, migration_id: &str) -> bool {
-    let handover = record.end.as_ref().and_then(|end| end.handover.as_ref());
-    record.run.is_none() && handover.is_some_and(|handover| handover.migration_id == migration_id)
+/// A hand-over whose VMM is gone.
+pub(crate) fn handed_over(handover: &Handover) -> ObservedMigration {
+    of(&handover.migration_id, MigrationRole::Source, MigrationProgress::HandedOver)
 }
 
-/// Why a migration that was begun is nowhere to be seen: its VMM is not there any more.
-fn gone(record: &DomainRecord) -> String {
-    match &record.end {
-        Some(end) => format!("the VMM that was migrating ended: {}", end.detail),
-        None => "the VMM that was migrating ended".into(),
+fn of(id: &str, role: MigrationRole, progress: MigrationProgress) -> ObservedMigration {
+    ObservedMigration {
+        id: id.to_owned(),
+        role: role.into(),
+        progress: progress.into(),
+        ..ObservedMigration::default()
     }
 }
 
 fn failed(id: &str, role: MigrationRole, error: String) -> ObservedMigration {
-    ObservedMigration {
-        id: id.to_owned(),
-        role: role.into(),
-        progress: MigrationProgress::Failed.into(),
-        error: shorten(error),
-        ..ObservedMigration::default()
-    }
+    ObservedMigration { error: shorten(error), ..of(id, role, MigrationProgress::Failed) }
 }
 
 fn exit_reason(reason: EndReason) -> ExitReason {
@@ -226,3 +255,6 @@ pub fn differs(a: &ObservedDomain, b: &ObservedDomain) -> bool {
     }
     key(a) != key(b)
 }
+
+#[cfg(test)]
+mod tests;

@@ -184,6 +184,8 @@ pub struct OutgoingRecord {
     pub migration_id: String,
     /// Why the VMM refused to begin.
     pub error: Option<String>,
+    /// The VMM that was told.
+    pub pid: Option<u32>,
 }
 
 impl DomainRecord {
@@ -255,7 +257,7 @@ mod tests {
             }),
             start_generation: Some(3),
             crash_restarts: 1,
-            outgoing: Some(OutgoingRecord { migration_id: "m0".into(), error: None }),
+            outgoing: Some(OutgoingRecord { migration_id: "m0".into(), error: None, pid: Some(7) }),
         };
         record.save(&files).unwrap();
         assert_eq!(DomainRecord::load(&files).unwrap(), Some(record));

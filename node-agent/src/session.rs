@@ -101,7 +101,7 @@ pub async fn run(controllers: Vec<String>, hello: Hello, node: NodeHandle) -> Er
             said = reason;
         }
         // The list is gone through without a pause first: the leader may be any of them.
-        if failures as usize % controllers.len() == 0 {
+        if (failures as usize).is_multiple_of(controllers.len()) {
             tokio::time::sleep(pause(failures / controllers.len() as u32)).await;
         }
     }

@@ -267,7 +267,7 @@ fn migrations_take_their_steps_once() {
     use MigrationRole::{Destination, Source};
     use VmmState::*;
     let begun = DomainRecord {
-        outgoing: Some(OutgoingRecord { migration_id: M.into(), error: None }),
+        outgoing: Some(OutgoingRecord { migration_id: M.into(), error: None, pid: Some(9) }),
         ..ran()
     };
     let copying = || migrating(Running, Source, P::Copying);

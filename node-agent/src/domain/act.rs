@@ -240,7 +240,9 @@ impl Domain {
             handover: handover.filter(|handover| handover.to_epoch > run.epoch),
             epoch: run.epoch,
             incoming: run.incoming,
-            ran: run.ran,
+            // Only a guest that ran ends like this, even if it was too quick to be seen.
+            ran: run.ran
+                || matches!(reason, EndReason::Shutdown | EndReason::Reboot | EndReason::Crash),
             reason,
             detail,
             ordered,
@@ -324,7 +326,8 @@ impl Domain {
         };
         // An agent that dies before this line sees the migration in the VMM's status.
         let mut record = self.record.clone().unwrap_or_default();
-        record.outgoing = Some(OutgoingRecord { migration_id: id, error });
+        let pid = self.link.pid();
+        record.outgoing = Some(OutgoingRecord { migration_id: id, error, pid });
         self.save(record).await?;
         self.learn().await;
         Ok(())

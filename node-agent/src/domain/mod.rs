@@ -20,8 +20,8 @@ use tokio::time::Instant;
 
 use crate::decide::{Action, Facts, Progress, decide};
 use crate::error::{Error, blocking};
-use crate::observe::{differs, observe};
-use crate::records::{DomainFiles, DomainRecord, Places};
+use crate::observe::{differs, handed_over, observe, shorten};
+use crate::records::{DomainFiles, DomainRecord, Handover, Places};
 use crate::wanted::Wanted;
 use vmm::Link;
 
@@ -81,8 +81,9 @@ pub(crate) struct Domain {
 
     wanted: Wanted,
     record: Option<DomainRecord>,
-    /// Why the record cannot be used; then nothing is ever started.
-    record_damage: Option<String>,
+    /// Why the record cannot be used; then nothing is ever started. With the hand-over that is
+    /// on disk beside it.
+    record_damage: Option<(String, Option<Handover>)>,
     link: Link,
     progress: Progress,
     /// What failed last, and how often in a row.
@@ -163,7 +164,7 @@ impl Domain {
     }
 
     fn next_action(&self) -> Action {
-        if let Some(damage) = &self.record_damage {
+        if let Some((damage, _)) = &self.record_damage {
             return match self.wanted {
                 Wanted::Absent => decide(self.facts()),
                 _ => Action::Refuse(damage.clone()),
@@ -246,8 +247,8 @@ impl Domain {
         let trouble = self.trouble.as_ref().map(|(text, _)| text.as_str());
         let mut observed =
             observe(self.facts(), self.link.status(), trouble, self.refused.as_deref());
-        if let Some(damage) = &self.record_damage {
-            observed = Some(self.observe_damaged(damage));
+        if let Some((damage, handover)) = &self.record_damage {
+            observed = Some(self.observe_damaged(damage, handover.as_ref()));
         }
         if let (Some(observed), Some(status)) = (&mut observed, self.link.status()) {
             observed.usage = Some(crate::usage::of_status(status));
@@ -266,14 +267,19 @@ impl Domain {
         }
     }
 
-    fn observe_damaged(&self, damage: &str) -> ObservedDomain {
-        let state =
-            if self.link.is_gone() { ObservedState::Failed } else { ObservedState::Running };
+    /// Without a record: what the files beside it say, and no more.
+    fn observe_damaged(&self, damage: &str, handover: Option<&Handover>) -> ObservedDomain {
+        let (state, migration) = match handover {
+            Some(handover) => (ObservedState::HandedOver, Some(handed_over(handover))),
+            None if self.link.is_gone() => (ObservedState::Failed, None),
+            None => (ObservedState::Running, None),
+        };
         ObservedDomain {
             uid: self.uid.clone(),
             name: self.wanted.assigned().map(|a| a.name.clone()).unwrap_or_default(),
             state: state.into(),
-            state_reason: crate::observe::shorten(damage.to_owned()),
+            state_reason: shorten(damage.to_owned()),
+            migration,
             ..ObservedDomain::default()
         }
     }
@@ -287,3 +293,6 @@ impl Domain {
         Ok(())
     }
 }
+
+#[cfg(test)]
+mod tests;

@@ -169,12 +169,18 @@ impl Domain {
     /// After the agent's start: what is on disk, and is there a VMM?
     pub(super) async fn look_first(&mut self) {
         let files = self.files.clone();
-        match blocking(move || DomainRecord::load(&files)).await {
-            Ok(record) => self.record = record,
-            Err(error) => {
+        let load = move || {
+            let handover = files::read_handover(&files.handover).unwrap_or_default();
+            Ok((DomainRecord::load(&files), handover))
+        };
+        match blocking(load).await {
+            Ok((Ok(record), _)) => self.record = record,
+            Ok((Err(error), handover)) => {
                 tracing::error!(uid = self.uid, %error, "the domain's record cannot be used");
-                self.record_damage = Some(format!("{error}; delete the domain to clear it"));
+                let text = format!("{error}; delete the domain to clear it");
+                self.record_damage = Some((text, handover));
             }
+            Err(error) => self.record_damage = Some((error.to_string(), None)),
         }
         self.progress.ended_ms = self.now_ms();
         self.look_again().await;
