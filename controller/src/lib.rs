@@ -19,8 +19,11 @@
 //! Start reading at [`store`] (what is kept, and how it changes), then [`raft`] (how it is
 //! replicated). Nothing here knows the hypervisor or an agent's inside: only their protos.
 
+pub mod api;
 pub mod config;
 pub mod model;
 pub mod raft;
 pub mod scheduler;
+pub mod session;
 pub mod store;
+pub mod workflows;

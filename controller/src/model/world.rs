@@ -25,6 +25,8 @@ pub struct World {
     pub domains: BTreeMap<DomainId, Versioned<DomainRecord>>,
     /// Operations that have not ended.
     pub operations: BTreeMap<OperationId, Versioned<OperationRecord>>,
+    /// The ended ones among the moves of a drain or balance that has not ended.
+    ended_moves: BTreeMap<OperationId, Versioned<OperationRecord>>,
     /// The row of the cluster as a whole; absent until it is first needed.
     pub cluster: Option<Versioned<ClusterRecord>>,
     /// The domains that concern a node: owned, coming, leaving.
@@ -42,9 +44,10 @@ impl World {
         for row in view.all::<DomainRecord>() {
             world.put_domain(row);
         }
-        for row in view.all::<OperationRecord>().filter(|row| records::is_active(&row.value)) {
-            world.operations.insert(records::operation_id(&row.value), row);
+        for row in view.all::<OperationRecord>() {
+            world.put_operation(row);
         }
+        world.forget_ended_moves();
         world.cluster = view.get(super::CLUSTER_KEY);
         world
     }
@@ -63,10 +66,16 @@ impl World {
                     self.put_domain(row);
                 }
             } else if change.is::<OperationRecord>() {
-                let held = self.operations.remove(&OperationId::trusted(&change.key));
-                let row = versioned(change.record(), held, set.revision);
-                if let Some(row) = row.filter(|row| records::is_active(&row.value)) {
-                    self.operations.insert(records::operation_id(&row.value), row);
+                let id = OperationId::trusted(&change.key);
+                let held = self.operations.remove(&id);
+                self.ended_moves.remove(&id);
+                if let Some(row) = versioned(change.record(), held, set.revision) {
+                    let ended = !records::is_active(&row.value);
+                    let is_parent = ended && !row.value.moves.is_empty();
+                    self.put_operation(row);
+                    if is_parent {
+                        self.forget_ended_moves();
+                    }
                 }
             } else if change.is::<ClusterRecord>() {
                 let held = self.cluster.take();
@@ -74,6 +83,12 @@ impl World {
             }
         }
         self.revision = set.revision;
+    }
+
+    /// An operation that has not ended, or a move of one that has not.
+    #[must_use]
+    pub fn operation(&self, id: &OperationId) -> Option<&OperationRecord> {
+        self.operations.get(id).or_else(|| self.ended_moves.get(id)).map(|row| &row.value)
     }
 
     /// The domains that a node owns, or that come to it or leave it.
@@ -131,6 +146,21 @@ impl World {
         }
     }
 
+    fn put_operation(&mut self, row: Versioned<OperationRecord>) {
+        let id = records::operation_id(&row.value);
+        if records::is_active(&row.value) {
+            self.operations.insert(id, row);
+        } else if !row.value.parent.is_empty() {
+            self.ended_moves.insert(id, row);
+        }
+    }
+
+    fn forget_ended_moves(&mut self) {
+        let operations = &self.operations;
+        self.ended_moves
+            .retain(|_, row| operations.contains_key(&OperationId::trusted(&row.value.parent)));
+    }
+
     fn put_domain(&mut self, row: Versioned<DomainRecord>) {
         let id = records::domain_id(&row.value);
         for node in nodes_of(&row.value) {
@@ -168,8 +198,8 @@ fn mobility(domain: &DomainRecord) -> Mobility {
         );
     }
     if domain.state() == DomainState::Lost {
-        return Mobility::Fixed(format!(
-            "it is lost ({}): bring its node back",
+        return Mobility::Busy(format!(
+            "it is lost ({}): it waits for its node to come back",
             domain.state_reason
         ));
     }

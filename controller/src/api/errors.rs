@@ -1,0 +1,203 @@
+//! What callers are told: one place that turns everything into a gRPC status.
+//!
+//! | what | code |
+//! | --- | --- |
+//! | a field that is not accepted | INVALID_ARGUMENT, `BadRequest` with field and what is accepted |
+//! | no such resource | NOT_FOUND, `ResourceInfo` |
+//! | there is one already | ALREADY_EXISTS, `ResourceInfo` |
+//! | another operation holds it; the etag is old | ABORTED |
+//! | not in a state for it | FAILED_PRECONDITION, `PreconditionFailure` |
+//! | no node fits | RESOURCE_EXHAUSTED, `PreconditionFailure` with each node's reason |
+//! | no leader, leadership moved, overloaded | UNAVAILABLE, `RetryInfo`: try again |
+//!
+//! Each carries `ErrorInfo` with a stable reason, domain `drover`.
+
+use std::collections::HashMap;
+use std::time::Duration;
+
+use tonic::metadata::MetadataValue;
+use tonic::{Code, Status};
+use tonic_types::{ErrorDetails, StatusExt};
+
+use crate::store::{CommitError, ReadError};
+use crate::workflows::Refusal;
+
+/// The `domain` of every `ErrorInfo`.
+pub const ERROR_DOMAIN: &str = "drover";
+/// Metadata of UNAVAILABLE: where the leader is.
+pub const LEADER_METADATA: &str = "drover-leader";
+const RETRY_AFTER: Duration = Duration::from_millis(500);
+
+/// Why a call was not carried out.
+#[derive(Debug, thiserror::Error)]
+pub enum Fault {
+    /// The caller's to change.
+    #[error(transparent)]
+    Refused(#[from] Refusal),
+    /// This member does not lead (any more).
+    #[error("this controller does not lead")]
+    NotLeading {
+        /// Who does, if known.
+        leader_address: Option<String>,
+    },
+    /// It may have been carried out, or not.
+    #[error(
+        "it is not known whether the change was made: ask again with the same request_id, or look"
+    )]
+    Unknown,
+    /// Too much is under way.
+    #[error("this controller is overloaded")]
+    Busy,
+    /// The rows kept changing while it was decided.
+    #[error("the cluster changes too fast to decide this: try again")]
+    Contended,
+    /// The process ends.
+    #[error("this controller is stopping")]
+    Stopping,
+    /// More than one transaction holds.
+    #[error("the change is too large ({bytes} bytes)")]
+    TooLarge {
+        /// Its size.
+        bytes: usize,
+    },
+}
+
+/// A field of the request is not accepted.
+#[must_use]
+pub fn invalid(field: &str, value: &str, expected: &str) -> Refusal {
+    Refusal::Invalid { field: field.into(), value: value.into(), expected: expected.into() }
+}
+
+/// UNAVAILABLE, with the leader's address where it is known.
+#[must_use]
+pub fn not_leading(leader_address: Option<&str>) -> Status {
+    let leader_address = leader_address.map(str::to_owned);
+    Fault::NotLeading { leader_address }.into()
+}
+
+impl From<CommitError> for Fault {
+    fn from(error: CommitError) -> Self {
+        match error {
+            CommitError::Guard { .. } => Self::Contended,
+            CommitError::NotLeader { leader_address } => Self::NotLeading { leader_address },
+            CommitError::Unknown => Self::Unknown,
+            CommitError::TooLarge { bytes } => Self::TooLarge { bytes },
+            CommitError::Busy => Self::Busy,
+            CommitError::Closed => Self::Stopping,
+        }
+    }
+}
+
+impl From<ReadError> for Fault {
+    fn from(error: ReadError) -> Self {
+        match error {
+            ReadError::NoLeader => Self::NotLeading { leader_address: None },
+            ReadError::Busy => Self::Busy,
+            ReadError::Closed => Self::Stopping,
+        }
+    }
+}
+
+impl From<Fault> for Status {
+    fn from(fault: Fault) -> Self {
+        let message = fault.to_string();
+        let (reason, leader) = match fault {
+            Fault::Refused(refusal) => return refusal.into(),
+            Fault::TooLarge { .. } => {
+                return with(Code::InvalidArgument, message, "TOO_LARGE", ErrorDetails::new());
+            }
+            Fault::NotLeading { leader_address } => ("NOT_LEADING", leader_address),
+            Fault::Unknown => ("OUTCOME_UNKNOWN", None),
+            Fault::Busy => ("OVERLOADED", None),
+            Fault::Contended => ("CONTENDED", None),
+            Fault::Stopping => ("STOPPING", None),
+        };
+        let mut details = ErrorDetails::new();
+        details.set_retry_info(Some(RETRY_AFTER));
+        let mut status = with(Code::Unavailable, message, reason, details);
+        if let Some(value) = leader.and_then(|leader| MetadataValue::try_from(leader).ok()) {
+            status.metadata_mut().insert(LEADER_METADATA, value);
+        }
+        status
+    }
+}
+
+impl From<Refusal> for Status {
+    fn from(refusal: Refusal) -> Self {
+        let message = refusal.to_string();
+        let mut details = ErrorDetails::new();
+        let (code, reason) = match &refusal {
+            Refusal::Invalid { field, value, expected } => {
+                let text = format!("{value:?} is not accepted: {expected}");
+                details.add_bad_request_violation(field.clone(), text);
+                (Code::InvalidArgument, "INVALID_FIELD")
+            }
+            Refusal::NotFound { name } => {
+                details.set_resource_info(kind_of(name), name.clone(), "", message.clone());
+                (Code::NotFound, "NOT_FOUND")
+            }
+            Refusal::AlreadyExists { name } => {
+                details.set_resource_info(kind_of(name), name.clone(), "", message.clone());
+                (Code::AlreadyExists, "ALREADY_EXISTS")
+            }
+            Refusal::Busy { name, .. } => {
+                details.set_resource_info(kind_of(name), name.clone(), "", message.clone());
+                (Code::Aborted, "OPERATION_RUNNING")
+            }
+            Refusal::Changed { name, .. } => {
+                details.set_resource_info(kind_of(name), name.clone(), "", message.clone());
+                (Code::Aborted, "ETAG_MISMATCH")
+            }
+            Refusal::Precondition { subject, reason, .. } => {
+                details.add_precondition_failure_violation(
+                    *reason,
+                    subject.clone(),
+                    message.clone(),
+                );
+                (Code::FailedPrecondition, *reason)
+            }
+            Refusal::NoRoom { no_room, .. } => {
+                for rejected in &no_room.rejected {
+                    details.add_precondition_failure_violation(
+                        "NO_ROOM",
+                        rejected.node.name(),
+                        rejected.reason.clone(),
+                    );
+                }
+                (Code::ResourceExhausted, "NO_ROOM")
+            }
+        };
+        let mut info = HashMap::new();
+        if let Refusal::Busy { operation, .. } = &refusal {
+            info.insert("operation".to_owned(), format!("operations/{operation}"));
+        }
+        details.set_error_info(reason, ERROR_DOMAIN, info);
+        Status::with_error_details(code, message, details)
+    }
+}
+
+fn with(code: Code, message: String, reason: &str, mut details: ErrorDetails) -> Status {
+    details.set_error_info(reason, ERROR_DOMAIN, HashMap::new());
+    Status::with_error_details(code, message, details)
+}
+
+/// OUT_OF_RANGE for a watch that begins before what is kept.
+#[must_use]
+pub fn compacted(from: u64, oldest: u64) -> Status {
+    let message = format!(
+        "from_revision: {from} is not kept any more: the oldest that can be asked for is {oldest}"
+    );
+    let mut details = ErrorDetails::new();
+    let info = HashMap::from([("oldest_revision".to_owned(), oldest.to_string())]);
+    details.set_error_info("REVISION_COMPACTED", ERROR_DOMAIN, info);
+    Status::with_error_details(Code::OutOfRange, message, details)
+}
+
+fn kind_of(name: &str) -> &'static str {
+    match name.split('/').next() {
+        Some("nodes") => "drover.v1.Node",
+        Some("domains") => "drover.v1.Domain",
+        Some("operations") => "drover.v1.Operation",
+        _ => "drover.v1.Cluster",
+    }
+}

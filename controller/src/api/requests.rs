@@ -1,0 +1,94 @@
+//! Request ids: the same id with the same request answers the same operation, whoever is asked
+//! and however often.
+
+use drover_proto::v1::Operation;
+use prost::Message;
+use tokio::time::Instant;
+
+use super::errors::{Fault, invalid};
+use super::present;
+use super::service::{CALL_WAIT, Service};
+use crate::model::{OperationId, OperationRecord, RequestRecord, is_request_id};
+use crate::store::{Txn, View};
+use crate::workflows::begin::Begun;
+use crate::workflows::{Context, Refusal, timestamp};
+
+impl Service {
+    /// Begins an operation once for each request id. `request` is the request without its id.
+    pub(super) async fn begin(
+        &self,
+        method: &str,
+        request_id: &str,
+        request: &impl Message,
+        mut begin: impl FnMut(&Context<'_>) -> Result<Begun, Refusal>,
+    ) -> Result<Operation, Fault> {
+        check(request_id)?;
+        let digest = digest(method, &request.encode_to_vec());
+        let mut begun: Option<OperationId> = None;
+        let deadline = Instant::now() + CALL_WAIT;
+        let decided = self
+            .decide(deadline, |cx, view| {
+                // An earlier try of ours may have been committed although it was not heard of.
+                let held = begun.as_ref().and_then(|id| view.get::<OperationRecord>(id.as_str()));
+                if let Some(held) = held {
+                    return Ok((Txn::new(), held.value));
+                }
+                if let Some(held) = answered(view, request_id, &digest)? {
+                    return Ok((Txn::new(), held));
+                }
+                let Begun { mut txn, operation } = begin(cx)?;
+                begun = Some(OperationId::trusted(&operation.id));
+                if !request_id.is_empty() {
+                    let row = RequestRecord {
+                        id: request_id.to_owned(),
+                        digest: digest.to_vec().into(),
+                        operation: operation.id.clone(),
+                        time: Some(timestamp(cx.now.wall_ms)),
+                    };
+                    txn = txn.absent::<RequestRecord>(request_id).put(&row);
+                }
+                Ok((txn, operation))
+            })
+            .await;
+        let id = match (decided, begun) {
+            (Ok((_, operation)), _) => OperationId::trusted(&operation.id),
+            // Perhaps it was written all the same: then that is the answer.
+            (Err(Fault::Unknown), Some(id)) => id,
+            (Err(fault), _) => return Err(fault),
+        };
+        let view = self.read().await?;
+        let row = view.get::<OperationRecord>(id.as_str()).ok_or(Fault::Unknown)?;
+        Ok(present::operation(&row, &view, &self.hub.observed()))
+    }
+}
+
+fn check(request_id: &str) -> Result<(), Refusal> {
+    if request_id.is_empty() || is_request_id(request_id) {
+        return Ok(());
+    }
+    Err(invalid("request_id", request_id, "a UUID in lower case, or nothing"))
+}
+
+fn answered(
+    view: &View,
+    request_id: &str,
+    digest: &[u8],
+) -> Result<Option<OperationRecord>, Refusal> {
+    if request_id.is_empty() {
+        return Ok(None);
+    }
+    let Some(row) = view.get::<RequestRecord>(request_id) else { return Ok(None) };
+    if row.value.digest != digest {
+        let expected = "a new UUID: this one was used for another request";
+        return Err(invalid("request_id", request_id, expected));
+    }
+    Ok(view.get::<OperationRecord>(&row.value.operation).map(|row| row.value))
+}
+
+/// FNV-1a, 128 bits: it tells a caller's mistake, and keeps nobody out.
+fn digest(method: &str, request: &[u8]) -> [u8; 16] {
+    const BASIS: u128 = 0x6c62_272e_07bb_0142_62b8_2175_6295_c58d;
+    const PRIME: u128 = 0x0000_0000_0100_0000_0000_0000_0000_013b;
+    let bytes = method.bytes().chain([0]).chain(request.iter().copied());
+    bytes.fold(BASIS, |hash, byte| (hash ^ u128::from(byte)).wrapping_mul(PRIME)).to_be_bytes()
+}

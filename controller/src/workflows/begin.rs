@@ -1,0 +1,531 @@
+//! Beginning an operation: what is checked, and the one transaction that accepts it.
+//!
+//! Each function looks at a [`Context`] and answers with a transaction or a [`Refusal`]. The
+//! transaction is guarded by every row that the decision rests on, so two callers at once
+//! cannot both be accepted; whoever loses looks again.
+
+use std::collections::BTreeMap;
+
+use drover_proto::v1::{
+    DomainSpec, DomainState, EventSeverity, MigrationLimits, MigrationReport, NodeRejection,
+    OperationError, OperationKind, OperationState, Placement, PowerState,
+};
+
+use super::refusal::Refusal;
+use super::step::{Context, end, error, timestamp};
+use crate::model::{
+    DomainId, DomainRecord, EventRecord, Migration, MigrationStage, NodeId, NodeRecord,
+    OperationRecord, is_at_rest, needs,
+};
+use crate::scheduler::{ClusterView, Decision, PlaceOptions, Resources, Strategy, place};
+use crate::store::{Txn, Versioned};
+
+/// Creating or starting: the VMM is up in seconds, a busy host needs longer.
+const START_WAIT_MS: i64 = 5 * 60_000;
+/// Beyond the grace period.
+const STOP_WAIT_MS: i64 = 60_000;
+/// Deleting.
+const DELETE_WAIT_MS: i64 = 5 * 60_000;
+/// Beyond the time that the copying may take: preparing and switching over.
+const MIGRATE_WAIT_MS: i64 = 60_000;
+
+/// What was accepted.
+#[derive(Clone, Debug)]
+pub struct Begun {
+    /// To be committed.
+    pub txn: Txn,
+    /// The operation as it will be then.
+    pub operation: OperationRecord,
+}
+
+/// A domain to be made.
+#[derive(Clone, Debug)]
+pub struct NewDomain {
+    /// Its id.
+    pub id: DomainId,
+    /// Checked and completed.
+    pub spec: DomainSpec,
+    /// This node or none.
+    pub only: Option<NodeId>,
+    /// It is not started.
+    pub leave_stopped: bool,
+    /// How nodes are ranked.
+    pub strategy: Strategy,
+}
+
+/// Places a domain and makes its row.
+///
+/// # Errors
+/// The name is taken, no node has room, the node asked for does not exist.
+pub fn create_domain(cx: &Context<'_>, new: &NewDomain) -> Result<Begun, Refusal> {
+    if let Some(row) = cx.world.domains.get(&new.id) {
+        let name = new.id.name();
+        // A create that is being taken back still holds the name.
+        let held = row.value.operation.clone();
+        return Err(match row.value.state() {
+            DomainState::Deleting if !held.is_empty() => Refusal::Busy { name, operation: held },
+            _ => Refusal::AlreadyExists { name },
+        });
+    }
+    if let Some(only) = &new.only {
+        known_node(cx, only)?;
+    }
+    let needs = Resources { vcpus: new.spec.vcpus, memory_bytes: new.spec.memory_bytes };
+    let view = cx.world.cluster_view(cx.observed);
+    let options =
+        PlaceOptions { strategy: new.strategy, only: new.only.clone(), ..Default::default() };
+    let decision = place(&view, needs, &options)
+        .map_err(|no_room| Refusal::NoRoom { needs, no_room })?;
+    let node = known_node(cx, &decision.node)?;
+
+    let mut operation =
+        operation(cx, OperationKind::CreateDomain, new.id.name(), START_WAIT_MS);
+    let message = format!("placed on {}", decision.node.name());
+    let mut domain = DomainRecord {
+        id: new.id.as_str().to_owned(),
+        uid: cx.ids.uuid(),
+        spec: Some(new.spec.clone()),
+        node: decision.node.as_str().to_owned(),
+        epoch: 1,
+        epoch_max: 1,
+        start_generation: 1,
+        placement: Some(placement(cx, &decision)),
+        create_time: Some(timestamp(cx.now.wall_ms)),
+        boot_id: node.value.boot_id.clone(),
+        ..DomainRecord::default()
+    };
+    if new.leave_stopped {
+        domain.set_state(DomainState::Stopped);
+        domain.set_desired_power(PowerState::Stopped);
+        end(&mut operation, OperationState::Succeeded, None, cx.now);
+    } else {
+        domain.set_state(DomainState::Pending);
+        domain.set_desired_power(PowerState::Running);
+        domain.operation.clone_from(&operation.id);
+    }
+    let event = cx.event(EventSeverity::Info, new.id.name(), "DOMAIN_CREATED", message);
+    let txn = Txn::new()
+        .term_is(cx.term)
+        .absent::<DomainRecord>(new.id.as_str())
+        .put(&domain)
+        .put(&operation)
+        .put(&event);
+    Ok(Begun { txn: reserve(txn, node), operation })
+}
+
+/// Starts a domain that is at rest.
+///
+/// # Errors
+/// There is none, it is held, it runs, or its node is lost.
+pub fn start_domain(cx: &Context<'_>, id: &DomainId) -> Result<Begun, Refusal> {
+    let row = free_domain(cx, id)?;
+    if !is_at_rest(&row.value) {
+        return Err(wrong_state(id, &row.value, "only a domain that is STOPPED or FAILED starts"));
+    }
+    if cx.is_lost(&row.value.node) {
+        return Err(Refusal::Precondition {
+            subject: id.name(),
+            reason: "NODE_LOST",
+            message: format!(
+                "{} is on nodes/{}, which is lost: it starts when the node is back",
+                id.name(),
+                row.value.node
+            ),
+        });
+    }
+    let operation = operation(cx, OperationKind::StartDomain, id.name(), START_WAIT_MS);
+    let mut domain = row.value.clone();
+    domain.epoch_max += 1;
+    domain.epoch = domain.epoch_max;
+    domain.start_generation += 1;
+    domain.set_desired_power(PowerState::Running);
+    domain.grace_ms = 0;
+    domain.boot_id = cx.boot_id(&domain.node);
+    domain.set_state(DomainState::Starting);
+    domain.state_reason.clear();
+    Ok(hold(cx, row, domain, operation))
+}
+
+/// Stops a running domain.
+///
+/// # Errors
+/// There is none, it is held, or it is not known to run.
+pub fn stop_domain(cx: &Context<'_>, id: &DomainId, grace_ms: u64) -> Result<Begun, Refusal> {
+    let row = free_domain(cx, id)?;
+    if !matches!(
+        row.value.state(),
+        DomainState::Running | DomainState::Starting | DomainState::Stopping
+    ) || row.value.migration.is_some()
+    {
+        return Err(wrong_state(id, &row.value, "only a domain that runs is stopped"));
+    }
+    let wait = STOP_WAIT_MS.saturating_add_unsigned(grace_ms);
+    let operation = operation(cx, OperationKind::StopDomain, id.name(), wait);
+    let mut domain = row.value.clone();
+    domain.set_desired_power(PowerState::Stopped);
+    domain.grace_ms = grace_ms;
+    domain.set_state(DomainState::Stopping);
+    domain.state_reason.clear();
+    Ok(hold(cx, row, domain, operation))
+}
+
+/// Removes a domain from its node and then its row.
+///
+/// # Errors
+/// There is none, it is held, it has changed, or it runs and `force` is false.
+pub fn delete_domain(
+    cx: &Context<'_>,
+    id: &DomainId,
+    etag: &str,
+    force: bool,
+) -> Result<Begun, Refusal> {
+    let row = free_domain(cx, id)?;
+    check_etag(&id.name(), etag, row.mod_revision)?;
+    if !is_at_rest(&row.value) && row.value.state() != DomainState::Deleting && !force {
+        let accepted = "stop it first, or delete it with force";
+        return Err(wrong_state(id, &row.value, accepted));
+    }
+    let operation = operation(cx, OperationKind::DeleteDomain, id.name(), DELETE_WAIT_MS);
+    let mut domain = row.value.clone();
+    domain.set_state(DomainState::Deleting);
+    domain.state_reason.clear();
+    Ok(hold(cx, row, domain, operation))
+}
+
+/// Moves a domain: live when it runs, its record alone when it does not.
+///
+/// # Errors
+/// There is none, it is held, it is lost, it is there already, or nothing has room.
+pub fn migrate_domain(
+    cx: &Context<'_>,
+    id: &DomainId,
+    to: Option<&NodeId>,
+    limits: &MigrationLimits,
+) -> Result<Begun, Refusal> {
+    let row = free_domain(cx, id)?;
+    if let Some(to) = to {
+        known_node(cx, to)?;
+        if to.as_str() == row.value.node {
+            return Err(Refusal::Precondition {
+                subject: id.name(),
+                reason: "ALREADY_THERE",
+                message: format!(
+                    "to_node: {} is on {} already: name another node, or none to let the \
+                     scheduler choose",
+                    id.name(),
+                    to.name()
+                ),
+            });
+        }
+    }
+    let movable = is_at_rest(&row.value)
+        || (row.value.state() == DomainState::Running && row.value.migration.is_none());
+    if !movable {
+        let accepted = "only a domain that is RUNNING, STOPPED or FAILED moves";
+        return Err(wrong_state(id, &row.value, accepted));
+    }
+    let options = PlaceOptions {
+        only: to.cloned(),
+        excluded: BTreeMap::from([(
+            NodeId::trusted(&row.value.node),
+            "it is there now".to_owned(),
+        )]),
+        ..PlaceOptions::default()
+    };
+    let view = cx.world.cluster_view(cx.observed);
+    let mut moving = Moving::new(cx, &view);
+    let wait = duration_ms(limits.total_time.as_ref()).saturating_add(MIGRATE_WAIT_MS);
+    let operation = moving.add(row, &options, limits, cx.now.wall_ms.saturating_add(wait), "")?;
+    Ok(Begun { txn: moving.finish(Txn::new().term_is(cx.term)), operation })
+}
+
+/// Several domains that begin to move in one transaction, each taking room that the next one
+/// does not have.
+pub(super) struct Moving<'a> {
+    cx: Context<'a>,
+    view: ClusterView,
+    domains: Vec<(&'a Versioned<DomainRecord>, DomainRecord)>,
+    operations: Vec<OperationRecord>,
+    events: Vec<EventRecord>,
+    destinations: BTreeMap<NodeId, &'a Versioned<NodeRecord>>,
+}
+
+impl<'a> Moving<'a> {
+    pub(super) fn new(cx: &Context<'a>, view: &ClusterView) -> Self {
+        Self {
+            cx: *cx,
+            view: view.clone(),
+            domains: Vec::new(),
+            operations: Vec::new(),
+            events: Vec::new(),
+            destinations: BTreeMap::new(),
+        }
+    }
+
+    /// The picture with everything added so far.
+    pub(super) fn view(&self) -> &ClusterView {
+        &self.view
+    }
+
+    /// Places one more. The row must be free and movable.
+    pub(super) fn add(
+        &mut self,
+        row: &'a Versioned<DomainRecord>,
+        options: &PlaceOptions,
+        limits: &MigrationLimits,
+        deadline_ms: i64,
+        parent: &str,
+    ) -> Result<OperationRecord, Refusal> {
+        let cx = self.cx;
+        let needs = needs(&row.value);
+        let decision = place(&self.view, needs, options)
+            .map_err(|no_room| Refusal::NoRoom { needs, no_room })?;
+        let node = known_node(&cx, &decision.node)?;
+        let to = decision.node.clone();
+        if let Some(target) = self.view.nodes.get_mut(&to) {
+            target.reserved = target.reserved.plus(needs);
+            target.migrations += 1;
+        }
+        self.destinations.insert(to.clone(), node);
+
+        let id = DomainId::trusted(&row.value.id);
+        let mut operation = operation(&cx, OperationKind::MigrateDomain, id.name(), 0);
+        operation.deadline = Some(timestamp(deadline_ms));
+        operation.parent = parent.to_owned();
+        operation.migration = Some(MigrationReport {
+            from_node: format!("nodes/{}", row.value.node),
+            to_node: to.name(),
+            ..MigrationReport::default()
+        });
+        let mut domain = row.value.clone();
+        domain.placement = Some(placement(&cx, &decision));
+        domain.epoch_max += 1;
+        if is_at_rest(&row.value) {
+            domain.node = to.as_str().to_owned();
+            domain.epoch = domain.epoch_max;
+            end(&mut operation, OperationState::Succeeded, None, cx.now);
+            let message = format!("not running: from nodes/{} to {}", row.value.node, to.name());
+            self.events.push(cx.event(
+                EventSeverity::Info,
+                id.name(),
+                "DOMAIN_MIGRATED",
+                message,
+            ));
+        } else {
+            operation.status_message = format!("{} prepares", to.name());
+            domain.operation.clone_from(&operation.id);
+            domain.migration = Some(Migration {
+                id: operation.id.clone(),
+                from: row.value.node.clone(),
+                to: to.as_str().to_owned(),
+                from_epoch: row.value.epoch,
+                to_epoch: domain.epoch_max,
+                token: cx.ids.token(),
+                stage: MigrationStage::Preparing.into(),
+                stage_time: Some(timestamp(cx.now.wall_ms)),
+                limits: Some(*limits),
+                ..Migration::default()
+            });
+            domain.set_state(DomainState::Migrating);
+            domain.state_reason = format!("to {}", to.name());
+            let message = format!("from nodes/{} to {}", row.value.node, to.name());
+            self.events.push(cx.event(
+                EventSeverity::Info,
+                id.name(),
+                "MIGRATION_STARTED",
+                message,
+            ));
+        }
+        self.domains.push((row, domain));
+        self.operations.push(operation.clone());
+        Ok(operation)
+    }
+
+    pub(super) fn is_empty(&self) -> bool {
+        self.domains.is_empty()
+    }
+
+    pub(super) fn finish(self, mut txn: Txn) -> Txn {
+        for (row, domain) in &self.domains {
+            txn = txn.unchanged(row).put(domain);
+        }
+        for operation in &self.operations {
+            txn = txn.put(operation);
+        }
+        for event in &self.events {
+            txn = txn.put(event);
+        }
+        self.destinations.into_values().fold(txn, reserve)
+    }
+}
+
+/// A new operation, running.
+pub(super) fn operation(
+    cx: &Context<'_>,
+    kind: OperationKind,
+    target: String,
+    wait_ms: i64,
+) -> OperationRecord {
+    OperationRecord {
+        id: cx.ids.uuid(),
+        kind: kind.into(),
+        target,
+        state: OperationState::Running.into(),
+        create_time: Some(timestamp(cx.now.wall_ms)),
+        update_time: Some(timestamp(cx.now.wall_ms)),
+        deadline: Some(timestamp(cx.now.wall_ms.saturating_add(wait_ms))),
+        term: cx.term,
+        ..OperationRecord::default()
+    }
+}
+
+/// Asks an operation to end.
+///
+/// # Errors
+/// It is over, or past its point of no return.
+pub fn cancel_operation(
+    cx: &Context<'_>,
+    row: &Versioned<OperationRecord>,
+) -> Result<Begun, Refusal> {
+    let mut operation = row.value.clone();
+    let name = format!("operations/{}", operation.id);
+    let refuse = |reason, message: String| Refusal::Precondition {
+        subject: name.clone(),
+        reason,
+        message: format!("{name}: {message}"),
+    };
+    if !crate::model::is_active(&operation) {
+        let state = operation.state().as_str_name().trim_start_matches("OPERATION_STATE_");
+        return Err(refuse("ALREADY_DONE", format!("it is {state} already")));
+    }
+    let domain = DomainId::from_name(&operation.target)
+        .ok()
+        .and_then(|id| cx.world.domains.get(&id))
+        .map(|row| &row.value);
+    match operation.kind() {
+        OperationKind::StopDomain | OperationKind::DeleteDomain => {
+            return Err(refuse(
+                "NOT_CANCELLABLE",
+                "stopping and deleting cannot be taken back once begun".into(),
+            ));
+        }
+        OperationKind::MigrateDomain => {
+            let stage = domain.and_then(|d| d.migration.as_ref()).map(|m| m.stage());
+            if matches!(
+                stage,
+                Some(
+                    MigrationStage::HandedOver
+                        | MigrationStage::Granted
+                        | MigrationStage::Settling
+                )
+            ) {
+                return Err(refuse(
+                    "POINT_OF_NO_RETURN",
+                    "the domain has been handed over: it can only go forward".into(),
+                ));
+            }
+        }
+        _ => {}
+    }
+    operation.cancel_requested = true;
+    operation.update_time = Some(timestamp(cx.now.wall_ms));
+    let txn = Txn::new().term_is(cx.term).unchanged(row).put(&operation);
+    Ok(Begun { txn, operation })
+}
+
+/// The etag of a row.
+#[must_use]
+pub fn etag(mod_revision: u64) -> String {
+    format!("{mod_revision:x}")
+}
+
+/// Accepts an empty etag.
+pub(crate) fn check_etag(name: &str, given: &str, mod_revision: u64) -> Result<(), Refusal> {
+    let etag = etag(mod_revision);
+    if given.is_empty() || given == etag {
+        return Ok(());
+    }
+    Err(Refusal::Changed { name: name.to_owned(), given: given.to_owned(), etag })
+}
+
+/// A node by its id.
+pub(crate) fn known_node<'a>(
+    cx: &Context<'a>,
+    id: &NodeId,
+) -> Result<&'a Versioned<NodeRecord>, Refusal> {
+    cx.world.nodes.get(id).ok_or_else(|| Refusal::NotFound { name: id.name() })
+}
+
+/// A domain by its id.
+pub(crate) fn known_domain<'a>(
+    cx: &Context<'a>,
+    id: &DomainId,
+) -> Result<&'a Versioned<DomainRecord>, Refusal> {
+    cx.world.domains.get(id).ok_or_else(|| Refusal::NotFound { name: id.name() })
+}
+
+fn free_domain<'a>(
+    cx: &Context<'a>,
+    id: &DomainId,
+) -> Result<&'a Versioned<DomainRecord>, Refusal> {
+    let row = known_domain(cx, id)?;
+    if row.value.operation.is_empty() {
+        return Ok(row);
+    }
+    Err(Refusal::Busy { name: id.name(), operation: row.value.operation.clone() })
+}
+
+fn wrong_state(id: &DomainId, domain: &DomainRecord, accepted: &str) -> Refusal {
+    let state = domain.state().as_str_name().trim_start_matches("DOMAIN_STATE_");
+    let why = match domain.state_reason.as_str() {
+        "" => String::new(),
+        reason => format!(" ({reason})"),
+    };
+    Refusal::Precondition {
+        subject: id.name(),
+        reason: "WRONG_STATE",
+        message: format!("{} is {state}{why}: {accepted}", id.name()),
+    }
+}
+
+/// The operation takes the domain.
+fn hold(
+    cx: &Context<'_>,
+    row: &Versioned<DomainRecord>,
+    mut domain: DomainRecord,
+    operation: OperationRecord,
+) -> Begun {
+    domain.operation.clone_from(&operation.id);
+    let txn = Txn::new().term_is(cx.term).unchanged(row).put(&domain).put(&operation);
+    Begun { txn, operation }
+}
+
+/// Room on a node was promised: nobody else may have promised it meanwhile.
+fn reserve(txn: Txn, row: &Versioned<NodeRecord>) -> Txn {
+    let mut node = row.value.clone();
+    node.placement_generation += 1;
+    txn.unchanged(row).put(&node)
+}
+
+fn placement(cx: &Context<'_>, decision: &Decision) -> Placement {
+    let rejected = decision.rejected.iter();
+    Placement {
+        node: decision.node.name(),
+        score: decision.score,
+        rejected: rejected
+            .map(|r| NodeRejection { node: r.node.name(), reason: r.reason.clone() })
+            .collect(),
+        time: Some(timestamp(cx.now.wall_ms)),
+    }
+}
+
+pub(super) fn duration_ms(duration: Option<&prost_types::Duration>) -> i64 {
+    duration.map_or(0, |d| {
+        d.seconds.saturating_mul(1000).saturating_add(i64::from(d.nanos / 1_000_000))
+    })
+}
+
+/// The error of work that lost its object: never seen unless a row was changed by hand.
+pub(super) fn orphaned() -> OperationError {
+    error("INTERNAL", "what it worked on is not there any more")
+}

@@ -1,0 +1,45 @@
+//! The work of the cluster: what makes rows and reality meet.
+//!
+//! Operations are rows. The leader alone works on them, and keeps nothing that the next leader
+//! could not rebuild: rows come from the store, facts from the agents' reports, and both are
+//! levels. So the work is one loop:
+//!
+//! ```text
+//!   rows (World) ──┐
+//!                  ├──► plan(), pure ──► transactions, guarded ──► store ──► rows
+//!   reports ───────┤                                                  │
+//!   (Observed)     │                                            desired(node), pure
+//!   now ───────────┘                                                  ▼
+//!         ▲                                                     the agents' sessions
+//!         └─────────────────────────────────────────────────────── reports
+//! ```
+//!
+//! - [`plan`]: one pass over everything; start reading here
+//! - [`migration`]: the protocol of a live migration, with the reasons why it is safe
+//! - `power`: a domain that is on one node; `operation`: what each operation waits for
+//! - [`drain`]: drains and balances, made of migrations
+//! - [`nodes`]: registration, leases
+//! - [`begin`]: what accepts an operation, for the API
+//! - [`desired`]: what a node shall run
+//! - [`driver`]: the thin part that waits, calls `plan` and commits
+//!
+//! Nothing here but the driver reads a clock or waits.
+
+pub mod begin;
+pub mod desired;
+pub mod drain;
+pub mod driver;
+pub mod housekeeping;
+pub mod migration;
+pub mod nodes;
+mod operation;
+mod plan;
+mod power;
+mod refusal;
+mod step;
+#[cfg(test)]
+mod tests;
+
+pub use plan::plan;
+pub use refusal::Refusal;
+pub use step::{Context, Ids, Now, RandomIds, Settings, Step, error, millis, timestamp};

@@ -1,0 +1,94 @@
+//! One pass over everything: from the world to the transactions that it calls for.
+
+use std::collections::BTreeSet;
+
+use drover_proto::v1::{OperationKind, OperationState};
+
+use super::begin::orphaned;
+use super::step::{Context, Step, Work, end, timestamp};
+use super::{drain, migration, nodes, operation, power};
+use crate::model::{DomainId, DomainRecord, OperationRecord};
+use crate::store::{Txn, Versioned};
+
+/// Operations taken up in one transaction by a new leader.
+const TAKE_UP_MAX: usize = 200;
+
+/// Everything that can be done now. Each step is guarded by the rows it rests on, and no two
+/// steps write the same row, so they can be committed in any order or at once; what fails its
+/// guard is decided anew in the next pass.
+#[must_use]
+pub fn plan(cx: &Context<'_>) -> Vec<Step> {
+    if let Some(step) = take_up(cx) {
+        return vec![step];
+    }
+    let mut steps: Vec<Step> =
+        cx.world.nodes.iter().filter_map(|(id, row)| nodes::step(cx, id, row)).collect();
+    if !steps.is_empty() {
+        // Whether a node is lost is what most else depends on.
+        return steps;
+    }
+    let mut claimed = BTreeSet::new();
+    let moving = cx.world.operations.values().filter(|row| moves_many(&row.value));
+    // One at a time: two of them may want the same room.
+    if let Some(pass) = moving.filter_map(|row| drain::step(cx, row)).next() {
+        claimed = pass.claimed;
+        steps.push(pass.step);
+    }
+    for (id, row) in &cx.world.domains {
+        if !claimed.contains(id) {
+            steps.extend(domain(cx, row));
+        }
+    }
+    let lost = cx.world.operations.values().filter(|row| is_orphan(cx, &row.value));
+    steps.extend(lost.map(|row| end_orphan(cx, row)));
+    steps
+}
+
+fn domain(cx: &Context<'_>, row: &Versioned<DomainRecord>) -> Option<Step> {
+    let mut work = Work::new(*cx, row);
+    let deleting = row.value.state() == drover_proto::v1::DomainState::Deleting;
+    if row.value.migration.is_some() && !deleting {
+        migration::step(&mut work);
+    } else {
+        power::step(&mut work);
+    }
+    let removed = work.is_removed();
+    operation::step(&mut work, removed);
+    work.finish()
+}
+
+/// What an earlier leader began is this one's now, and that is written down.
+fn take_up(cx: &Context<'_>) -> Option<Step> {
+    let others = cx.world.operations.values().filter(|row| row.value.term != cx.term);
+    let mut txn = Txn::new().term_is(cx.term);
+    for row in others.take(TAKE_UP_MAX) {
+        let mut operation = row.value.clone();
+        operation.term = cx.term;
+        operation.resumed_count += 1;
+        operation.update_time = Some(timestamp(cx.now.wall_ms));
+        txn = txn.unchanged(row).put(&operation);
+    }
+    (!txn.is_empty()).then(|| Step { subject: "operations".into(), txn })
+}
+
+fn moves_many(operation: &OperationRecord) -> bool {
+    matches!(operation.kind(), OperationKind::DrainNode | OperationKind::BalanceCluster)
+}
+
+/// No domain knows of it: it would never end.
+fn is_orphan(cx: &Context<'_>, operation: &OperationRecord) -> bool {
+    if moves_many(operation) {
+        return false;
+    }
+    let domain = DomainId::from_name(&operation.target)
+        .ok()
+        .and_then(|id| cx.world.domains.get(&id));
+    domain.is_none_or(|row| row.value.operation != operation.id)
+}
+
+fn end_orphan(cx: &Context<'_>, row: &Versioned<OperationRecord>) -> Step {
+    let mut operation = row.value.clone();
+    end(&mut operation, OperationState::Failed, Some(orphaned()), cx.now);
+    let subject = format!("operations/{}", operation.id);
+    Step { subject, txn: Txn::new().term_is(cx.term).unchanged(row).put(&operation) }
+}

@@ -1,0 +1,70 @@
+//! Why something is not begun. Every text names the thing, what it is, and what would be
+//! accepted; the API turns each into one gRPC status.
+
+use crate::scheduler::{NoRoom, Resources, size};
+
+/// Nothing was changed.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+pub enum Refusal {
+    /// A field of the request.
+    #[error("{field}: {value:?} is not accepted: {expected}")]
+    Invalid {
+        /// Its path in the request: `domain.spec.vcpus`.
+        field: String,
+        /// What was given.
+        value: String,
+        /// What would be accepted.
+        expected: String,
+    },
+    /// No such resource.
+    #[error("there is no {name}")]
+    NotFound {
+        /// Its name.
+        name: String,
+    },
+    /// There is one already.
+    #[error("{name} exists already")]
+    AlreadyExists {
+        /// Its name.
+        name: String,
+    },
+    /// Another operation holds it.
+    #[error("operations/{operation} works on {name}: wait for it or cancel it")]
+    Busy {
+        /// What is held.
+        name: String,
+        /// By which operation (a bare uuid).
+        operation: String,
+    },
+    /// The resource is not in a state for this.
+    #[error("{message}")]
+    Precondition {
+        /// The resource.
+        subject: String,
+        /// Stable, UPPER_SNAKE.
+        reason: &'static str,
+        /// For people.
+        message: String,
+    },
+    /// The resource has changed since the caller looked.
+    #[error("{name} has changed: its etag is {etag}, not {given}")]
+    Changed {
+        /// The resource.
+        name: String,
+        /// What was given.
+        given: String,
+        /// What it is.
+        etag: String,
+    },
+    /// No node fits.
+    #[error(
+        "no node can take {} vCPUs and {} of memory: {}", needs.vcpus, size(needs.memory_bytes),
+        no_room.reasons()
+    )]
+    NoRoom {
+        /// What was asked for.
+        needs: Resources,
+        /// Each node with its reason.
+        no_room: NoRoom,
+    },
+}
