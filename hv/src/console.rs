@@ -5,7 +5,8 @@
 //! slow loses the oldest bytes, never the guest's time.
 
 use std::collections::VecDeque;
-use std::sync::{Mutex, MutexGuard, PoisonError};
+use std::fmt;
+use std::sync::{Mutex, MutexGuard, OnceLock, PoisonError};
 
 use tokio::sync::watch;
 
@@ -15,13 +16,22 @@ pub const HISTORY_BYTES: usize = 256 << 10;
 const LINE_BYTES_MAX: usize = 400;
 /// How Linux' kernel says that it gives up (`kernel/panic.c`).
 const PANIC_TEXT: &str = "Kernel panic - not syncing: ";
+/// How it says that it restarts in good order (`kernel/reboot.c`): whatever a panic's text was
+/// doing on the console, the kernel that says this has not panicked.
+const RESTART_TEXT: &str = "reboot: Restarting system";
 
 /// The console of one domain. It outlives reboots of the guest.
-#[derive(Debug)]
 pub struct Console {
     ring: Mutex<Ring>,
     /// Bytes ever said; changes wake readers.
     end: watch::Sender<u64>,
+    on_panic: OnceLock<Box<dyn Fn() + Send + Sync>>,
+}
+
+impl fmt::Debug for Console {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Console").field("end", &*self.end.borrow()).finish_non_exhaustive()
+    }
 }
 
 #[derive(Debug, Default)]
@@ -43,7 +53,7 @@ pub struct Said {
 
 impl Default for Console {
     fn default() -> Self {
-        Self { ring: Mutex::default(), end: watch::Sender::new(0) }
+        Self { ring: Mutex::default(), end: watch::Sender::new(0), on_panic: OnceLock::new() }
     }
 }
 
@@ -52,9 +62,17 @@ impl Console {
         self.ring.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
+    /// Sets who is told, on the guest's thread, that a panic was read; it must not block. The
+    /// first call counts.
+    pub fn on_panic(&self, tell: impl Fn() + Send + Sync + 'static) {
+        // A second one is a defect that does no harm.
+        let _ = self.on_panic.set(Box::new(tell));
+    }
+
     /// The guest says something.
     pub fn push(&self, bytes: &[u8]) {
         let mut ring = self.ring();
+        let before = ring.panic.is_some();
         for &byte in bytes {
             if ring.bytes.len() == HISTORY_BYTES {
                 ring.bytes.pop_front();
@@ -67,9 +85,12 @@ impl Console {
             }
         }
         ring.end += bytes.len() as u64;
-        let end = ring.end;
+        let (end, panicked) = (ring.end, !before && ring.panic.is_some());
         drop(ring);
         self.end.send_replace(end);
+        if let (true, Some(tell)) = (panicked, self.on_panic.get()) {
+            tell();
+        }
     }
 
     /// At most `bytes_max` bytes from `position` on; from the oldest that are kept, when those
@@ -117,6 +138,8 @@ impl Ring {
         {
             let text: String = line[at..].chars().filter(|c| !c.is_control()).collect();
             self.panic = Some(text.trim_end().to_owned());
+        } else if line.contains(RESTART_TEXT) {
+            self.panic = None;
         }
         self.line.clear();
     }
@@ -175,5 +198,21 @@ mod tests {
         assert_eq!(console.panic().as_deref(), Some(text));
         console.forget_panic();
         assert_eq!(console.panic(), None);
+    }
+
+    /// Somebody reads a log on the console and reboots: that is no crash.
+    #[test]
+    fn a_restart_in_good_order_is_no_panic() {
+        let console = Console::default();
+        let told = std::sync::Arc::new(std::sync::atomic::AtomicU32::new(0));
+        let tell = std::sync::Arc::clone(&told);
+        console.on_panic(move || {
+            tell.fetch_add(1, std::sync::atomic::Ordering::SeqCst);
+        });
+        console.push(b"# cat old.log\r\nKernel panic - not syncing: hung\r\n# reboot\r\n");
+        assert!(console.panic().is_some());
+        console.push(b"[   99.0] reboot: Restarting system\r\n");
+        assert_eq!(console.panic(), None);
+        assert_eq!(told.load(std::sync::atomic::Ordering::SeqCst), 1);
     }
 }

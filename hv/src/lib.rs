@@ -18,5 +18,7 @@ pub mod memory;
 pub mod migration;
 pub mod pci;
 pub mod serial;
+pub mod server;
 pub mod state;
 pub mod virtio;
+pub mod vmm;

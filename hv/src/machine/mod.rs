@@ -22,6 +22,7 @@ mod vm_state;
 
 use std::io;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 
 use kvm_bindings::{
     KVM_MAX_CPUID_ENTRIES, KVM_PIT_SPEAKER_DUMMY, kvm_cpuid_entry2, kvm_pit_config,
@@ -74,6 +75,9 @@ pub enum MachineError {
     /// The boot structures do not fit into memory.
     #[error("writing the ACPI tables: {0}")]
     Acpi(#[from] GuestMemoryError),
+    /// It was made, and does not run.
+    #[error("starting the guest: {0}")]
+    Start(#[source] MigratableError),
     /// A device could not be made.
     #[error("making {device}: {source}")]
     Device {
@@ -101,6 +105,8 @@ pub struct Machine {
     /// CPUID of the first vCPU, as the guest was shown it.
     cpuid: Vec<kvm_cpuid_entry2>,
     counters: Vec<Arc<NetCounters>>,
+    /// The guest has ended its run.
+    ended: Arc<AtomicBool>,
     paused: bool,
     /// To be set when the guest resumes, after a restore.
     clock: Option<Clock>,
@@ -183,6 +189,14 @@ impl Machine {
         console: Arc<Console>,
         on_exit: OnExit,
     ) -> Result<Self, MachineError> {
+        let ended = Arc::new(AtomicBool::new(false));
+        let on_exit: OnExit = {
+            let ended = Arc::clone(&ended);
+            Arc::new(move |exit| {
+                ended.store(true, Ordering::SeqCst);
+                on_exit(exit);
+            })
+        };
         let system = kvm("opening /dev/kvm", Kvm::new())?;
         let vm = Arc::new(kvm("creating a VM", system.create_vm())?);
         kvm("placing the task state segment", vm.set_tss_address(TSS_START))?;
@@ -233,6 +247,7 @@ impl Machine {
             config: config.clone(),
             cpuid,
             counters,
+            ended,
             paused: true,
             clock: None,
         })
@@ -356,11 +371,15 @@ impl MigratableVm for Machine {
             function.pause();
         }
         self.paused = true;
+        if self.ended.load(Ordering::SeqCst) {
+            // What it has just told the machine is in no register: elsewhere it would go on.
+            return Err(step("pausing the guest", "it has ended its run meanwhile"));
+        }
         Ok(())
     }
 
     fn resume(&mut self) -> Result<(), MigratableError> {
-        if !self.paused {
+        if !self.paused || self.ended.load(Ordering::SeqCst) {
             return Ok(());
         }
         if let Some(clock) = self.clock.take() {

@@ -1,0 +1,260 @@
+//! `drover.vmm.v1.VmmService` on the domain's unix socket.
+
+use std::pin::Pin;
+use std::time::Duration;
+
+use bytes::Bytes;
+use drover_proto::v1::{ConsoleInput, ConsoleOutput};
+use drover_proto::vmm::v1::vmm_service_server::VmmService;
+use drover_proto::vmm::v1::{
+    CancelMigrationRequest, GetStatusRequest, PauseRequest, PowerButtonRequest,
+    PrepareIncomingRequest, PrepareIncomingResponse, QuitRequest, QuitResponse, ResetRequest,
+    ResumeRequest, StartMigrationRequest, TakeOverRequest, VmmState, VmmStatus,
+};
+use futures::{Stream, StreamExt, stream};
+use tokio::time::Instant;
+use tonic::{Response, Status, Streaming};
+
+use crate::vmm::{Request, Vmm, VmmError};
+
+/// Shortest time between two statuses of which only counters differ.
+const STATUS_INTERVAL: Duration = Duration::from_millis(200);
+/// Console output goes out in pieces of at most this.
+const CONSOLE_CHUNK_BYTES: usize = 16 << 10;
+/// A console that speaks byte by byte is read after this, so that bytes gather.
+const CONSOLE_INTERVAL: Duration = Duration::from_millis(10);
+
+/// The service.
+#[derive(Debug, Clone)]
+pub struct Server {
+    vmm: Vmm,
+}
+
+impl Server {
+    /// Serves this VMM.
+    pub fn new(vmm: Vmm) -> Self {
+        Self { vmm }
+    }
+
+    async fn ask(&self, request: Request) -> Result<Response<VmmStatus>, Status> {
+        self.vmm.ask(request).await?;
+        Ok(Response::new(self.vmm.shared().status()))
+    }
+}
+
+type BoxStream<T> = Pin<Box<dyn Stream<Item = Result<T, Status>> + Send>>;
+
+#[tonic::async_trait]
+impl VmmService for Server {
+    async fn get_status(
+        &self,
+        _: tonic::Request<GetStatusRequest>,
+    ) -> Result<Response<VmmStatus>, Status> {
+        Ok(Response::new(self.vmm.shared().status()))
+    }
+
+    type WatchStatusStream = BoxStream<VmmStatus>;
+
+    async fn watch_status(
+        &self,
+        _: tonic::Request<GetStatusRequest>,
+    ) -> Result<Response<Self::WatchStatusStream>, Status> {
+        Ok(Response::new(Box::pin(statuses(self.vmm.clone()))))
+    }
+
+    async fn pause(
+        &self,
+        _: tonic::Request<PauseRequest>,
+    ) -> Result<Response<VmmStatus>, Status> {
+        self.ask(Request::Pause).await
+    }
+
+    async fn resume(
+        &self,
+        _: tonic::Request<ResumeRequest>,
+    ) -> Result<Response<VmmStatus>, Status> {
+        self.ask(Request::Resume).await
+    }
+
+    async fn power_button(
+        &self,
+        _: tonic::Request<PowerButtonRequest>,
+    ) -> Result<Response<VmmStatus>, Status> {
+        self.ask(Request::PowerButton).await
+    }
+
+    async fn reset(
+        &self,
+        _: tonic::Request<ResetRequest>,
+    ) -> Result<Response<VmmStatus>, Status> {
+        self.ask(Request::Reset).await
+    }
+
+    async fn quit(
+        &self,
+        _: tonic::Request<QuitRequest>,
+    ) -> Result<Response<QuitResponse>, Status> {
+        self.vmm.ask(Request::Quit("stopped by a call of Quit".into())).await?;
+        Ok(Response::new(QuitResponse {}))
+    }
+
+    type AttachConsoleStream = BoxStream<ConsoleOutput>;
+
+    async fn attach_console(
+        &self,
+        request: tonic::Request<Streaming<ConsoleInput>>,
+    ) -> Result<Response<Self::AttachConsoleStream>, Status> {
+        let output = console(self.vmm.clone());
+        let input = typed(self.vmm.clone(), request.into_inner());
+        // Both ends in one stream: when the caller goes, both are dropped.
+        let both = stream::select(output.map(Some), input.map(|error| error.map(Err)));
+        Ok(Response::new(Box::pin(both.filter_map(std::future::ready))))
+    }
+
+    async fn prepare_incoming(
+        &self,
+        request: tonic::Request<PrepareIncomingRequest>,
+    ) -> Result<Response<PrepareIncomingResponse>, Status> {
+        let listen_address =
+            self.vmm.ask(Request::PrepareIncoming(request.into_inner())).await?;
+        Ok(Response::new(PrepareIncomingResponse { listen_address }))
+    }
+
+    async fn start_migration(
+        &self,
+        request: tonic::Request<StartMigrationRequest>,
+    ) -> Result<Response<VmmStatus>, Status> {
+        self.ask(Request::StartMigration(request.into_inner())).await
+    }
+
+    async fn cancel_migration(
+        &self,
+        request: tonic::Request<CancelMigrationRequest>,
+    ) -> Result<Response<VmmStatus>, Status> {
+        self.ask(Request::CancelMigration(request.into_inner())).await
+    }
+
+    async fn take_over(
+        &self,
+        request: tonic::Request<TakeOverRequest>,
+    ) -> Result<Response<VmmStatus>, Status> {
+        self.ask(Request::TakeOver(request.into_inner())).await
+    }
+}
+
+/// The status now and after each change; changes of counters alone at most 5 times a second.
+/// Ends when the guest has.
+fn statuses(vmm: Vmm) -> impl Stream<Item = Result<VmmStatus, Status>> + Send {
+    struct Watcher {
+        vmm: Vmm,
+        receiver: tokio::sync::watch::Receiver<VmmStatus>,
+        last: Option<(VmmStatus, Instant)>,
+    }
+    let receiver = vmm.shared().watch();
+    stream::unfold(Watcher { vmm, receiver, last: None }, |mut watcher| async move {
+        if let Some((last, sent)) = &watcher.last {
+            if last.state == VmmState::Exited as i32 {
+                return None;
+            }
+            loop {
+                watcher.receiver.changed().await.ok()?;
+                let now = watcher.receiver.borrow().clone();
+                if !same_but_counters(&now, last) {
+                    break;
+                }
+                // Only counters: what more changes meanwhile goes along.
+                let wait = tokio::time::sleep_until(*sent + STATUS_INTERVAL);
+                tokio::select! {
+                    () = wait => break,
+                    changed = watcher.receiver.wait_for(|s| !same_but_counters(s, last)) => {
+                        changed.ok()?;
+                        break;
+                    }
+                }
+            }
+        }
+        let now = watcher.receiver.borrow_and_update().clone();
+        watcher.last = Some((now.clone(), Instant::now()));
+        let status = watcher.vmm.shared().fill(now);
+        Some((Ok(status), watcher))
+    })
+}
+
+/// Whether two statuses differ in a migration's figures at most.
+fn same_but_counters(one: &VmmStatus, other: &VmmStatus) -> bool {
+    let progress = |status: &VmmStatus| {
+        status.migration.as_ref().map(|m| (m.id.clone(), m.progress, m.error.clone()))
+    };
+    (one.state, &one.state_reason, one.epoch, one.reboot_count)
+        == (other.state, &other.state_reason, other.epoch, other.reboot_count)
+        && progress(one) == progress(other)
+}
+
+/// The history, then what comes. Ends when the guest has and all is said.
+fn console(vmm: Vmm) -> impl Stream<Item = Result<ConsoleOutput, Status>> + Send {
+    struct Reader {
+        vmm: Vmm,
+        end: tokio::sync::watch::Receiver<u64>,
+        status: tokio::sync::watch::Receiver<VmmStatus>,
+        position: u64,
+        /// Up to here it was said before the attach.
+        history: u64,
+    }
+    let shared = vmm.shared();
+    let (end, status) = (shared.console.watch(), shared.watch());
+    let history = *end.borrow();
+    let reader = Reader { vmm, end, status, position: 0, history };
+    stream::unfold(reader, |mut reader| async move {
+        loop {
+            let exited = reader.status.borrow().state == VmmState::Exited as i32;
+            reader.end.mark_unchanged();
+            let is_history = reader.position < reader.history;
+            let left = (reader.history.saturating_sub(reader.position)) as usize;
+            let bytes_max =
+                if is_history { left.min(CONSOLE_CHUNK_BYTES) } else { CONSOLE_CHUNK_BYTES };
+            let said = reader.vmm.shared().console.read(reader.position, bytes_max);
+            if !said.bytes.is_empty() {
+                // The history may have scrolled on since: then what was read is newer.
+                let history = said.next <= reader.history;
+                reader.position = said.next;
+                let output = ConsoleOutput { data: Bytes::from(said.bytes), history };
+                return Some((Ok(output), reader));
+            }
+            if exited {
+                return None;
+            }
+            tokio::select! {
+                changed = reader.end.changed() => changed.ok()?,
+                exited = reader.status.wait_for(|s| s.state == VmmState::Exited as i32) => {
+                    exited.ok()?;
+                    continue;
+                }
+            }
+            tokio::time::sleep(CONSOLE_INTERVAL).await;
+        }
+    })
+}
+
+/// Types in what comes; yields nothing but the error that ends the attachment.
+fn typed(vmm: Vmm, input: Streaming<ConsoleInput>) -> impl Stream<Item = Option<Status>> + Send {
+    input.map(move |message| match message {
+        Ok(message) => {
+            if message.data.is_empty() {
+                return None;
+            }
+            match vmm.shared().devices() {
+                Some(devices) => {
+                    let taken = devices.serial.type_in(&message.data);
+                    if taken < message.data.len() {
+                        tracing::debug!(taken, "the guest does not read its console");
+                    }
+                    None
+                }
+                None => Some(
+                    VmmError::State { asked: "type", state: "there is no machine".into() }.into(),
+                ),
+            }
+        }
+        Err(error) => Some(error),
+    })
+}

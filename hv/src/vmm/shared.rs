@@ -1,0 +1,123 @@
+//! What everybody may know of a VMM: its status, its console, its counters.
+
+use std::sync::atomic::Ordering;
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::Instant;
+
+use drover_proto::agent::v1::ObservedMigration;
+use drover_proto::vmm::v1::{VmmState, VmmStatus};
+use tokio::sync::watch;
+
+use crate::config::DomainConfig;
+use crate::console::Console;
+use crate::machine::{Devices, Machine};
+use crate::virtio::net::NetCounters;
+
+/// The public face of a VMM. Written by the supervisor and the migration's thread, read by the
+/// API.
+#[derive(Debug)]
+pub struct Shared {
+    /// The guest's console.
+    pub console: Arc<Console>,
+    status: watch::Sender<VmmStatus>,
+    started: Instant,
+    parts: Mutex<Parts>,
+}
+
+/// The parts of the present machine that are used while somebody else has the machine.
+#[derive(Debug, Default)]
+struct Parts {
+    devices: Option<Arc<Devices>>,
+    counters: Vec<Arc<NetCounters>>,
+}
+
+impl Shared {
+    pub(super) fn new(config: &DomainConfig) -> Self {
+        let status = VmmStatus {
+            domain_uid: config.uid.clone(),
+            epoch: config.epoch,
+            pid: std::process::id(),
+            vcpus: config.vcpus,
+            memory_bytes: config.memory_bytes,
+            ..Default::default()
+        };
+        Self {
+            console: Arc::default(),
+            status: watch::Sender::new(status),
+            started: Instant::now(),
+            parts: Mutex::default(),
+        }
+    }
+
+    /// The status as it is now.
+    pub fn status(&self) -> VmmStatus {
+        self.fill(self.status.borrow().clone())
+    }
+
+    /// A receiver that changes when the status does; complete it with [`fill`](Self::fill).
+    pub fn watch(&self) -> watch::Receiver<VmmStatus> {
+        self.status.subscribe()
+    }
+
+    /// Adds what always changes: counters, and what the guest says of itself.
+    pub fn fill(&self, mut status: VmmStatus) -> VmmStatus {
+        status.uptime_ms = self.started.elapsed().as_millis() as u64;
+        let parts = self.parts.lock().unwrap_or_else(PoisonError::into_inner);
+        for counters in &parts.counters {
+            status.net_rx_bytes += counters.rx_bytes.load(Ordering::Relaxed);
+            status.net_tx_bytes += counters.tx_bytes.load(Ordering::Relaxed);
+        }
+        if status.state == VmmState::Running as i32
+            && let Some(panic) = self.console.panic()
+        {
+            status.state_reason = format!("the guest said: {panic}");
+        }
+        status
+    }
+
+    /// The devices of the present machine.
+    pub fn devices(&self) -> Option<Arc<Devices>> {
+        self.parts.lock().unwrap_or_else(PoisonError::into_inner).devices.clone()
+    }
+
+    pub(super) fn set_machine(&self, machine: &Machine) {
+        *self.parts.lock().unwrap_or_else(PoisonError::into_inner) = Parts {
+            devices: Some(Arc::clone(machine.devices())),
+            counters: machine.net_counters().to_vec(),
+        };
+    }
+
+    /// Must come before the machine is dropped: its devices end with the last who holds them.
+    pub(super) fn forget_machine(&self) {
+        *self.parts.lock().unwrap_or_else(PoisonError::into_inner) = Parts::default();
+    }
+
+    pub(super) fn set_state(&self, state: VmmState, reason: impl Into<String>) {
+        let reason = reason.into();
+        self.status.send_modify(|status| {
+            status.state = state as i32;
+            status.state_reason = reason;
+        });
+    }
+
+    pub(super) fn set_epoch(&self, epoch: u64) {
+        self.status.send_modify(|status| status.epoch = epoch);
+    }
+
+    pub(super) fn count_reboot(&self) {
+        self.status.send_modify(|status| status.reboot_count += 1);
+    }
+
+    pub(super) fn set_migration(&self, migration: &ObservedMigration) {
+        self.status.send_modify(|status| status.migration = Some(migration.clone()));
+    }
+
+    pub(super) fn migration(&self) -> Option<ObservedMigration> {
+        self.status.borrow().migration.clone()
+    }
+
+    /// Something that [`fill`](Self::fill) adds has changed.
+    pub(super) fn touch(&self) {
+        self.status.send_modify(|_| {});
+    }
+}
