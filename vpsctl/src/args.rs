@@ -43,7 +43,7 @@ pub(crate) struct Cli {
 #[derive(Args, Debug)]
 #[command(next_help_heading = "Global options")]
 pub(crate) struct Global {
-    /// Controllers to ask, HOST:PORT; the next one when one does not answer
+    /// Controllers, HOST:PORT each; the next one is asked when one does not answer
     #[arg(
         long,
         global = true,
@@ -55,11 +55,11 @@ pub(crate) struct Global {
     )]
     pub(crate) server: Vec<String>,
 
-    /// How to answer: a table for people, or JSON for programs
+    /// A table for people, or JSON for programs
     #[arg(short, long, global = true, value_name = "FORMAT", default_value = "table")]
     pub(crate) output: Output,
 
-    /// Give up after this long, such as 30s; without it a wait ends with its operation
+    /// Give up after this long, such as 30s [default: when the operation ends]
     #[arg(long, global = true, value_name = "DURATION", value_parser = parse::duration)]
     pub(crate) timeout: Option<Duration>,
 }
@@ -137,9 +137,9 @@ pub(crate) struct DrainArgs {
     #[arg(long, value_name = "DURATION", value_parser = parse::duration)]
     pub(crate) deadline: Option<Duration>,
     #[command(flatten)]
-    pub(crate) limits: Limits,
-    #[command(flatten)]
     pub(crate) detach: Detach,
+    #[command(flatten)]
+    pub(crate) limits: Limits,
 }
 
 #[derive(Args, Debug)]
@@ -339,9 +339,9 @@ pub(crate) struct MigrateArgs {
     #[arg(long, value_name = "NODE", value_parser = parse::node)]
     pub(crate) to: Option<String>,
     #[command(flatten)]
-    pub(crate) limits: Limits,
-    #[command(flatten)]
     pub(crate) detach: Detach,
+    #[command(flatten)]
+    pub(crate) limits: Limits,
 }
 
 #[derive(Args, Debug)]
@@ -419,9 +419,9 @@ pub(crate) struct BalanceArgs {
     #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..=100))]
     pub(crate) moves_max: Option<u32>,
     #[command(flatten)]
-    pub(crate) limits: Limits,
-    #[command(flatten)]
     pub(crate) detach: Detach,
+    #[command(flatten)]
+    pub(crate) limits: Limits,
 }
 
 #[derive(Args, Debug)]

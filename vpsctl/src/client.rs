@@ -67,6 +67,9 @@ impl Cluster {
     }
 
     /// Calls one member after the other until one answers.
+    ///
+    /// # Errors
+    /// What the controller refused, or `Unavailable` when nobody answered in time.
     pub(crate) async fn call<T, F, R>(&self, call: F) -> Result<T, Error>
     where
         F: Fn(Rpc) -> R,
@@ -116,8 +119,7 @@ impl Cluster {
                 tokio::time::sleep_until((Instant::now() + ROUND_PAUSE).min(until)).await;
             }
             if Instant::now() >= until {
-                let servers = self.members.iter().map(|(s, _)| s.clone()).collect();
-                return Err(Error::Unavailable { servers, reason });
+                return Err(Error::Unavailable { reason });
             }
         }
     }

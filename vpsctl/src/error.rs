@@ -39,11 +39,9 @@ pub(crate) enum Error {
     #[error("{}", status_lines(.0))]
     Refused(Box<Status>),
     /// No member answered, or none knew a leader.
-    #[error("no controller could answer ({}): {reason}", .servers.join(", "))]
+    #[error("no controller could answer: {reason}")]
     Unavailable {
-        /// Who was asked.
-        servers: Vec<String>,
-        /// What the last one said.
+        /// What the last one that was asked said, and who that was.
         reason: String,
     },
     /// An operation ended otherwise than wanted.
@@ -102,10 +100,9 @@ impl Error {
     /// What to do about it, where that is not plain.
     pub(crate) fn hint(&self) -> Option<String> {
         match self {
-            Self::Unavailable { .. } => Some(
-                "is a controller running there? Other members: --server A,B,C or DROVER_SERVER"
-                    .to_owned(),
-            ),
+            Self::Unavailable { .. } => {
+                Some("name the cluster's members with --server A,B,C or DROVER_SERVER".to_owned())
+            }
             Self::Timeout { operation, .. } | Self::Interrupted(operation) => {
                 let id = short(operation);
                 Some(format!(

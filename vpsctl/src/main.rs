@@ -30,10 +30,20 @@ use crate::{
 fn main() -> ExitCode {
     let cli = Cli::parse();
     if let Command::Completions { shell } = cli.command {
-        clap_complete::generate(shell, &mut Cli::command(), "vpsctl", &mut std::io::stdout());
-        return ExitCode::SUCCESS;
+        return end(completions(shell));
     }
-    let code = match run(cli) {
+    end(run(cli))
+}
+
+fn completions(shell: clap_complete::Shell) -> Result<(), Error> {
+    let mut script = Vec::new();
+    clap_complete::generate(shell, &mut Cli::command(), "vpsctl", &mut script);
+    out::print_bytes(&script)
+}
+
+/// The process's last words and its code.
+fn end(result: Result<(), Error>) -> ExitCode {
+    let code = match result {
         Ok(()) => Exit::Ok,
         Err(error) => {
             let code = error.exit();

@@ -71,7 +71,7 @@ pub(crate) fn domain(text: &str) -> Result<String, String> {
 
 /// `operations/{uuid}`, from the UUID or the whole name.
 pub(crate) fn operation(text: &str) -> Result<String, String> {
-    let name = resource("operations", "4f0c…", text)?;
+    let name = resource("operations", "UUID", text)?;
     let id = &name["operations/".len()..];
     uuid::Uuid::parse_str(id)
         .map(|uuid| format!("operations/{uuid}"))

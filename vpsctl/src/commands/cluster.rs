@@ -25,9 +25,8 @@ async fn status(context: &Context) -> Result<(), Error> {
     let status = call!(context, ClusterServiceClient::get_status, GetStatusRequest {})?;
     context.answer(|| json::object(&status), || pages::cluster(&status))?;
     if status.leader_id == 0 {
-        let servers = status.members.iter().map(|m| m.address.clone()).collect();
         let reason = format!("member {} knows no leader", status.answered_by);
-        return Err(Error::Unavailable { servers, reason });
+        return Err(Error::Unavailable { reason });
     }
     Ok(())
 }

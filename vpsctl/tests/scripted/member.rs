@@ -1,0 +1,213 @@
+//! One member: a gRPC server on loopback that says what its script has.
+
+use std::{
+    pin::Pin,
+    sync::{
+        Arc,
+        mpsc::{Receiver, SyncSender, sync_channel},
+    },
+};
+
+use drover_proto::v1::{
+    domain_service_server::{DomainService, DomainServiceServer},
+    event_service_server::{EventService, EventServiceServer},
+    node_service_server::{NodeService, NodeServiceServer},
+    operation_service_server::{OperationService, OperationServiceServer},
+    *,
+};
+use futures::{Stream, StreamExt, stream};
+use tokio_stream::wrappers::TcpListenerStream;
+use tonic::{Request, Response, Status, Streaming, transport::Server};
+
+/// What a member says.
+#[derive(Clone, Default)]
+pub(crate) struct Script {
+    /// The answer to what starts, cancels or shows an operation; the first of `watch` if unset.
+    pub(crate) accepted: Operation,
+    /// A watch of an operation: these, then silence.
+    pub(crate) watch: Vec<Operation>,
+    /// A watch of events: those after the revision asked for, then silence.
+    pub(crate) events: Vec<Event>,
+    /// A console: these, then an answer to each line typed.
+    pub(crate) console: Vec<ConsoleOutput>,
+    /// The console ends after `console`.
+    pub console_ends: bool,
+    /// The one domain.
+    pub(crate) domain: Domain,
+}
+
+/// A running member; dead when killed or dropped, with all its connections.
+pub(crate) struct Member {
+    address: String,
+    runtime: Option<tokio::runtime::Runtime>,
+    consoles: Receiver<()>,
+}
+
+impl Member {
+    pub(crate) fn start(script: Script) -> Self {
+        let runtime =
+            tokio::runtime::Builder::new_multi_thread().worker_threads(1).enable_all().build();
+        let runtime = runtime.unwrap();
+        let listener = runtime.block_on(tokio::net::TcpListener::bind("127.0.0.1:0")).unwrap();
+        let address = listener.local_addr().unwrap().to_string();
+        let (attached, consoles) = sync_channel(16);
+        let scripted = Scripted { script: Arc::new(script), attached };
+        let server = Server::builder()
+            .add_service(OperationServiceServer::new(scripted.clone()))
+            .add_service(NodeServiceServer::new(scripted.clone()))
+            .add_service(EventServiceServer::new(scripted.clone()))
+            .add_service(DomainServiceServer::new(scripted))
+            .serve_with_incoming(TcpListenerStream::new(listener));
+        runtime.spawn(server);
+        Self { address, runtime: Some(runtime), consoles }
+    }
+
+    pub(crate) fn address(&self) -> &str {
+        &self.address
+    }
+
+    /// Waits until somebody has attached to the console here.
+    pub(crate) fn wait_for_a_console(&self) {
+        self.consoles.recv_timeout(crate::common::WAIT_MAX).unwrap();
+    }
+
+    /// As SIGKILL does: every connection ends at once.
+    pub(crate) fn kill(mut self) {
+        self.runtime.take().unwrap().shutdown_background();
+    }
+}
+
+impl Drop for Member {
+    fn drop(&mut self) {
+        if let Some(runtime) = self.runtime.take() {
+            runtime.shutdown_background();
+        }
+    }
+}
+
+#[derive(Clone)]
+struct Scripted {
+    script: Arc<Script>,
+    attached: SyncSender<()>,
+}
+
+type Answer<T> = Result<Response<T>, Status>;
+type Flow<T> = Pin<Box<dyn Stream<Item = Result<T, Status>> + Send>>;
+
+/// These, then silence.
+fn then_silence<T: Send + 'static>(items: Vec<T>) -> Flow<T> {
+    Box::pin(stream::iter(items.into_iter().map(Ok)).chain(stream::pending()))
+}
+
+impl Scripted {
+    fn accepted(&self) -> Answer<Operation> {
+        let script = &self.script;
+        let first = match script.accepted.name.as_str() {
+            "" => script.watch.first().cloned(),
+            _ => Some(script.accepted.clone()),
+        };
+        first.map(Response::new).ok_or_else(|| Status::not_found("no operation in the script"))
+    }
+}
+
+/// Methods that no test calls.
+macro_rules! not_scripted {
+    ($($method:ident: $request:ty => $answer:ty),* $(,)?) => {
+        $(fn $method<'a, 'b>(
+            &'a self,
+            _: Request<$request>,
+        ) -> Pin<Box<dyn Future<Output = Answer<$answer>> + Send + 'b>>
+        where
+            'a: 'b,
+            Self: 'b,
+        {
+            Box::pin(async { Err(Status::unimplemented("not in the script")) })
+        })*
+    };
+}
+
+#[tonic::async_trait]
+impl OperationService for Scripted {
+    type WatchOperationStream = Flow<Operation>;
+
+    async fn watch_operation(&self, _: Request<GetOperationRequest>) -> Answer<Flow<Operation>> {
+        Ok(Response::new(then_silence(self.script.watch.clone())))
+    }
+    async fn get_operation(&self, _: Request<GetOperationRequest>) -> Answer<Operation> {
+        self.accepted()
+    }
+    async fn cancel_operation(&self, _: Request<CancelOperationRequest>) -> Answer<Operation> {
+        self.accepted()
+    }
+    not_scripted! {
+        list_operations: ListOperationsRequest => ListOperationsResponse,
+        wait_operation: WaitOperationRequest => Operation,
+    }
+}
+
+#[tonic::async_trait]
+impl NodeService for Scripted {
+    async fn drain_node(&self, _: Request<DrainNodeRequest>) -> Answer<Operation> {
+        self.accepted()
+    }
+    not_scripted! {
+        get_node: GetNodeRequest => Node,
+        list_nodes: ListNodesRequest => ListNodesResponse,
+        cordon_node: CordonNodeRequest => Node,
+        uncordon_node: UncordonNodeRequest => Node,
+        plan_drain: PlanDrainRequest => DrainPlan,
+        delete_node: DeleteNodeRequest => DeleteNodeResponse,
+    }
+}
+
+#[tonic::async_trait]
+impl EventService for Scripted {
+    type WatchEventsStream = Flow<Event>;
+
+    async fn watch_events(&self, request: Request<WatchEventsRequest>) -> Answer<Flow<Event>> {
+        let from = request.get_ref().from_revision;
+        let events = self.script.events.iter().filter(|e| e.revision > from).cloned().collect();
+        Ok(Response::new(then_silence(events)))
+    }
+    not_scripted! { list_events: ListEventsRequest => ListEventsResponse }
+}
+
+#[tonic::async_trait]
+impl DomainService for Scripted {
+    type AttachConsoleStream = Flow<ConsoleOutput>;
+
+    async fn attach_console(
+        &self,
+        request: Request<Streaming<ConsoleInput>>,
+    ) -> Answer<Flow<ConsoleOutput>> {
+        let mut input = request.into_inner();
+        let hello = input.message().await?.unwrap_or_default();
+        if hello.name != "domains/web1" {
+            return Err(Status::not_found(format!("domains: no {}", hello.name)));
+        }
+        let _ = self.attached.try_send(());
+        let said = stream::iter(self.script.console.clone().into_iter().map(Ok));
+        if self.script.console_ends {
+            return Ok(Response::new(Box::pin(said)));
+        }
+        let heard = input.filter_map(async |input| match input {
+            Ok(input) => {
+                let data = [b"guest heard: ".as_slice(), &input.data].concat().into();
+                Some(Ok(ConsoleOutput { data, history: false }))
+            }
+            Err(status) => Some(Err(status)),
+        });
+        Ok(Response::new(Box::pin(said.chain(heard))))
+    }
+    async fn get_domain(&self, _: Request<GetDomainRequest>) -> Answer<Domain> {
+        Ok(Response::new(self.script.domain.clone()))
+    }
+    not_scripted! {
+        create_domain: CreateDomainRequest => Operation,
+        list_domains: ListDomainsRequest => ListDomainsResponse,
+        delete_domain: DeleteDomainRequest => Operation,
+        start_domain: StartDomainRequest => Operation,
+        stop_domain: StopDomainRequest => Operation,
+        migrate_domain: MigrateDomainRequest => Operation,
+    }
+}
