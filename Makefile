@@ -10,7 +10,7 @@ BIN := $(CARGO_TARGET_DIR)/debug
 LAB := $(BIN)/drover-lab
 
 .DEFAULT_GOAL := help
-.PHONY: help setup build test demo lab-up lab-down lint fmt
+.PHONY: help setup build test demo bench-migration bench-boot lab-up lab-down lint fmt
 
 help: ## List the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-16s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -27,6 +27,12 @@ test: setup ## All tests: format, lints, licences, unit tests, simulation, chart
 
 demo: build ## Drain a node under load, kill the leader, count what the clients saw (KEEP=1 leaves it running)
 	$(LAB) --name demo demo $(if $(KEEP),--keep)
+
+bench-migration: build ## Move a busy guest with Drover and with QEMU in turn: time, pause, ratios (RUNS=10)
+	$(LAB) --name bench bench migration $(if $(RUNS),--runs $(RUNS))
+
+bench-boot: build ## Boot a guest with Drover and with QEMU's microvm in turn: time, memory, ratios (RUNS=10)
+	$(LAB) --name bench bench boot $(if $(RUNS),--runs $(RUNS))
 
 lab-up: build ## Start a lab of three hosts by hand
 	$(LAB) up

@@ -21,6 +21,7 @@
 //!
 //! Start reading at [`lab`]. Nothing in the other crates depends on this one.
 
+pub mod bench;
 pub mod client;
 pub mod cluster;
 pub mod demo;

@@ -84,6 +84,8 @@ enum Cmd {
         #[arg(long)]
         keep: bool,
     },
+    /// Measure Drover and QEMU in turn, in one run; the last line is JSON.
+    Bench(drover_e2e::bench::BenchArgs),
     /// The switch's own process.
     #[command(hide = true)]
     Switch,
@@ -172,6 +174,7 @@ fn run(cli: &Cli) -> Result<ExitCode> {
             return pass_through(vpsctl.command(&arguments)?);
         }
         Cmd::Demo { keep } => drover_e2e::demo::run(&cli.name, *keep)?,
+        Cmd::Bench(args) => return drover_e2e::bench::main(&cli.name, args),
         Cmd::Switch => drover_e2e::switch::serve(&cli.name)?,
     }
     Ok(ExitCode::SUCCESS)

@@ -1,0 +1,162 @@
+//! Benchmarks: Drover and a peer in turn, in one run, on one host.
+//!
+//! Times in an emulated host mean nothing by themselves; the ratio of two neighbours in the same
+//! run does. So a run is a row of pairs, Drover's and QEMU's, and the result is how the pairs'
+//! ratios spread ([`stats`]). The last line is one JSON object.
+//!
+//! ```text
+//!   drover-lab bench migration            here: a lab host, programs pushed, output passed on
+//!   └─ ssh ─ drover-lab bench --here …    there: the measurement itself
+//!            ├─ drover-vmm   (gRPC on its socket)   [drover]
+//!            └─ qemu-system  (QMP on its socket)    [qemu]
+//! ```
+//!
+//! Start reading at [`migration`] and [`boot`]. Every guest that is measured is asked over HTTP
+//! whether it lives, is still the same and has lost nothing ([`guest`]).
+
+mod boot;
+mod child;
+mod drover;
+mod guest;
+mod migration;
+mod probe;
+mod qemu;
+mod qmp;
+mod stage;
+mod stats;
+
+use std::path::PathBuf;
+use std::process::{Command, ExitCode, Stdio};
+
+use clap::{Args, Subcommand};
+
+use crate::lab::{Lab, LabOptions};
+use crate::process::run;
+use crate::{Error, Result, paths};
+
+/// Where the programs are on a host.
+const REMOTE_LAB: &str = "/usr/local/bin/drover-lab";
+const REMOTE_VMM: &str = "/usr/local/bin/drover-vmm";
+const HOST: &str = "host1";
+const RUNS_MAX: u32 = 1000;
+
+/// What `drover-lab bench` takes.
+#[derive(Debug, Clone, Args)]
+pub struct BenchArgs {
+    #[command(subcommand)]
+    what: What,
+    /// Pairs that are measured.
+    #[arg(long, global = true, default_value_t = 10)]
+    runs: u32,
+    /// Pairs before them, which are not.
+    #[arg(long, global = true, default_value_t = 1)]
+    warm_up: u32,
+    /// Use the lab of that name if it is up, and leave it up.
+    #[arg(long, global = true)]
+    keep: bool,
+    /// Measure on this machine, which must have KVM, in place of a lab host.
+    #[arg(long, global = true)]
+    here: bool,
+    /// With --here: the VMM.
+    #[arg(long, global = true, default_value = REMOTE_VMM)]
+    vmm: PathBuf,
+    /// With --here: the folder of the guest's vmlinuz and initramfs.img.
+    #[arg(long, global = true, default_value = "/var/lib/drover/boot")]
+    boot_dir: PathBuf,
+}
+
+#[derive(Debug, Clone, Copy, Subcommand)]
+enum What {
+    /// Move a busy guest between two VMMs of one host: total time and pause.
+    Migration {
+        /// QEMU's network device handled in the host's kernel (vhost).
+        #[arg(long)]
+        vhost: bool,
+        /// Also ping the guest every 10 ms while it moves, and show the longest silence.
+        #[arg(long)]
+        probe: bool,
+    },
+    /// From starting a VMM to the guest's init, and the VMM's own memory.
+    Boot,
+}
+
+/// Runs a benchmark in the lab of that name, or on this machine.
+///
+/// # Errors
+/// When a guest dies or comes to harm, or anything does not start or answer in time.
+pub fn main(lab: &str, args: &BenchArgs) -> Result<ExitCode> {
+    if !(1..=RUNS_MAX).contains(&args.runs) {
+        return Err(Error::other(format!("--runs {}: 1 to {RUNS_MAX} are accepted", args.runs)));
+    }
+    if args.here { measure(args).map(|()| ExitCode::SUCCESS) } else { in_lab(lab, args) }
+}
+
+fn measure(args: &BenchArgs) -> Result<()> {
+    let stage = stage::Stage::build(&args.vmm, &args.boot_dir)?;
+    match args.what {
+        What::Migration { vhost, probe } => {
+            let options = migration::Options { vhost, probe };
+            migration::measure(&stage, args.runs, args.warm_up, options)
+        }
+        What::Boot => boot::measure(&stage, args.runs, args.warm_up),
+    }
+}
+
+fn in_lab(name: &str, args: &BenchArgs) -> Result<ExitCode> {
+    let vmm = paths::program("drover-vmm");
+    if !vmm.exists() {
+        return Err(Error::other(format!("{} is not built", vmm.display())));
+    }
+    let (lab, mine) = match Lab::open(name) {
+        Ok(lab) if args.keep => (lab, false),
+        _ => {
+            let options = LabOptions { name: name.to_owned(), hosts: 1, ..Default::default() };
+            (Lab::up(&options, |line| println!("{line}"))?, !args.keep)
+        }
+    };
+    let result = on_host(&lab, args);
+    if mine {
+        lab.down()?;
+    }
+    result
+}
+
+fn on_host(lab: &Lab, args: &BenchArgs) -> Result<ExitCode> {
+    let ssh = lab.ssh(HOST)?;
+    for (name, to) in [("drover-lab", REMOTE_LAB), ("drover-vmm", REMOTE_VMM)] {
+        let stripped = paths::run_dir(lab.name()).join(name);
+        run(Command::new("strip")
+            .arg("--strip-debug")
+            .arg("-o")
+            .arg(&stripped)
+            .arg(paths::program(name)))?;
+        ssh.push(&stripped, to)?;
+    }
+    let mut words = vec![REMOTE_LAB.to_owned(), "bench".to_owned()];
+    words.extend(args.words());
+    words.push("--here".to_owned());
+    let status = ssh
+        .command(&words)?
+        .stdin(Stdio::null())
+        .status()
+        .map_err(|e| Error::other(format!("cannot run ssh: {e}")))?;
+    Ok(if status.success() { ExitCode::SUCCESS } else { ExitCode::FAILURE })
+}
+
+impl BenchArgs {
+    /// As they are typed.
+    fn words(&self) -> Vec<String> {
+        let mut words = Vec::new();
+        match self.what {
+            What::Migration { vhost, probe } => {
+                words.push("migration".to_owned());
+                words.extend(vhost.then(|| "--vhost".to_owned()));
+                words.extend(probe.then(|| "--probe".to_owned()));
+            }
+            What::Boot => words.push("boot".to_owned()),
+        }
+        words.push(format!("--runs={}", self.runs));
+        words.push(format!("--warm-up={}", self.warm_up));
+        words
+    }
+}

@@ -1,0 +1,128 @@
+//! What both contestants stand on: a bridge of the benchmark's own, taps, the guest's files.
+
+use std::net::Ipv4Addr;
+use std::path::{Path, PathBuf};
+use std::process::Command;
+
+use crate::process::run;
+use crate::{Error, Result};
+
+const BRIDGE: &str = "dbench0";
+const GATEWAY: &str = "10.79.0.1/24";
+/// Memory of every guest that is measured.
+pub(super) const GUEST_MEMORY_MIB: u64 = 128;
+/// What a process in it keeps dirtying.
+pub(super) const GUEST_DIRTY_MIB: u64 = 2;
+
+/// Removed when dropped.
+pub(super) struct Stage {
+    pub(super) vmm: PathBuf,
+    pub(super) kernel: PathBuf,
+    pub(super) initramfs: PathBuf,
+    /// Sockets and logs.
+    pub(super) dir: PathBuf,
+}
+
+/// One of the two guests.
+#[derive(Debug, Clone, Copy)]
+pub(super) enum Who {
+    Drover,
+    Qemu,
+}
+
+impl Who {
+    pub(super) fn name(self) -> &'static str {
+        match self {
+            Self::Drover => "drover",
+            Self::Qemu => "qemu",
+        }
+    }
+    pub(super) fn address(self) -> Ipv4Addr {
+        match self {
+            Self::Drover => Ipv4Addr::new(10, 79, 0, 11),
+            Self::Qemu => Ipv4Addr::new(10, 79, 0, 12),
+        }
+    }
+    pub(super) fn mac(self) -> &'static str {
+        match self {
+            Self::Drover => "52:54:00:79:00:11",
+            Self::Qemu => "52:54:00:79:00:12",
+        }
+    }
+    /// A move has two ends, each with its tap: 0 and 1.
+    pub(super) fn tap(self, end: usize) -> String {
+        format!("db{}{end}", &self.name()[..1])
+    }
+}
+
+impl Stage {
+    /// Makes it.
+    pub(super) fn build(vmm: &Path, boot_dir: &Path) -> Result<Self> {
+        let (kernel, initramfs) = (boot_dir.join("vmlinuz"), boot_dir.join("initramfs.img"));
+        for file in [vmm, &kernel, &initramfs, Path::new("/dev/kvm")] {
+            if !file.exists() {
+                return Err(Error::other(format!("{}: not found, and needed", file.display())));
+            }
+        }
+        let dir = std::env::temp_dir().join(format!("drover-bench-{}", std::process::id()));
+        std::fs::create_dir_all(&dir).map_err(Error::io("cannot create", &dir))?;
+        let stage = Self { vmm: vmm.to_owned(), kernel, initramfs, dir };
+        // What a run that was killed left behind.
+        remove_network();
+        ip(&[
+            "link",
+            "add",
+            BRIDGE,
+            "type",
+            "bridge",
+            "forward_delay",
+            "0",
+            "stp_state",
+            "0",
+            "mcast_snooping",
+            "0",
+        ])?;
+        ip(&["addr", "add", GATEWAY, "dev", BRIDGE])?;
+        ip(&["link", "set", BRIDGE, "up"])?;
+        for tap in taps() {
+            ip(&["tuntap", "add", "dev", &tap, "mode", "tap"])?;
+            ip(&["link", "set", &tap, "master", BRIDGE, "up"])?;
+        }
+        Ok(stage)
+    }
+
+    /// The kernel command line, the same for both.
+    pub(super) fn command_line(&self, who: Who) -> String {
+        format!(
+            "console=ttyS0 quiet panic=-1 drover.ip={}/24 drover.dirty_mib={GUEST_DIRTY_MIB}",
+            who.address()
+        )
+    }
+
+    pub(super) fn path(&self, name: &str) -> PathBuf {
+        self.dir.join(name)
+    }
+}
+
+impl Drop for Stage {
+    fn drop(&mut self) {
+        remove_network();
+        // Nothing else to be done about it.
+        let _ = std::fs::remove_dir_all(&self.dir);
+    }
+}
+
+fn taps() -> impl Iterator<Item = String> {
+    [Who::Drover, Who::Qemu].into_iter().flat_map(|who| [who.tap(0), who.tap(1)])
+}
+
+fn remove_network() {
+    for link in taps().chain([BRIDGE.to_owned()]) {
+        // Mostly it is not there.
+        let _ = ip(&["link", "del", &link]);
+    }
+}
+
+fn ip(arguments: &[&str]) -> Result<()> {
+    run(Command::new("ip").args(arguments)).map(|_| ())
+}
