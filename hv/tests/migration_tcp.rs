@@ -107,7 +107,10 @@ fn memory_at_the_destination_is_that_of_the_pause() {
         let there = destination(&runners, |vm| vm.fail_restore = true);
         let (outcome, _) = send(&mut vm, &config(&there.address, &dir));
         // The restore fails behind the last page: the source goes on, the pages are all there.
-        assert!(matches!(outcome, SourceOutcome::Failed(MigrationError::Aborted(_))), "{outcome:?}");
+        assert!(
+            matches!(outcome, SourceOutcome::Failed(MigrationError::Aborted(_))),
+            "{outcome:?}"
+        );
         let (copy, outcome, _) = there.thread.join().unwrap();
         assert!(matches!(outcome, DestinationOutcome::Failed(_)));
         assert!(vm.is_running() && !copy.is_running());
@@ -167,7 +170,10 @@ fn a_guest_that_writes_too_fast_stays_where_it_is() {
     assert_eq!((report.stop_reason.as_str(), report.pause_us), ("ROUNDS", 0));
     assert!(vm.is_running());
     let (_, outcome, _) = there.thread.join().unwrap();
-    assert!(matches!(outcome, DestinationOutcome::Failed(MigrationError::Aborted(_))), "{outcome:?}");
+    assert!(
+        matches!(outcome, DestinationOutcome::Failed(MigrationError::Aborted(_))),
+        "{outcome:?}"
+    );
 }
 
 /// Cancelled in the middle of a slow copy: at once, and the next attempt moves it whole.

@@ -301,8 +301,7 @@ impl Destination<'_, '_> {
         self.link()?.receive_exact(&mut count)?;
         let count = u32::from_le_bytes(count) as usize;
         let table_bytes = count.saturating_mul(RUN_BYTES);
-        let Some(data_bytes) =
-            length.checked_sub(4).and_then(|rest| rest.checked_sub(table_bytes))
+        let Some(data_bytes) = length.checked_sub(4).and_then(|rest| rest.checked_sub(table_bytes))
         else {
             return Err(MigrationError::Protocol(format!("{count} runs in {length} bytes")));
         };
@@ -393,9 +392,7 @@ impl Destination<'_, '_> {
 
     fn wake(&self) -> BorrowedFd<'_> {
         // SAFETY: the control outlives `self`, and keeps its eventfd open as long as it lives.
-        unsafe {
-            BorrowedFd::borrow_raw(std::os::fd::AsRawFd::as_raw_fd(self.control.wake_fd()))
-        }
+        unsafe { BorrowedFd::borrow_raw(std::os::fd::AsRawFd::as_raw_fd(self.control.wake_fd())) }
     }
 
     fn report(&mut self, state: DestinationState) {

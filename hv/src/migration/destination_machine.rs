@@ -117,7 +117,10 @@ impl DestinationMachine {
     ///
     /// # Errors
     /// When the event is not legal here; the state stays.
-    pub fn step(&mut self, event: DestinationEvent) -> Result<DestinationAction, IllegalTransition> {
+    pub fn step(
+        &mut self,
+        event: DestinationEvent,
+    ) -> Result<DestinationAction, IllegalTransition> {
         let Some((state, action)) = transition(self.state, event) else {
             return Err(IllegalTransition { state: self.state, event });
         };

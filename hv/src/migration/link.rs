@@ -126,17 +126,14 @@ impl Link {
     }
 
     pub(super) fn receive_exact(&mut self, bytes: &mut [u8]) -> Result<(), MigrationError> {
-        let buffer =
-            libc::iovec { iov_base: bytes.as_mut_ptr().cast(), iov_len: bytes.len() };
+        let buffer = libc::iovec { iov_base: bytes.as_mut_ptr().cast(), iov_len: bytes.len() };
         // SAFETY: the buffer is `bytes`, borrowed mutably.
         unsafe { self.receive_buffers(&mut [buffer]) }
     }
 
     /// Receives a message; the other side may be silent for `timeout`.
     pub(super) fn receive(&mut self, timeout: Duration) -> Result<Received, MigrationError> {
-        self.stream
-            .set_read_timeout(Some(timeout))
-            .map_err(MigrationError::link("receiving"))?;
+        self.stream.set_read_timeout(Some(timeout)).map_err(MigrationError::link("receiving"))?;
         let mut header = [0; HEADER_BYTES];
         self.receive_exact(&mut header)?;
         let (kind, length) = wire::parse_header(header).map_err(protocol)?;

@@ -49,7 +49,10 @@ impl Limits {
         memory_bytes: u64,
     ) -> Result<Self, String> {
         let request = request.cloned().unwrap_or_default();
-        let duration = |field: &str, value: Option<prost_types::Duration>, default, max: Duration| {
+        let duration = |field: &str,
+                        value: Option<prost_types::Duration>,
+                        default,
+                        max: Duration| {
             let Some(value) = value else { return Ok(default) };
             let asked = Duration::try_from(value).map_err(|_| {
                 format!("limits.{field}: {value:?}; accepted: a positive duration up to {max:?}")
@@ -248,7 +251,8 @@ mod tests {
 
     #[test]
     fn limits_name_what_they_accept() {
-        let ask = |rounds_max| drover_proto::v1::MigrationLimits { rounds_max, ..Default::default() };
+        let ask =
+            |rounds_max| drover_proto::v1::MigrationLimits { rounds_max, ..Default::default() };
         assert_eq!(Limits::from_request(Some(&ask(7)), 1).unwrap().rounds_max, 7);
         assert_eq!(
             Limits::from_request(Some(&ask(1001)), 1).unwrap_err(),

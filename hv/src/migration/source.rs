@@ -340,11 +340,17 @@ impl Source<'_, '_> {
             migration_id: self.config.migration_id.clone(),
             to_epoch: self.config.to_epoch,
         };
-        let prepared = handover.prepare(&self.config.state_dir).map_err(MigrationError::Handover)?;
+        let prepared =
+            handover.prepare(&self.config.state_dir).map_err(MigrationError::Handover)?;
         let rest = self.dirty.take().unwrap_or_else(|| DirtyPages::none(self.vm.memory()));
         let start = Instant::now();
-        let pause =
-            self.pause.insert(Pause { start, part: start, prepared, image: Vec::new(), last: rest });
+        let pause = self.pause.insert(Pause {
+            start,
+            part: start,
+            prepared,
+            image: Vec::new(),
+            last: rest,
+        });
         self.vm.pause()?;
         self.report.pause_stop_us = pause.lap_us();
         pause.image = state::encode(&self.vm.save_state()?)?;
@@ -499,4 +505,3 @@ fn gave_up(stop: Stop, progress: &Progress, limits: &Limits) -> MigrationError {
         limits.downtime
     ))
 }
-

@@ -8,7 +8,8 @@ use std::time::Instant;
 
 use virtio_bindings::virtio_config::VIRTIO_F_VERSION_1;
 use virtio_bindings::virtio_ring::{VIRTIO_RING_F_EVENT_IDX, VIRTIO_RING_F_INDIRECT_DESC};
-use virtio_queue::QueueT;
+use virtio_queue::{Queue, QueueT};
+use vm_memory::GuestAddress;
 
 use super::core::{Core, Inner, status};
 use super::{Interrupt, VirtioDevice, worker};
@@ -217,7 +218,7 @@ impl VirtioPci {
     }
 
     fn write_queue(&self, inner: &mut Inner, offset: u64, length: usize, value: u64) {
-        let (half, low, high) = (value as u16, value as u32, (value >> 32) as u32);
+        let half = value as u16;
         let select = usize::from(inner.queue_select);
         let Some(queue) = inner.queues.get_mut(select) else { return };
         if (offset, length) == (0x1a, 2) {
@@ -239,15 +240,9 @@ impl VirtioPci {
                 registers.set_event_idx(event_idx);
                 registers.set_ready(true);
             }
-            (0x20, 4) => registers.set_desc_table_address(Some(low), None),
-            (0x24, 4) => registers.set_desc_table_address(None, Some(low)),
-            (0x20, 8) => registers.set_desc_table_address(Some(low), Some(high)),
-            (0x28, 4) => registers.set_avail_ring_address(Some(low), None),
-            (0x2c, 4) => registers.set_avail_ring_address(None, Some(low)),
-            (0x28, 8) => registers.set_avail_ring_address(Some(low), Some(high)),
-            (0x30, 4) => registers.set_used_ring_address(Some(low), None),
-            (0x34, 4) => registers.set_used_ring_address(None, Some(low)),
-            (0x30, 8) => registers.set_used_ring_address(Some(low), Some(high)),
+            (0x20..0x38, 4 | 8) if offset.is_multiple_of(length as u64) => {
+                set_ring(registers, offset, length, value);
+            }
             _ => {}
         }
     }
@@ -350,6 +345,21 @@ fn add_capabilities(config: &mut ConfigSpace, vectors: u16) -> (usize, usize) {
     let msix_cap = config.add_msix(vectors, table, window::MSIX_PENDING.start as u32);
     config.seal();
     (pci_cap, usize::from(msix_cap))
+}
+
+/// Writes one of the rings' addresses, or half of one. An address that is not aligned leaves the
+/// old one, without a word: a guest must not fill a log.
+fn set_ring(registers: &mut Queue, offset: u64, length: usize, value: u64) {
+    let join = |old: u64| match (length, offset % 8) {
+        (4, 0) => old & 0xffff_ffff_0000_0000 | value,
+        (4, _) => old & 0xffff_ffff | value << 32,
+        _ => value,
+    };
+    let _ = match offset & !7 {
+        0x20 => registers.try_set_desc_table_address(GuestAddress(join(registers.desc_table()))),
+        0x28 => registers.try_set_avail_ring_address(GuestAddress(join(registers.avail_ring()))),
+        _ => registers.try_set_used_ring_address(GuestAddress(join(registers.used_ring()))),
+    };
 }
 
 fn copy_out(registers: &[u8], offset: u64, data: &mut [u8]) {

@@ -28,7 +28,7 @@ impl DirtyLog for NoLog {
 
 /// How many machines of a test run; never more than one (I1).
 #[derive(Debug, Clone, Default)]
-pub struct Runners(Arc<AtomicI32>);
+pub(crate) struct Runners(Arc<AtomicI32>);
 
 impl Runners {
     fn enter(&self) {
@@ -38,21 +38,21 @@ impl Runners {
     fn leave(&self) {
         self.0.fetch_sub(1, Ordering::SeqCst);
     }
-    pub fn count(&self) -> i32 {
+    pub(crate) fn count(&self) -> i32 {
         self.0.load(Ordering::SeqCst)
     }
 }
 
 /// What the guest does all day.
 #[derive(Debug, Clone, Copy)]
-pub struct Habits {
+pub(crate) struct Habits {
     /// It writes pages below this one.
-    pub hot_pages: u64,
+    pub(crate) hot_pages: u64,
     /// Between two writes.
-    pub rest: std::time::Duration,
+    pub(crate) rest: std::time::Duration,
 }
 
-pub struct FakeVm {
+pub(crate) struct FakeVm {
     memory: GuestMemory,
     tracker: DirtyTracker,
     runners: Runners,
@@ -62,13 +62,13 @@ pub struct FakeVm {
     writes: Arc<AtomicU64>,
     ended: Arc<AtomicBool>,
     guest: Option<JoinHandle<()>>,
-    pub announced: u32,
-    pub fail_restore: bool,
+    pub(crate) announced: u32,
+    pub(crate) fail_restore: bool,
 }
 
-pub const PAGES: u64 = 2048;
+pub(crate) const PAGES: u64 = 2048;
 
-pub fn shape() -> Shape {
+pub(crate) fn shape() -> Shape {
     Shape {
         uid: "fake".into(),
         vcpus: 1,
@@ -80,7 +80,7 @@ pub fn shape() -> Shape {
 
 impl FakeVm {
     /// A machine that stands still, with zeroed memory.
-    pub fn new(runners: &Runners, habits: Habits) -> Self {
+    pub(crate) fn new(runners: &Runners, habits: Habits) -> Self {
         let memory = memory::create(PAGES * PAGE_BYTES).unwrap();
         let tracker = DirtyTracker::new(memory.clone(), Box::new(NoLog));
         let (gate, writes) = (Arc::new(Mutex::new(false)), Arc::new(AtomicU64::new(0)));
@@ -105,7 +105,7 @@ impl FakeVm {
     }
 
     /// A machine that has run for a while: some pages hold something, some zeros, some nothing.
-    pub fn running(runners: &Runners, habits: Habits) -> Self {
+    pub(crate) fn running(runners: &Runners, habits: Habits) -> Self {
         let mut vm = Self::new(runners, habits);
         for page in (0..PAGES).step_by(3) {
             let value = if page % 2 == 0 { page } else { 0 };
@@ -115,23 +115,18 @@ impl FakeVm {
         vm
     }
 
-    pub fn is_running(&self) -> bool {
+    pub(crate) fn is_running(&self) -> bool {
         self.running
     }
 
-    pub fn writes(&self) -> u64 {
+    pub(crate) fn writes(&self) -> u64 {
         self.writes.load(Ordering::SeqCst)
     }
 
-    pub fn contents(&self) -> Vec<u8> {
+    pub(crate) fn contents(&self) -> Vec<u8> {
         let mut bytes = vec![0; (PAGES * PAGE_BYTES) as usize];
         self.memory.read_slice(&mut bytes, GuestAddress(0)).unwrap();
         bytes
-    }
-
-    /// Ends a machine, as SIGKILL does.
-    pub fn kill(mut self) {
-        self.pause().unwrap();
     }
 }
 
