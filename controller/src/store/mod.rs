@@ -22,6 +22,8 @@ mod handle;
 mod rocks;
 mod state;
 mod table;
+#[cfg(test)]
+mod tests;
 mod txn;
 mod watch;
 

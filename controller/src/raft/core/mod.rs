@@ -1,28 +1,29 @@
 //! The member, without its threads and sockets: inputs in, one turn, outputs out.
 
+mod apply;
+mod interface;
+mod load;
+#[cfg(test)]
+mod tests;
+
 use std::collections::{BTreeMap, VecDeque};
 use std::sync::Arc;
 
-use bytes::Bytes;
-use drover_proto::raft::v1 as pb;
-use prost::Message as _;
 use prost_raft::Message as _;
-use raft::eraftpb::{
-    ConfChange, ConfChangeV2, ConfState, Entry, EntryType, Message, MessageType, Snapshot,
-};
+use raft::eraftpb::{ConfChangeV2, ConfState, Entry, Message, MessageType};
 use raft::{Config, ProgressState, RawNode, ReadOnlyOption, SnapshotStatus, StateRole};
 use rand::{RngExt as _, SeedableRng as _, rngs::SmallRng};
 
-use super::identity::{Identity, KEY_APPLIED};
 use super::log::{Log, Position};
 use super::logger::logger;
 use super::reads::Reads;
 use super::snapshot::{self, SnapshotJob};
 use crate::store::{
-    Batch, CommitError, Engine, EngineError, Family, Leadership, MalformedCommand, MemberId,
-    MemberStatus, Outcome, ReadError, Revision, Role, Row, RowKey, State, Status, Txn, data_key,
-    parse_data_key,
+    Batch, CommitError, Engine, Leadership, MemberId, MemberStatus, ReadError, Role, State, Status,
 };
+use apply::Findings;
+pub use interface::{Fatal, Input, Limits, Options, Output, Waiter};
+use load::{load_applied, load_state};
 
 /// Ticks between a leader's heartbeats.
 const HEARTBEAT_TICKS: usize = 1;
@@ -38,149 +39,6 @@ const UNCOMMITTED_BYTES_MAX: u64 = 16 << 20;
 const APPLY_BYTES_MAX: u64 = 4 << 20;
 /// Ticks that a built snapshot is kept although nobody is being sent one.
 const SNAPSHOT_KEEP_TICKS: u64 = 600;
-/// Rows read at a time when the state is loaded.
-const LOAD_ROWS: usize = 1024;
-
-/// How much is kept.
-#[derive(Clone, Copy, Debug)]
-pub struct Limits {
-    /// Entries that a compaction leaves for slow followers.
-    pub log_entries_keep: u64,
-    /// Entries at which the log is compacted.
-    pub log_entries_max: u64,
-    /// Bytes at which the log is compacted, to half of it.
-    pub log_bytes_max: usize,
-    /// Revisions whose changes are kept for watches.
-    pub history_revisions: u64,
-    /// Revisions removed at a time.
-    pub history_stride: u64,
-    /// Reads that may wait.
-    pub reads_waiting_max: usize,
-}
-
-impl Default for Limits {
-    fn default() -> Self {
-        Self {
-            log_entries_keep: 5_000,
-            log_entries_max: 10_000,
-            log_bytes_max: 64 << 20,
-            history_revisions: 100_000,
-            history_stride: 1_000,
-            reads_waiting_max: 65_536,
-        }
-    }
-}
-
-/// What a [`Core`] is started with.
-#[derive(Clone, Debug)]
-pub struct Options {
-    /// Who it is.
-    pub identity: Identity,
-    /// Everyone's `host:port`.
-    pub members: BTreeMap<MemberId, String>,
-    /// Another one at each start: it keeps read questions apart.
-    pub nonce: u64,
-    /// Of the random election timeouts.
-    pub seed: u64,
-    /// How much is kept.
-    pub limits: Limits,
-}
-
-/// Somebody who waits for an answer.
-pub trait Waiter {
-    /// It waits no more.
-    fn is_abandoned(&self) -> bool;
-}
-
-/// What happens to a member. `C` waits for a commit, `R` for a read.
-pub enum Input<C, R> {
-    /// Time has passed: one tick.
-    Tick,
-    /// From a peer, in the order it was sent.
-    Message(Message),
-    /// Commit this [`Txn`], encoded.
-    Propose {
-        /// [`Txn::encode`].
-        command: Vec<u8>,
-        /// Who waits.
-        waiter: C,
-    },
-    /// Say when a read here sees everything acknowledged until now.
-    Read {
-        /// Who waits.
-        waiter: R,
-    },
-    /// A message to this peer was not sent, or is lost.
-    Unreachable(MemberId),
-    /// The end of a [`Output::Send`] of a snapshot; each one must be reported.
-    SnapshotSent {
-        /// To whom.
-        to: MemberId,
-        /// It arrived.
-        arrived: bool,
-    },
-    /// The end of an [`Output::Build`].
-    SnapshotBuilt(Snapshot),
-    /// Give leadership away.
-    TransferLeadership,
-}
-
-/// What a member does.
-pub enum Output<C, R> {
-    /// Send to the peer named in it; in order, or not at all.
-    Send(Message),
-    /// An entry was applied. (For checks: equal entries must give equal hashes.)
-    Applied {
-        /// Its index.
-        index: u64,
-        /// Its term.
-        term: u64,
-        /// [`State::content_hash`] after it.
-        content_hash: u64,
-    },
-    /// The newest state; written before this was said.
-    Publish(State),
-    /// The end of a [`Input::Propose`]. A waiter that is dropped instead does not know.
-    Committed {
-        /// Who waited.
-        waiter: C,
-        /// What came of it.
-        result: Result<Revision, CommitError>,
-    },
-    /// The end of a [`Input::Read`].
-    Read {
-        /// Who waited.
-        waiter: R,
-        /// It may read the state published last.
-        result: Result<(), ReadError>,
-    },
-    /// Leadership is another one now.
-    Leadership(Leadership),
-    /// Run this aside and hand back the snapshot.
-    Build(SnapshotJob),
-}
-
-/// The member cannot go on. Its process must end.
-#[derive(Debug, thiserror::Error)]
-pub enum Fatal {
-    /// The disk failed.
-    #[error(transparent)]
-    Engine(#[from] EngineError),
-    /// An entry that this version cannot read.
-    #[error("log entry {index}: {source}; run the newer version of drover-controller")]
-    Malformed {
-        /// The entry.
-        index: u64,
-        /// What is wrong with it.
-        source: MalformedCommand,
-    },
-    /// Raft's own state is broken.
-    #[error("raft: {0}")]
-    Raft(#[from] raft::Error),
-    /// Records that contradict each other.
-    #[error("the data directory is damaged: {0}")]
-    Damaged(String),
-}
 
 /// One member of the group.
 pub struct Core<C, R> {
@@ -205,12 +63,6 @@ pub struct Core<C, R> {
     rng: SmallRng,
     ticks: u64,
     heard: BTreeMap<MemberId, u64>,
-}
-
-/// What a turn's round has found out and may say only after its batch is written.
-struct Findings<C> {
-    applied: Vec<(Position, u64)>,
-    ended: Vec<(C, Result<Revision, CommitError>)>,
 }
 
 impl<C: Waiter, R: Waiter> Core<C, R> {
@@ -528,7 +380,7 @@ impl<C: Waiter, R: Waiter> Core<C, R> {
 
     fn round(&mut self, out: &mut dyn FnMut(Output<C, R>)) -> Result<(), Fatal> {
         let mut batch = Batch::default();
-        let mut findings = Findings { applied: Vec::new(), ended: Vec::new() };
+        let mut findings = Findings::default();
         let mut sync = false;
         let compactable = self.applied.index;
 
@@ -593,123 +445,6 @@ impl<C: Waiter, R: Waiter> Core<C, R> {
         }
     }
 
-    /// Applies what is committed, in memory, and adds it to the batch.
-    fn apply(&mut self, batch: &mut Batch, findings: &mut Findings<C>) -> Result<(), Fatal> {
-        if self.committed.is_empty() {
-            return Ok(());
-        }
-        while let Some(entry) = self.committed.pop_front() {
-            let outcome = self.apply_entry(&entry, batch)?;
-            self.applied = Position { index: entry.index, term: entry.term };
-            findings.applied.push((self.applied, self.state.content_hash()));
-            if let Some((term, waiter)) = self.proposals.remove(&entry.index) {
-                // Another term's entry at the index: ours was overwritten, for good.
-                let result = if term == entry.term {
-                    commit_result(outcome)
-                } else {
-                    Err(self.not_leader())
-                };
-                findings.ended.push((waiter, result));
-            }
-        }
-        self.forget_history(batch);
-        self.put_applied(batch);
-        // Raft's start refuses an applied index beyond the commit index: both in one batch.
-        let hard_state = self.raw.raft.hard_state();
-        debug_assert!(hard_state.commit >= self.applied.index);
-        let mut known = self.raw.store().hard_state().clone();
-        if known.commit < self.applied.index {
-            known.commit = self.applied.index;
-            self.raw.mut_store().set_hard_state(known, batch);
-        }
-        Ok(())
-    }
-
-    fn apply_entry(&mut self, entry: &Entry, batch: &mut Batch) -> Result<Outcome, Fatal> {
-        // The type comes first: the entry that ends a joint change has no data, and must be
-        // applied all the same.
-        match entry.entry_type() {
-            EntryType::EntryConfChange => {
-                let change = ConfChange::decode(entry.data.as_slice()).map_err(codec)?;
-                self.conf_state = self.raw.apply_conf_change(&change)?;
-            }
-            EntryType::EntryConfChangeV2 => {
-                let change = ConfChangeV2::decode(entry.data.as_slice()).map_err(codec)?;
-                self.conf_state = self.raw.apply_conf_change(&change)?;
-            }
-            EntryType::EntryNormal if entry.data.is_empty() => {}
-            EntryType::EntryNormal => return self.apply_command(entry, batch),
-        }
-        Ok(Outcome::Committed { revision: self.state.revision() })
-    }
-
-    fn apply_command(&mut self, entry: &Entry, batch: &mut Batch) -> Result<Outcome, Fatal> {
-        let txn = Txn::decode(Bytes::copy_from_slice(&entry.data))
-            .map_err(|source| Fatal::Malformed { index: entry.index, source })?;
-        let before = self.state.revision();
-        let mut changes = Vec::new();
-        let outcome = self.state.apply(entry.term, &txn, |key, row| {
-            changes.push(change(key, row));
-            match row {
-                Some(row) => {
-                    let row = pb::Row::from(row).encode_to_vec();
-                    batch.put(Family::Data, data_key(key), row);
-                }
-                None => batch.delete(Family::Data, data_key(key)),
-            }
-        });
-        if self.state.revision() != before {
-            let set = pb::ChangeSet { changes }.encode_to_vec();
-            batch.put(Family::Events, self.state.revision().to_be_bytes(), set);
-        }
-        Ok(outcome)
-    }
-
-    fn forget_history(&mut self, batch: &mut Batch) {
-        let Limits { history_revisions, history_stride, .. } = self.options.limits;
-        let keep_from = self.state.revision().saturating_sub(history_revisions);
-        if keep_from >= self.compacted_revision + history_stride {
-            let (from, to) = (0_u64.to_be_bytes(), (keep_from + 1).to_be_bytes());
-            batch.delete_range(Family::Events, from, to);
-            self.compacted_revision = keep_from;
-        }
-    }
-
-    fn put_applied(&self, batch: &mut Batch) {
-        let record = pb::Applied {
-            index: self.applied.index,
-            term: self.applied.term,
-            revision: self.state.revision(),
-            compacted_revision: self.compacted_revision,
-            content_hash: self.state.content_hash(),
-            conf_state: self.conf_state.encode_to_vec().into(),
-        };
-        batch.put(Family::State, KEY_APPLIED, record.encode_to_vec());
-    }
-
-    /// Takes a snapshot's state for the member's own.
-    fn install(&mut self, snapshot: &Snapshot, batch: &mut Batch) -> Result<(), Fatal> {
-        let metadata = snapshot.get_metadata();
-        let Some(state) = self.incoming.remove(&metadata.index) else {
-            return Err(Fatal::Damaged(format!("snapshot {} was not read", metadata.index)));
-        };
-        tracing::info!(index = metadata.index, revision = state.revision(), "snapshot installed");
-        batch.clear(Family::Data);
-        batch.clear(Family::Events);
-        for (key, row) in state.rows() {
-            batch.put(Family::Data, data_key(key), pb::Row::from(row).encode_to_vec());
-        }
-        self.compacted_revision = state.revision();
-        self.state = state;
-        self.applied = Position { index: metadata.index, term: metadata.term };
-        self.conf_state = metadata.get_conf_state().clone();
-        self.raw.mut_store().restart(self.applied, batch);
-        self.put_applied(batch);
-        // What became of proposals below it is not known any more: their waiters are dropped.
-        self.proposals = self.proposals.split_off(&(metadata.index + 1));
-        Ok(())
-    }
-
     /// Keeps the log within its limits. `applied` is what Raft knows to be applied.
     fn compact(&mut self, applied: u64, batch: &mut Batch) {
         let limits = self.options.limits;
@@ -772,54 +507,5 @@ impl<C: Waiter, R: Waiter> Core<C, R> {
             conf_state: self.conf_state.clone(),
             state: self.state.clone(),
         }));
-    }
-}
-
-fn commit_result(outcome: Outcome) -> Result<Revision, CommitError> {
-    match outcome {
-        Outcome::Committed { revision } => Ok(revision),
-        Outcome::Rejected { guard, mod_revision } => {
-            Err(CommitError::Guard { index: guard, mod_revision })
-        }
-    }
-}
-
-fn change(key: &RowKey, row: Option<&Row>) -> pb::Change {
-    use pb::change::Action;
-    let action = row.map_or(Action::Delete(true), |row| Action::Put(row.value.clone()));
-    pb::Change { table: key.0.into(), key: key.1.to_string(), action: Some(action) }
-}
-
-fn codec(error: prost_raft::DecodeError) -> Fatal {
-    Fatal::Damaged(format!("a configuration change: {error}"))
-}
-
-fn load_applied(engine: &dyn Engine) -> Result<pb::Applied, Fatal> {
-    let bytes = engine
-        .get(Family::State, KEY_APPLIED)?
-        .ok_or_else(|| Fatal::Damaged("what is applied is missing".to_owned()))?;
-    pb::Applied::decode(Bytes::from(bytes))
-        .map_err(|e| Fatal::Damaged(format!("what is applied: {e}")))
-}
-
-fn load_state(engine: &dyn Engine, revision: u64) -> Result<State, Fatal> {
-    let mut rows = Vec::new();
-    let mut from = Vec::new();
-    loop {
-        let read = engine.scan(Family::Data, &from, LOAD_ROWS)?;
-        let full = read.len() == LOAD_ROWS;
-        for (bytes, value) in read {
-            let key =
-                parse_data_key(&bytes).ok_or_else(|| Fatal::Damaged("a row's key".to_owned()))?;
-            let row = pb::Row::decode(Bytes::from(value))
-                .map_err(|e| Fatal::Damaged(format!("row {}: {e}", key.1)))?;
-            rows.push((key, row.into()));
-            // The next key in byte order.
-            from = bytes;
-            from.push(0);
-        }
-        if !full {
-            return Ok(State::restore(revision, rows));
-        }
     }
 }
