@@ -1,5 +1,6 @@
 //! `drover-vmm`: the process of one domain.
 
+use std::io::IsTerminal;
 use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
@@ -57,7 +58,11 @@ const GOODBYE_TIMEOUT: Duration = Duration::from_millis(500);
 fn main() -> ExitCode {
     keep_heap_small();
     let filter = EnvFilter::try_from_env("DROVER_LOG").unwrap_or_else(|_| EnvFilter::new("info"));
-    tracing_subscriber::fmt().with_env_filter(filter).with_writer(std::io::stderr).init();
+    tracing_subscriber::fmt()
+        .with_env_filter(filter)
+        .with_ansi(std::io::stderr().is_terminal())
+        .with_writer(std::io::stderr)
+        .init();
     let Command::Run(args) = Cli::parse().command;
     let record = run(args);
     match record.reason {
@@ -102,7 +107,12 @@ fn run(args: RunArgs) -> ExitRecord {
     };
     runtime.block_on(async {
         match bind(&args.socket) {
-            Ok(listener) => serve(vmm, listener, ended).await,
+            Ok(listener) => {
+                let record = serve(vmm, listener, ended).await;
+                // The record says all; a socket nobody answers on would only puzzle.
+                let _ = std::fs::remove_file(&args.socket);
+                record
+            }
             Err(error) => {
                 let value = format!("socket: {}: {error}", args.socket.display());
                 refuse(&args.state_dir, value)

@@ -8,8 +8,6 @@
 
 use std::io::{self, Read};
 
-use ruzstd::decoding::{FrameDecoder, StreamingDecoder};
-
 use super::KERNEL_IMAGE_BYTES_MAX;
 use super::elf::ElfError;
 
@@ -23,8 +21,8 @@ const SECTOR_BYTES: usize = 512;
 const HEADER_BYTES: usize = 0x250;
 
 const ZSTD_MAGIC: &[u8] = &[0x28, 0xb5, 0x2f, 0xfd];
-/// Linux compresses with `zstd -22 --ultra`, whose window is 128 MiB.
-const ZSTD_WINDOW_BYTES_MAX: u64 = 128 << 20;
+/// Linux compresses with `zstd -22 --ultra`, whose window is 128 MiB (2^27).
+const ZSTD_WINDOW_LOG_MAX: u32 = 27;
 const LZ4_LEGACY_MAGIC: &[u8] = &[0x02, 0x21, 0x4c, 0x18];
 /// A block of the legacy LZ4 format decompresses to at most this.
 const LZ4_BLOCK_BYTES: usize = 8 << 20;
@@ -64,7 +62,7 @@ pub(super) struct Vmlinux<'a> {
 
 enum Stream<'a> {
     Plain(&'a [u8]),
-    Zstd(Box<StreamingDecoder<&'a [u8], FrameDecoder>>),
+    Zstd(zstd::stream::read::Decoder<'static, &'a [u8]>),
     Lz4(Lz4Legacy<'a>),
 }
 
@@ -89,11 +87,11 @@ pub(super) fn vmlinux(file: &[u8]) -> Result<Vmlinux<'_>, ImageError> {
     let left = u64::from(u32::from_le_bytes(*size));
     if compressed.starts_with(ZSTD_MAGIC) {
         check_size(left)?;
-        let mut decoder = FrameDecoder::new();
-        decoder.set_max_window_size(ZSTD_WINDOW_BYTES_MAX);
-        let stream = StreamingDecoder::new_with_decoder(compressed, decoder)
-            .map_err(|error| ImageError::Damaged(format!("ZSTD: {error}")))?;
-        Ok(Vmlinux { stream: Stream::Zstd(Box::new(stream)), left, compression: "ZSTD" })
+        let damaged = |error| ImageError::Damaged(format!("ZSTD: {error}"));
+        let mut decoder =
+            zstd::stream::read::Decoder::with_buffer(compressed).map_err(damaged)?;
+        decoder.window_log_max(ZSTD_WINDOW_LOG_MAX).map_err(damaged)?;
+        Ok(Vmlinux { stream: Stream::Zstd(decoder), left, compression: "ZSTD" })
     } else if let Some(blocks) = compressed.strip_prefix(LZ4_LEGACY_MAGIC) {
         check_size(left)?;
         let stream = Lz4Legacy { blocks, block: Vec::new(), position: 0 };
@@ -141,18 +139,30 @@ impl Vmlinux<'_> {
 
 impl Read for Vmlinux<'_> {
     fn read(&mut self, target: &mut [u8]) -> io::Result<usize> {
-        let length = target.len().min(usize::try_from(self.left).unwrap_or(usize::MAX));
-        let target = &mut target[..length];
         if target.is_empty() {
             return Ok(0);
         }
-        let read = match &mut self.stream {
-            Stream::Plain(bytes) => bytes.read(target)?,
-            Stream::Zstd(decoder) => decoder.read(target)?,
-            Stream::Lz4(decoder) => decoder.read(target)?,
-        };
+        let length = target.len().min(usize::try_from(self.left).unwrap_or(usize::MAX));
+        if length == 0 {
+            // The stream must end here, too; reading its end checks its checksum.
+            return match self.stream.read(&mut [0])? {
+                0 => Ok(0),
+                _ => Err(io::Error::other("it yields more than the length that it gives")),
+            };
+        }
+        let read = self.stream.read(&mut target[..length])?;
         self.left -= read as u64;
         Ok(read)
+    }
+}
+
+impl Read for Stream<'_> {
+    fn read(&mut self, target: &mut [u8]) -> io::Result<usize> {
+        match self {
+            Self::Plain(bytes) => bytes.read(target),
+            Self::Zstd(decoder) => decoder.read(target),
+            Self::Lz4(decoder) => decoder.read(target),
+        }
     }
 }
 

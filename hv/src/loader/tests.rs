@@ -66,8 +66,11 @@ fn with_size(mut compressed: Vec<u8>, size: usize) -> Vec<u8> {
 }
 
 fn zstd(elf: &[u8]) -> Vec<u8> {
-    let level = ruzstd::encoding::CompressionLevel::Fastest;
-    with_size(ruzstd::encoding::compress_to_vec(elf, level), elf.len())
+    // With a checksum, as the program has it that kernels are built with.
+    let mut encoder = zstd::stream::write::Encoder::new(Vec::new(), 1).unwrap();
+    encoder.include_checksum(true).unwrap();
+    std::io::Write::write_all(&mut encoder, elf).unwrap();
+    with_size(encoder.finish().unwrap(), elf.len())
 }
 
 fn lz4(elf: &[u8]) -> Vec<u8> {
