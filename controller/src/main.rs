@@ -4,9 +4,13 @@ use std::process::ExitCode;
 use std::time::Duration;
 
 use clap::Parser;
+use drover_controller::api::{self, Service, ServiceOptions};
 use drover_controller::config::{Args, Config};
 use drover_controller::raft::{self, Claim, Failure, Limits, Running, StartError, StartOptions};
+use drover_controller::scheduler::Strategy;
+use drover_controller::session::Hub;
 use drover_controller::store::Store;
+use drover_controller::workflows::{Settings, driver};
 use drover_telemetry::TraceServer;
 use tokio::signal::unix::{SignalKind, signal};
 use tokio::sync::oneshot;
@@ -142,9 +146,22 @@ async fn run(config: Config) -> Result<(), Error> {
     Ok(())
 }
 
-/// The API and the agents' sessions.
-fn routes(_config: &Config, _running: &Running) -> Routes {
-    Routes::default()
+/// The API and the agents' sessions; the workflows begin to run behind them.
+fn routes(config: &Config, running: &Running) -> Routes {
+    let millis = |time: Duration| u64::try_from(time.as_millis()).unwrap_or(u64::MAX);
+    let settings = Settings {
+        lease_ms: millis(config.node_lease),
+        report_interval_ms: millis(config.report_interval),
+    };
+    let hub = Hub::new();
+    tokio::spawn(driver::run(running.store.clone(), hub.clone(), settings));
+    let options = ServiceOptions {
+        cluster_id: config.cluster_id.clone(),
+        member: config.id,
+        settings,
+        strategy: Strategy::default(),
+    };
+    api::routes(&Service::new(running.store.clone(), hub, options))
 }
 
 /// Serving while a leader is known: only then can anything be answered.

@@ -18,7 +18,7 @@ mod place;
 mod tests;
 mod view;
 
-pub use balance::{BalanceOptions, BalanceProposal, plan_balance};
+pub use balance::{BalanceMove, BalanceOptions, BalanceProposal, plan_balance};
 pub use drain::{
     DrainOptions, DrainProposal, PARALLEL_MOVES_MAX, ProposedMove, RATE_FLOOR_BYTES_PER_SECOND,
     parallel_moves, plan_drain,

@@ -3,7 +3,9 @@
 
 use std::collections::BTreeMap;
 
-use proptest::prelude::*;
+use proptest::prelude::{Just, any, prop, prop_assert, prop_assert_eq, prop_assert_ne, prop_compose, prop_oneof, proptest};
+// The trait and our enum share a name.
+use proptest::strategy::Strategy as AnyOf;
 
 use super::*;
 use crate::model::{DomainId, NodeId};
@@ -77,16 +79,13 @@ prop_compose! {
     }
 }
 
-fn any_cluster() -> impl Strategy_<Value = ClusterView> {
+fn any_cluster() -> impl AnyOf<Value = ClusterView> {
     (1_usize..8).prop_flat_map(|n| {
         let nodes = prop::collection::vec(any_node(), n);
         let domains = prop::collection::vec(any_domain(n), 0..40);
         (nodes, domains).prop_map(|(nodes, domains)| cluster(nodes, domains))
     })
 }
-
-// proptest's trait and ours share a name.
-use proptest::strategy::Strategy as Strategy_;
 
 /// What the moves add to each destination must fit into what was free there.
 fn added(moves: impl Iterator<Item = (NodeId, Resources)>) -> BTreeMap<NodeId, Resources> {

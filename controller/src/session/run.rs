@@ -286,7 +286,11 @@ mod tests {
     fn an_unchanged_level_is_known_at_the_newer_revision() {
         let node = NodeId::parse("host1").unwrap();
         let mut levels = Levels::default();
-        let world = |revision| World { revision, ..World::default() };
+        let world = |revision| {
+            let mut world = World::default();
+            world.revision = revision;
+            world
+        };
         assert_eq!(levels.next(&world(5), &node).map(|(sequence, _)| sequence), Some(1));
         assert_eq!(levels.known(), 0);
         let report = Report { desired_sequence: 1, ..Report::default() };

@@ -53,7 +53,7 @@ use drover_proto::v1::{
 };
 
 use super::step::{Work, error, millis, timestamp};
-use crate::model::{Migration, MigrationStage, Side};
+use crate::model::{Migration, MigrationStage, NodeId, Side};
 
 /// The destination must listen within this.
 pub const PREPARE_WAIT_MS: i64 = 60_000;
@@ -191,7 +191,9 @@ fn handed_over(work: &mut Work<'_>, mut m: Migration, source: &Source, destinati
         }
         Destination::Gone(why) => grant_back(work, &m, why),
         Destination::Ready
-            if m.stage() == MigrationStage::HandedOver && since(work, &m) >= COMMIT_WAIT_MS =>
+            if m.stage() == MigrationStage::HandedOver
+                && since(work, &m) >= COMMIT_WAIT_MS
+                && is_heard(work, &m.to) =>
         {
             // The source cannot run it any more, the destination holds all of it.
             m.granted_epoch = work.next_epoch();
@@ -453,6 +455,15 @@ fn this_migration<'a>(
     role: MigrationRole,
 ) -> Option<&'a ObservedMigration> {
     domain.migration.as_ref().filter(|its| its.id == m.id && its.role() == role)
+}
+
+/// What it said last is from just now: READY from before a silence says little.
+fn is_heard(work: &Work<'_>, node: &str) -> bool {
+    let seen = work.cx.observed.nodes.get(&NodeId::trusted(node));
+    seen.is_some_and(|seen| {
+        let silent_ms = work.cx.now.mono_ms.saturating_sub(seen.heard_ms);
+        seen.connected && seen.reported && silent_ms < COMMIT_WAIT_MS.unsigned_abs()
+    })
 }
 
 fn since(work: &Work<'_>, m: &Migration) -> i64 {

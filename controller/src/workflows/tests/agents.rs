@@ -1,0 +1,315 @@
+//! Hosts for the simulator: an agent's rules and a VMM's switch-over, in memory.
+//!
+//! The rules are those that drover-agent and drover-vmm keep: epochs below the record's are
+//! refused; who has handed over resumes only under an epoch greater than the one handed over
+//! to; a destination without COMMIT runs only as `owner` under a greater epoch; what is not
+//! listed is ended; nothing is started while something is there.
+
+use std::collections::BTreeMap;
+
+use drover_proto::agent::v1::assignment::Role;
+use drover_proto::agent::v1::{
+    Assignment, MigrationProgress as P, MigrationRole, ObservedDomain, ObservedMigration,
+    ObservedState as S,
+};
+use drover_proto::v1::{ExitReason, PowerState};
+
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub(super) enum VmmState {
+    Running,
+    Incoming,
+    HandedOver,
+}
+
+#[derive(Clone, Debug)]
+pub(super) struct Migration {
+    pub(super) id: String,
+    pub(super) role: MigrationRole,
+    pub(super) progress: P,
+    pub(super) to_epoch: u64,
+}
+
+/// A process.
+#[derive(Clone, Debug)]
+pub(super) struct Vmm {
+    pub(super) state: VmmState,
+    pub(super) epoch: u64,
+    pub(super) migration: Option<Migration>,
+    /// Which life of the guest is in there.
+    pub(super) life: u64,
+}
+
+/// On disk.
+#[derive(Clone, Debug, Default)]
+pub(super) struct Record {
+    pub(super) name: String,
+    pub(super) epoch: u64,
+    start_generation: u64,
+    /// The hand-over that the last VMM wrote down.
+    pub(super) handover: Option<(String, u64)>,
+    begun: Option<String>,
+    /// How the last VMM ended: exit, its epoch, the migration it waited for, whether it ran.
+    pub(super) end: Option<(ExitReason, u64, Option<String>, bool)>,
+}
+
+#[derive(Default)]
+pub(super) struct Host {
+    pub(super) boot: u64,
+    pub(super) up: bool,
+    pub(super) records: BTreeMap<String, Record>,
+    pub(super) vmms: BTreeMap<String, Vmm>,
+    pub(super) level: Vec<Assignment>,
+    /// The greatest term whose word was heard.
+    term: u64,
+    lives: u64,
+}
+
+impl Host {
+    pub(super) fn booted() -> Self {
+        Self { up: true, boot: 1, ..Self::default() }
+    }
+
+    pub(super) fn take(&mut self, term: u64, level: Vec<Assignment>) -> bool {
+        if term < self.term {
+            return false;
+        }
+        self.term = term;
+        self.level = level;
+        true
+    }
+
+    /// Makes what is there equal to the level, one step a domain.
+    pub(super) fn work(&mut self) {
+        let listed: Vec<String> = self.level.iter().map(|a| a.uid.clone()).collect();
+        self.vmms.retain(|uid, _| listed.contains(uid));
+        self.records.retain(|uid, _| listed.contains(uid));
+        for assignment in self.level.clone() {
+            self.work_on(&assignment);
+        }
+    }
+
+    fn work_on(&mut self, a: &Assignment) {
+        let seen = self.records.get(&a.uid).map_or(0, |record| record.epoch);
+        if a.epoch < seen {
+            return;
+        }
+        match &a.role {
+            Some(Role::Owner(owner)) => {
+                let on = owner.power() == PowerState::Running;
+                self.own(a, on, owner.start_generation);
+            }
+            Some(Role::Incoming(incoming)) => self.come_in(a, &incoming.migration_id),
+            None => {}
+        }
+    }
+
+    fn own(&mut self, a: &Assignment, on: bool, generation: u64) {
+        let record = self.records.entry(a.uid.clone()).or_default();
+        record.name.clone_from(&a.name);
+        let handed_to = record.handover.as_ref().map_or(0, |(_, epoch)| *epoch);
+        let Some(vmm) = self.vmms.get_mut(&a.uid) else {
+            if handed_to != 0 && a.epoch <= handed_to {
+                return;
+            }
+            let start = match &record.end {
+                None => true,
+                Some((exit, epoch, ..)) => {
+                    a.epoch > *epoch
+                        || generation > record.start_generation
+                        || *exit == ExitReason::Unspecified
+                }
+            };
+            if on && start {
+                self.lives += 1;
+                *record = Record {
+                    name: a.name.clone(),
+                    epoch: a.epoch,
+                    start_generation: generation,
+                    ..Record::default()
+                };
+                let life = self.boot * 1000 + self.lives;
+                let vmm =
+                    Vmm { state: VmmState::Running, epoch: a.epoch, migration: None, life };
+                self.vmms.insert(a.uid.clone(), vmm);
+            } else if !on {
+                record.epoch = a.epoch;
+                record.start_generation = generation;
+            }
+            return;
+        };
+        let later = a.epoch > vmm.epoch.max(handed_to);
+        match vmm.state {
+            VmmState::HandedOver if later && on => {
+                (vmm.state, vmm.epoch, vmm.migration) = (VmmState::Running, a.epoch, None);
+                (record.epoch, record.handover) = (a.epoch, None);
+            }
+            VmmState::HandedOver => {}
+            VmmState::Incoming if later => {
+                let ready = vmm.migration.as_ref().is_some_and(|m| m.progress == P::Ready);
+                record.epoch = a.epoch;
+                if on && ready {
+                    (vmm.state, vmm.epoch) = (VmmState::Running, a.epoch);
+                    if let Some(m) = &mut vmm.migration {
+                        m.progress = P::Succeeded;
+                    }
+                } else {
+                    let of = vmm.migration.as_ref().map(|m| m.id.clone());
+                    record.end = Some((ExitReason::Killed, vmm.epoch, of, false));
+                    self.vmms.remove(&a.uid);
+                }
+            }
+            VmmState::Incoming => {}
+            VmmState::Running => {
+                vmm.epoch = vmm.epoch.max(a.epoch);
+                record.epoch = record.epoch.max(a.epoch);
+                record.start_generation = generation;
+                if !on {
+                    record.end = Some((ExitReason::Killed, vmm.epoch, None, true));
+                    self.vmms.remove(&a.uid);
+                    return;
+                }
+                let Some(outgoing) = &a.outgoing else { return };
+                let its = vmm.migration.as_mut().filter(|m| m.id == outgoing.migration_id);
+                match (its, outgoing.cancel) {
+                    (Some(m), true) => m.progress = P::Failed,
+                    (None, false) if record.begun.as_ref() != Some(&outgoing.migration_id) => {
+                        record.begun = Some(outgoing.migration_id.clone());
+                        vmm.migration = Some(Migration {
+                            id: outgoing.migration_id.clone(),
+                            role: MigrationRole::Source,
+                            progress: P::Copying,
+                            to_epoch: outgoing.to_epoch,
+                        });
+                    }
+                    _ => {}
+                }
+            }
+        }
+    }
+
+    fn come_in(&mut self, a: &Assignment, migration: &str) {
+        let record = self.records.entry(a.uid.clone()).or_default();
+        record.name.clone_from(&a.name);
+        let handed_to = record.handover.as_ref().map_or(0, |(_, epoch)| *epoch);
+        if let Some(vmm) = self.vmms.get(&a.uid) {
+            let its = vmm.migration.as_ref().is_some_and(|m| m.id == migration);
+            let leftover = match vmm.state {
+                VmmState::HandedOver => a.epoch > handed_to.max(vmm.epoch),
+                VmmState::Incoming => !its,
+                VmmState::Running => false,
+            };
+            if leftover {
+                self.vmms.remove(&a.uid);
+            }
+            return;
+        }
+        let tried =
+            record.end.as_ref().is_some_and(|(.., of, _)| of.as_deref() == Some(migration));
+        if tried || (handed_to != 0 && a.epoch <= handed_to) {
+            return;
+        }
+        *record = Record { name: a.name.clone(), epoch: a.epoch, ..Record::default() };
+        let migration = Migration {
+            id: migration.to_owned(),
+            role: MigrationRole::Destination,
+            progress: P::Listening,
+            to_epoch: a.epoch,
+        };
+        let vmm = Vmm {
+            state: VmmState::Incoming,
+            epoch: a.epoch,
+            migration: Some(migration),
+            life: 0,
+        };
+        self.vmms.insert(a.uid.clone(), vmm);
+    }
+
+    /// A VMM's process is gone; what it wrote down stays.
+    pub(super) fn end(&mut self, uid: &str, exit: ExitReason) {
+        let Some(vmm) = self.vmms.remove(uid) else { return };
+        let record = self.records.entry(uid.to_owned()).or_default();
+        let of = vmm
+            .migration
+            .as_ref()
+            .filter(|m| m.role == MigrationRole::Destination)
+            .map(|m| m.id.clone());
+        let ran = vmm.state == VmmState::Running;
+        record.end = Some((exit, vmm.epoch, of, ran));
+    }
+
+    pub(super) fn crash(&mut self) {
+        for uid in self.vmms.keys().cloned().collect::<Vec<_>>() {
+            // Unspecified stands for "the host went down": started again when still owned.
+            self.end(&uid, ExitReason::Unspecified);
+        }
+        self.up = false;
+    }
+
+    pub(super) fn report(&self) -> Vec<ObservedDomain> {
+        self.records.iter().map(|(uid, record)| self.observe(uid, record)).collect()
+    }
+
+    fn observe(&self, uid: &str, record: &Record) -> ObservedDomain {
+        let mut domain = ObservedDomain {
+            uid: uid.to_owned(),
+            name: record.name.clone(),
+            epoch: record.epoch,
+            ..ObservedDomain::default()
+        };
+        let wanted = self.level.iter().find(|a| a.uid == uid);
+        let outgoing = wanted.and_then(|a| a.outgoing.as_ref());
+        let told = |id: &str, role: MigrationRole, progress: P| {
+            let listens = matches!(progress, P::Listening | P::Copying | P::Ready)
+                && role == MigrationRole::Destination;
+            ObservedMigration {
+                id: id.to_owned(),
+                role: role.into(),
+                progress: progress.into(),
+                listen_address: if listens { "there:1".into() } else { String::new() },
+                ..ObservedMigration::default()
+            }
+        };
+        if let Some(vmm) = self.vmms.get(uid) {
+            domain.epoch = vmm.epoch;
+            domain.set_state(match vmm.state {
+                VmmState::Running => S::Running,
+                VmmState::Incoming => S::Incoming,
+                VmmState::HandedOver => S::HandedOver,
+            });
+            domain.migration = vmm.migration.as_ref().map(|m| told(&m.id, m.role, m.progress));
+        } else {
+            let Some((exit, epoch, incoming, ran)) = &record.end else {
+                domain.set_state(S::Stopped);
+                return domain;
+            };
+            let handed_to = record.handover.as_ref().map_or(0, |(_, epoch)| *epoch);
+            if let Some((id, _)) = &record.handover
+                && record.epoch <= handed_to.max(*epoch)
+            {
+                domain.set_state(S::HandedOver);
+                domain.migration = Some(told(id, MigrationRole::Source, P::HandedOver));
+                return domain;
+            }
+            domain.set_state(match exit {
+                ExitReason::Unspecified | ExitReason::Shutdown => S::Stopped,
+                _ => S::Failed,
+            });
+            domain.set_exit_reason(*exit);
+            if let Some(id) = incoming {
+                let progress = if *ran { P::Succeeded } else { P::Failed };
+                domain.migration = Some(told(id, MigrationRole::Destination, progress));
+            }
+        }
+        // As the agent does: a migration that it was told of and that is nowhere has failed.
+        if let Some(outgoing) = outgoing
+            && domain.migration.as_ref().is_none_or(|m| m.id != outgoing.migration_id)
+        {
+            let begun = record.begun.as_ref() == Some(&outgoing.migration_id);
+            if begun || outgoing.cancel {
+                domain.migration =
+                    Some(told(&outgoing.migration_id, MigrationRole::Source, P::Failed));
+            }
+        }
+        domain
+    }
+}

@@ -1,0 +1,15 @@
+//! The workflows without a network or a clock.
+//!
+//! - [`lab`]: a store, rows and reports in memory; time is a number
+//! - [`migrations`]: every stage of a migration against every report
+//! - [`lives`]: domains, nodes and operations through their lives
+//! - [`drains`]: drains and balances
+//! - [`chaos`]: agents that behave as agents do, and a seed that crashes, cuts, loses and
+//!   changes leaders: a domain never runs twice, and every operation ends
+
+mod agents;
+mod chaos;
+mod drains;
+mod lab;
+mod lives;
+mod migrations;
