@@ -11,17 +11,16 @@ use serde::Deserialize;
 use serde_json::Value;
 
 use crate::process::{Process, start_detached, wait_for};
+use crate::ssh::quote;
 use crate::vpsctl::Vpsctl;
 use crate::{Error, Lab, Result, paths};
 
 /// Members of the Raft group.
 pub const CONTROLLERS: [u64; 3] = [1, 2, 3];
 const PORT: u16 = 7400;
-const AGENT_PORT: u16 = 7401;
 /// Names the cluster; agents of another are refused.
 pub const CLUSTER_ID: &str = "lab";
 const START_PATIENCE: Duration = Duration::from_secs(120);
-const AGENT_UNIT: &str = "/etc/systemd/system/drover-agent.service";
 
 /// A cluster that runs in a lab.
 #[derive(Debug)]
@@ -159,16 +158,24 @@ impl Cluster {
         Error::other(format!("{error}\n{}", CONTROLLERS.map(tail).join("\n")))
     }
 
-    /// Writes the agent's unit on a host and starts it.
+    /// Installs the agent on a host, as a provider would: its unit, its settings, started at boot.
     fn install_agent(&self, host: &str) -> Result<()> {
+        let unit_path = paths::source_dir().join("node-agent/drover-agent.service");
+        let unit = fs::read(&unit_path).map_err(Error::io("cannot read", &unit_path))?;
         let ssh = self.lab.ssh(host)?;
-        let unit = agent_unit(host, &ssh.address, CLUSTER_ID);
-        let output = ssh.run_with_input(
-            &format!(
-                "cat > {AGENT_UNIT} && systemctl daemon-reload && systemctl start drover-agent"
-            ),
-            unit.as_bytes(),
-        )?;
+        let settings = format!(
+            "DROVER_NODE={host}\nDROVER_CLUSTER_ID={CLUSTER_ID}\nDROVER_CONTROLLERS={}\n\
+             DROVER_MIGRATION_ADDRESS={}\n",
+            servers(),
+            ssh.address
+        );
+        let script = format!(
+            "set -e; mkdir -p /etc/drover; printf %s {} > /etc/drover/agent.env; \
+             cat > /etc/systemd/system/drover-agent.service; \
+             systemctl enable --quiet --now drover-agent",
+            quote(&settings)
+        );
+        let output = ssh.run_with_input(&script, &unit)?;
         if output.status.success() {
             return Ok(());
         }
@@ -178,17 +185,27 @@ impl Cluster {
         )))
     }
 
-    /// SIGKILL for a host's agent alone; its VMMs are other processes.
+    /// SIGKILL for a host's agent alone; its VMMs are other processes. systemd starts it again
+    /// a second later.
     pub fn kill_agent(&self, host: &str) -> Result<()> {
-        let script = "systemctl kill --kill-whom=main --signal=KILL drover-agent && \
-                      for i in $(seq 100); do systemctl is-active -q drover-agent || exit 0; sleep 0.1; done; \
-                      echo 'still active' >&2; exit 1";
-        self.lab.ssh(host)?.run(script).map(|_| ())
+        self.lab
+            .ssh(host)?
+            .run("systemctl kill --kill-whom=main --signal=KILL drover-agent")
+            .map(|_| ())
     }
 
-    /// Starts a host's agent again.
-    pub fn start_agent(&self, host: &str) -> Result<()> {
-        self.lab.ssh(host)?.run("systemctl start drover-agent").map(|_| ())
+    /// Waits until a host's agent runs, another process than `before` when that is given.
+    pub fn wait_agent(&self, host: &str, before: Option<u32>) -> Result<u32> {
+        wait_for(&format!("the agent of {host}"), START_PATIENCE, || {
+            let pid = self.agent_pid(host)?;
+            Ok(pid.filter(|pid| Some(*pid) != before))
+        })
+    }
+
+    /// The process of a host's agent.
+    pub fn agent_pid(&self, host: &str) -> Result<Option<u32>> {
+        let pid = self.lab.ssh(host)?.run("systemctl show -P MainPID drover-agent")?;
+        Ok(pid.trim().parse().ok().filter(|pid| *pid != 0))
     }
 
     /// What a host's agent has logged.
@@ -260,20 +277,4 @@ impl DomainView {
 /// The items of a JSON array.
 pub fn list(value: &Value) -> impl Iterator<Item = &Value> {
     value.as_array().into_iter().flatten()
-}
-
-/// An agent's unit. Killing or stopping it leaves the VMMs alone.
-pub fn agent_unit(host: &str, address: &str, cluster_id: &str) -> String {
-    let controllers: String =
-        CONTROLLERS.iter().map(|id| format!(" --controller {}", controller_address(*id))).collect();
-    format!(
-        "[Unit]\n\
-         Description=Drover's agent\n\
-         [Service]\n\
-         ExecStart=/usr/local/bin/drover-agent --node {host} --cluster-id {cluster_id}{controllers} \
-         --listen {address}:{AGENT_PORT} --migration-address {address} --state-dir /var/lib/drover/agent \
-         --run-dir /run/drover --vmm /usr/local/bin/drover-vmm --bridge br0\n\
-         KillMode=process\n\
-         Restart=no\n"
-    )
 }

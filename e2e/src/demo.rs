@@ -150,7 +150,9 @@ fn drain_and_kill_the_leader(cluster: &mut Cluster, narrator: &Narrator) -> Resu
         match operation["state"].as_str() {
             Some("pending" | "running") => {}
             _ => {
-                return Err(Error::other(format!("the drain ended before its middle: {operation}")));
+                return Err(Error::other(format!(
+                    "the drain ended before its middle: {operation}"
+                )));
             }
         }
         Ok((count("moved") >= 1 && count("moving") >= 1).then_some(()))
@@ -189,10 +191,10 @@ fn drain_and_kill_the_leader(cluster: &mut Cluster, narrator: &Narrator) -> Resu
 /// Kills an agent, sees that its VMMs live, starts it again, and lets it move one of them.
 fn kill_an_agent(cluster: &Cluster, narrator: &Narrator) -> Result<Row> {
     let before = cluster.vmm_pids(SECOND)?;
+    let agent = cluster.agent_pid(SECOND)?;
     cluster.kill_agent(SECOND)?;
     narrator.say(&format!("kill -9 of the agent on {SECOND}, which has {} domains", before.len()));
-    std::thread::sleep(Duration::from_secs(2));
-    cluster.start_agent(SECOND)?;
+    cluster.wait_agent(SECOND, agent)?;
     let after = cluster.vmm_pids(SECOND)?;
     if before != after || before.is_empty() {
         return Err(Error::other(format!(

@@ -333,9 +333,9 @@ impl Lab {
             }
         }
         for host in self.hosts()? {
-            if self.is_running(&host)? {
-                let journal = self.ssh(&host)?.run("journalctl --no-pager -o short-monotonic")?;
-                let path = folder.join(format!("{host}.journal"));
+            let path = folder.join(format!("{host}.journal"));
+            // A host that is down or cut off has no journal to give.
+            if let Ok(journal) = self.ssh(&host)?.run("journalctl --no-pager -o short-monotonic") {
                 fs::write(&path, journal).map_err(Error::io("cannot write", &path))?;
             }
         }

@@ -188,7 +188,7 @@ async fn migrate(stage: &Stage, from: &mut Vmm, end: usize, epoch: u64) -> Resul
     let answer = within("PrepareIncoming", CALL_PATIENCE, to.client.prepare_incoming(prepare));
     let address = answer.await?.map_err(refused)?.into_inner().listen_address;
     let start = StartMigrationRequest {
-        migration_id,
+        migration_id: migration_id.clone(),
         address,
         token,
         to_epoch: epoch,
@@ -200,18 +200,17 @@ async fn migrate(stage: &Stage, from: &mut Vmm, end: usize, epoch: u64) -> Resul
     let watch = from.client.watch_status(GetStatusRequest {}).await.map_err(refused)?.into_inner();
     let answer = within("StartMigration", CALL_PATIENCE, from.client.start_migration(start));
     answer.await?.map_err(refused)?;
-    let status = within("the migration", MOVE_PATIENCE, wait_moved(watch)).await??;
-    let there = to.client.get_status(GetStatusRequest {}).await.map_err(refused)?.into_inner();
-    if there.state() != VmmState::Running {
-        return Err(Error::other(format!("the destination says {:?}", there.state())));
-    }
+    let status = within("the migration", MOVE_PATIENCE, wait_moved(watch, &migration_id)).await??;
+    let watch = to.client.watch_status(GetStatusRequest {}).await.map_err(refused)?.into_inner();
+    within("the destination to say that it runs", CALL_PATIENCE, wait_running(watch)).await??;
     Ok((to, moved(&status)?))
 }
 
 /// Follows the source until it says how it ended.
-async fn wait_moved(mut watch: Streaming<VmmStatus>) -> Result<VmmStatus> {
+async fn wait_moved(mut watch: Streaming<VmmStatus>, id: &str) -> Result<VmmStatus> {
     while let Some(status) = watch.message().await.map_err(refused)? {
-        let Some(migration) = &status.migration else { continue };
+        // It may have come here by a migration of its own.
+        let Some(migration) = status.migration.as_ref().filter(|m| m.id == id) else { continue };
         match migration.progress() {
             MigrationProgress::Succeeded => return Ok(status),
             MigrationProgress::Failed => {
@@ -221,6 +220,16 @@ async fn wait_moved(mut watch: Streaming<VmmStatus>) -> Result<VmmStatus> {
         }
     }
     Err(Error::other("drover-vmm ended while its guest was moved"))
+}
+
+/// The source may know first: the destination has told it before its own API.
+async fn wait_running(mut watch: Streaming<VmmStatus>) -> Result<()> {
+    while let Some(status) = watch.message().await.map_err(refused)? {
+        if status.state() == VmmState::Running {
+            return Ok(());
+        }
+    }
+    Err(Error::other("the destination ended before it said that it runs"))
 }
 
 fn moved(status: &VmmStatus) -> Result<Moved> {
