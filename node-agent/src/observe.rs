@@ -63,6 +63,13 @@ fn state(
             VmmState::Exited => (unsettled(record, ObservedState::Stopping), said),
             VmmState::Unspecified => (ObservedState::Starting, said),
         },
+        // Not to be taken for one that runs, whatever it is doing now.
+        Vmm::Silent { handed_to, .. } if *handed_to > 0 => {
+            (ObservedState::HandedOver, String::new())
+        }
+        Vmm::Silent { .. } if facts.progress.exited_ms.is_some() || stopping => {
+            (unsettled(record, ObservedState::Stopping), String::new())
+        }
         Vmm::Silent { .. } => match &record.run {
             Some(run) if run.ran => {
                 (ObservedState::Running, "its VMM does not answer on its socket".into())

@@ -23,7 +23,7 @@ use crate::node::NodeHandle;
 /// The metadata in which a controller names the leader.
 pub const LEADER_METADATA: &str = "drover-leader";
 /// So a controller says that the node is of another cluster (`ErrorInfo.reason`).
-pub const WRONG_CLUSTER: &str = "WRONG_CLUSTER";
+pub const WRONG_CLUSTER: &str = "CLUSTER_ID_MISMATCH";
 
 const CONNECT_TIMEOUT: Duration = Duration::from_secs(3);
 /// From the call to Welcome.

@@ -51,6 +51,8 @@ pub enum Vmm {
     Silent {
         /// Since when.
         since_ms: u64,
+        /// The epoch that it has handed the guest over to; 0 if it has not.
+        handed_to: u64,
     },
     /// It answers.
     Live {
@@ -61,6 +63,16 @@ pub enum Vmm {
         /// The epoch that it has handed the guest over to; 0 if it has not.
         handed_to: u64,
     },
+}
+
+impl Vmm {
+    /// The epoch that it has handed the guest over to; 0 if it has not.
+    pub fn handed_to(&self) -> u64 {
+        match self {
+            Self::Gone => 0,
+            Self::Silent { handed_to, .. } | Self::Live { handed_to, .. } => *handed_to,
+        }
+    }
 }
 
 /// A migration, as a VMM reports it.
@@ -87,8 +99,12 @@ pub struct Progress {
     pub killed: bool,
     /// When the last VMM ended, or was found ended.
     pub ended_ms: u64,
+    /// The epoch under which the VMM was told to run the guest; its status will say so.
+    pub taken_over: Option<u64>,
     /// The outgoing migration that was told to stop.
     pub cancelled: Option<String>,
+    /// The incoming migration for which the VMM was told to listen; its status will say so.
+    pub prepared: Option<String>,
     /// The incoming migration for which the VMM could not listen, and why.
     pub prepare_failed: Option<(String, String)>,
 }
@@ -177,15 +193,17 @@ fn decide_owner(facts: Facts<'_>, assigned: &Assigned, owner: &Owner) -> Action 
     match facts.vmm {
         Vmm::Gone => decide_owner_without_vmm(facts, assigned, owner),
         Vmm::Silent { .. } if !owner.running => end_vmm(facts),
-        Vmm::Silent { since_ms } => wait_for_start(facts, *since_ms),
+        Vmm::Silent { since_ms, .. } => wait_for_start(facts, *since_ms),
         Vmm::Live { state, migration, .. } => match state {
             // The guest is this node's only by a later decision than the hand-over.
             VmmState::HandedOver if !later => Action::Nothing,
-            VmmState::HandedOver if owner.running => Action::TakeOver,
+            VmmState::HandedOver if owner.running => take_over(facts, assigned),
             VmmState::HandedOver => end_vmm(facts),
             // COMMIT is on its way, or the controller will decide.
             VmmState::Incoming if !later => Action::Nothing,
-            VmmState::Incoming if owner.running && is_ready(migration.as_ref()) => Action::TakeOver,
+            VmmState::Incoming if owner.running && is_ready(migration.as_ref()) => {
+                take_over(facts, assigned)
+            }
             // The guest is not in there: begin anew without it.
             VmmState::Incoming => end_vmm(facts),
             VmmState::Exited => wait_for_end(facts),
@@ -194,7 +212,7 @@ fn decide_owner(facts: Facts<'_>, assigned: &Assigned, owner: &Owner) -> Action 
                     return Action::Adopt;
                 }
                 if assigned.epoch > run_epoch {
-                    return Action::TakeOver;
+                    return take_over(facts, assigned);
                 }
                 if owner.running {
                     decide_running(facts, owner, migration.as_ref())
@@ -322,7 +340,7 @@ fn decide_incoming(facts: Facts<'_>, assigned: &Assigned, migration_id: &str) ->
             // Each migration has one waiting VMM: the controller hears how it ended.
             if tried { Action::Nothing } else { Action::StartIncoming }
         }
-        Vmm::Silent { since_ms } if is_its_vmm => wait_for_start(facts, *since_ms),
+        Vmm::Silent { since_ms, .. } if is_its_vmm => wait_for_start(facts, *since_ms),
         Vmm::Silent { .. } => end_vmm(facts),
         Vmm::Live { state, migration, .. } => match state {
             VmmState::Exited => wait_for_end(facts),
@@ -330,6 +348,7 @@ fn decide_incoming(facts: Facts<'_>, assigned: &Assigned, migration_id: &str) ->
             VmmState::Incoming => {
                 let failed = facts.progress.prepare_failed.as_ref();
                 let done = failed.is_some_and(|(id, _)| id == migration_id)
+                    || facts.progress.prepared.as_deref() == Some(migration_id)
                     || migration.as_ref().is_some_and(|m| m.id == migration_id);
                 if done { Action::Nothing } else { Action::PrepareIncoming }
             }
@@ -348,20 +367,26 @@ fn decide_incoming(facts: Facts<'_>, assigned: &Assigned, migration_id: &str) ->
     }
 }
 
-/// Ends the VMM: by its API where it answers, by its process otherwise.
+/// Tells the VMM once; it says in its status when it has done so.
+fn take_over(facts: Facts<'_>, assigned: &Assigned) -> Action {
+    let told = facts.progress.taken_over == Some(assigned.epoch);
+    if told { Action::Nothing } else { Action::TakeOver }
+}
+
+/// Ends the VMM: by its API where it answers, by its process when it has had its time.
 fn end_vmm(facts: Facts<'_>) -> Action {
     if facts.progress.killed {
         return Action::Nothing;
     }
-    let answers = matches!(facts.vmm, Vmm::Live { .. });
-    match facts.progress.quit_ms {
-        None if answers => Action::Quit,
-        None => Action::Kill,
-        Some(told) => {
-            let until = told + millis(QUIT_TIMEOUT);
-            if facts.now_ms < until { Action::WaitUntil(until) } else { Action::Kill }
-        }
-    }
+    let told = match facts.vmm {
+        Vmm::Gone => return Action::Nothing,
+        Vmm::Live { .. } => facts.progress.quit_ms,
+        // It may be on its way out already, and write down why.
+        Vmm::Silent { since_ms, .. } => Some(facts.progress.quit_ms.unwrap_or(*since_ms)),
+    };
+    let Some(told) = told else { return Action::Quit };
+    let until = told + millis(QUIT_TIMEOUT);
+    if facts.now_ms < until { Action::WaitUntil(until) } else { Action::Kill }
 }
 
 /// The guest has gone, and the process writes down why; it is killed if it does not end.
@@ -426,8 +451,8 @@ impl Facts<'_> {
 
     /// The epoch that the domain was last handed over to from here; 0 if it was not.
     fn handed_to(&self) -> u64 {
-        if let Vmm::Live { handed_to, .. } = self.vmm {
-            return *handed_to;
+        if *self.vmm != Vmm::Gone {
+            return self.vmm.handed_to();
         }
         self.record
             .and_then(|record| record.end.as_ref())

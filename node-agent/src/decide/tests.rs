@@ -65,7 +65,7 @@ fn migrating(state: VmmState, role: MigrationRole, progress: MigrationProgress) 
 }
 
 fn silent() -> Vmm {
-    Vmm::Silent { since_ms: NOW - 1000 }
+    Vmm::Silent { since_ms: NOW - 1000, handed_to: 0 }
 }
 
 // --- what is wanted --------------------------------------------------------------------------
@@ -179,7 +179,7 @@ fn the_owner_runs_or_stops_it() {
             Adopt,
         ),
         ("to stop", Some(ran()), live(Running), stop(5), PowerButton),
-        ("to stop, hangs", Some(ran()), silent(), stop(5), Kill),
+        ("to stop, hangs", Some(ran()), silent(), stop(5), WaitUntil(NOW + 9000)),
         ("guest gone", Some(ran()), live(Exited), run(5), Nothing),
         ("VMM gone", Some(ran()), Vmm::Gone, run(5), Settle),
         ("VMM gone, stopped", Some(ran()), Vmm::Gone, stop(5), Settle),
@@ -366,7 +366,7 @@ fn without_a_desired_nothing_ends_and_without_a_place_in_it_all_does() {
             Refuse("why".into()),
         ),
         ("absent, runs", Some(ran()), live(Running), Wanted::Absent, Quit),
-        ("absent, hangs", Some(ran()), silent(), Wanted::Absent, Kill),
+        ("absent, hangs", Some(ran()), silent(), Wanted::Absent, WaitUntil(NOW + 9000)),
         ("absent, waits", Some(waits(M)), live(Incoming), Wanted::Absent, Quit),
         ("absent, ended", Some(ended(EndReason::Crash)), Vmm::Gone, Wanted::Absent, Remove),
         ("absent, handed over", Some(handed_over()), Vmm::Gone, Wanted::Absent, Remove),
@@ -417,7 +417,7 @@ fn a_stop_cancels_a_migration_first_and_once() {
 
 #[test]
 fn what_hangs_at_its_start_is_ended_and_what_has_run_is_not() {
-    let long_ago = || Vmm::Silent { since_ms: NOW - 60_000 };
+    let long_ago = || Vmm::Silent { since_ms: NOW - 60_000, handed_to: 0 };
     assert_eq!(ask(waits(M), long_ago(), receive(5), progress()), Action::Kill);
     assert_eq!(ask(waits(M), long_ago(), run(5), progress()), Action::Kill);
     let killed = Progress { killed: true, ..progress() };
@@ -426,9 +426,21 @@ fn what_hangs_at_its_start_is_ended_and_what_has_run_is_not() {
 }
 
 #[test]
+fn a_vmm_is_told_once_to_take_over() {
+    let told = |epoch| Progress { taken_over: Some(epoch), ..progress() };
+    let ready =
+        || migrating(VmmState::Incoming, MigrationRole::Destination, MigrationProgress::Ready);
+    assert_eq!(ask(waits(M), ready(), run(6), told(6)), Action::Nothing);
+    assert_eq!(ask(waits(M), ready(), run(7), told(6)), Action::TakeOver);
+    assert_eq!(ask(ran(), live(VmmState::HandedOver), run(7), told(7)), Action::Nothing);
+}
+
+#[test]
 fn a_vmm_that_cannot_listen_is_told_once() {
     let failed = Progress { prepare_failed: Some((M.into(), "no".into())), ..progress() };
     assert_eq!(ask(waits(M), live(VmmState::Incoming), receive(5), failed), Action::Nothing);
+    let told = Progress { prepared: Some(M.into()), ..progress() };
+    assert_eq!(ask(waits(M), live(VmmState::Incoming), receive(5), told), Action::Nothing);
 }
 
 /// Every combination of record, VMM and assignment, against the rules that keep a domain in one
@@ -455,7 +467,7 @@ fn no_combination_breaks_the_rules() {
             end.handover = Some(Handover { migration_id: M.into(), to_epoch: 6 });
         })));
     }
-    let mut vmms = vec![Vmm::Gone, silent(), Vmm::Silent { since_ms: 0 }];
+    let mut vmms = vec![Vmm::Gone, silent(), Vmm::Silent { since_ms: 0, handed_to: 6 }];
     for state in [Unspecified, Running, Paused, Incoming, HandedOver, Exited] {
         vmms.push(live(state));
         for progress in [P::Listening, P::Copying, P::Ready, P::HandedOver, P::Succeeded, P::Failed]

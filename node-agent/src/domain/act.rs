@@ -294,6 +294,7 @@ impl Domain {
         match client.prepare_incoming(request).await {
             Ok(address) => {
                 tracing::info!(uid = self.uid, migration = migration_id, address, "listens");
+                self.progress.prepared = Some(migration_id);
                 self.refresh(&mut client).await
             }
             Err(error) if is_refusal(&error) => {
@@ -375,14 +376,17 @@ impl Domain {
             // A guest that runs goes on under the new epoch: the record is what enforces it.
             Err(error)
                 if is_refusal(&error)
-                    && matches!(before, Some(VmmState::Running | VmmState::Paused)) => {}
+                    && matches!(before, Some(VmmState::Running | VmmState::Paused)) =>
+            {
+                if let Some(run) = &mut record.run {
+                    run.epoch = assigned.epoch;
+                }
+                self.save(record).await?;
+            }
             Err(error) => return Err(error),
         }
-        if let Some(run) = &mut record.run {
-            run.epoch = assigned.epoch;
-            run.ran = true;
-        }
-        self.save(record).await?;
+        // Its status says when it runs, and under which epoch; that is written down then.
+        self.progress.taken_over = Some(assigned.epoch);
         self.learn().await;
         Ok(())
     }

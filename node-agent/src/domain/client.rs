@@ -13,7 +13,7 @@ use tonic::transport::{Channel, Endpoint};
 use crate::error::Error;
 
 /// How long a VMM may take to answer a call.
-const CALL_TIMEOUT: Duration = Duration::from_secs(10);
+const CALL_TIMEOUT: Duration = Duration::from_secs(20);
 /// How long connecting to its socket may take.
 const CONNECT_TIMEOUT: Duration = Duration::from_secs(2);
 

@@ -115,7 +115,8 @@ impl Link {
             Event::Status(status) => self.set_status(*status),
             Event::Lost => {
                 self.api = None;
-                self.seen = Vmm::Silent { since_ms: now_ms };
+                let handed_to = self.seen.handed_to();
+                self.seen = Vmm::Silent { since_ms: now_ms, handed_to };
             }
             Event::Ended => {
                 let child = self.process.take().and_then(|followed| followed.child);
@@ -134,8 +135,8 @@ impl Link {
             role: migration.role(),
             progress: migration.progress(),
         });
-        let handed_to = match &self.seen {
-            Vmm::Live { handed_to, .. } => *handed_to,
+        let handed_to = match status.state() {
+            VmmState::HandedOver | VmmState::Exited => self.seen.handed_to(),
             _ => 0,
         };
         self.seen = Vmm::Live { state: status.state(), migration, handed_to };
@@ -143,7 +144,7 @@ impl Link {
     }
 
     pub(super) fn set_handed_to(&mut self, epoch: u64) {
-        if let Vmm::Live { handed_to, .. } = &mut self.seen {
+        if let Vmm::Live { handed_to, .. } | Vmm::Silent { handed_to, .. } = &mut self.seen {
             *handed_to = epoch;
         }
     }
@@ -208,11 +209,28 @@ impl Domain {
                 }
             }
             if !self.link.is_silent() {
-                self.link.seen = Vmm::Silent { since_ms: self.now_ms() };
+                self.link.seen = Vmm::Silent { since_ms: self.now_ms(), handed_to: 0 };
             }
         }
-        if let Err(error) = self.call_up().await {
-            tracing::debug!(uid = self.uid, %error, "the VMM does not answer yet");
+        if self.call_up().await.is_err() {
+            self.read_handover().await;
+        }
+    }
+
+    /// The hand-over of the VMM that is there, as it stands on disk.
+    async fn read_handover(&mut self) {
+        let path = self.files.handover.clone();
+        let run_epoch = self.record.as_ref().and_then(|r| r.run.as_ref()).map_or(0, |r| r.epoch);
+        match blocking(move || files::read_handover(&path)).await {
+            Ok(Some(handover)) if handover.to_epoch > run_epoch => {
+                self.link.set_handed_to(handover.to_epoch);
+            }
+            Ok(_) => {}
+            Err(error) => {
+                // Not known to whom: then only a decision by hand can bring it back.
+                tracing::error!(uid = self.uid, %error, "the hand-over cannot be read");
+                self.link.set_handed_to(u64::MAX);
+            }
         }
     }
 
@@ -263,16 +281,7 @@ impl Domain {
             }
         }
         if state == VmmState::HandedOver {
-            let path = self.files.handover.clone();
-            match blocking(move || files::read_handover(&path)).await {
-                Ok(Some(handover)) => self.link.set_handed_to(handover.to_epoch),
-                Ok(None) => {}
-                Err(error) => {
-                    // Not known to whom: then only a decision by hand can bring it back.
-                    tracing::error!(uid = self.uid, %error, "the hand-over cannot be read");
-                    self.link.set_handed_to(u64::MAX);
-                }
-            }
+            self.read_handover().await;
         }
     }
 
@@ -286,7 +295,7 @@ impl Domain {
         let vmm = self.shared.vmm.clone();
         let followed = blocking(move || spawn_vmm(&vmm, &files, &config, incoming)).await?;
         self.link = Link {
-            seen: Vmm::Silent { since_ms: self.now_ms() },
+            seen: Vmm::Silent { since_ms: self.now_ms(), handed_to: 0 },
             process: Some(followed),
             api: None,
             exit_status: None,

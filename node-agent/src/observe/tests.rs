@@ -69,7 +69,7 @@ fn progress(observed: &ObservedDomain) -> Option<MigrationProgress> {
 #[test]
 fn a_destination_that_never_ran_does_not_seem_to() {
     let waiting = record(false, Some(M));
-    for vmm in [Vmm::Gone, Vmm::Silent { since_ms: 0 }] {
+    for vmm in [Vmm::Gone, Vmm::Silent { since_ms: 0, handed_to: 0 }] {
         assert_eq!(said(&waiting, vmm, None, &receive()).state(), ObservedState::Incoming);
     }
     let exited = Vmm::Live { state: VmmState::Exited, migration: None, handed_to: 0 };
@@ -94,7 +94,7 @@ fn a_source_promises_to_stay_only_when_it_does() {
         ..record(true, None)
     };
     for wanted in [send(false), send(true)] {
-        for vmm in [Vmm::Gone, Vmm::Silent { since_ms: 0 }] {
+        for vmm in [Vmm::Gone, Vmm::Silent { since_ms: 0, handed_to: 0 }] {
             for record in [told(9), told(8), record(true, None)] {
                 let observed = said(&record, vmm.clone(), None, &wanted);
                 assert_eq!(progress(&observed), Some(MigrationProgress::Unspecified));
@@ -122,6 +122,16 @@ fn a_source_promises_to_stay_only_when_it_does() {
     for wanted in [send(false), send(true), Wanted::Unknown] {
         let observed = said(&gone, Vmm::Gone, None, &wanted);
         assert_eq!(progress(&observed), Some(MigrationProgress::HandedOver));
+        assert_eq!(observed.state(), ObservedState::HandedOver);
+    }
+}
+
+/// A source that is being ended after its hand-over never looks as if it ran.
+#[test]
+fn a_silent_source_that_handed_over_does_not_seem_to_run() {
+    let silent = Vmm::Silent { since_ms: 0, handed_to: 7 };
+    for wanted in [send(false), Wanted::Absent, Wanted::Unknown] {
+        let observed = said(&record(true, None), silent.clone(), None, &wanted);
         assert_eq!(observed.state(), ObservedState::HandedOver);
     }
 }
