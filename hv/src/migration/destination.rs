@@ -89,6 +89,7 @@ impl Incoming {
             link: None,
             pages: 0,
             image: Vec::new(),
+            times: Times::default(),
             error: None,
         };
         destination.run()
@@ -107,7 +108,24 @@ struct Destination<'a, 'o> {
     /// Pages that came, zero ones included.
     pages: u64,
     image: Vec<u8>,
+    times: Times,
     error: Option<MigrationError>,
+}
+
+/// Where this side's part of the pause went.
+#[derive(Debug, Default)]
+struct Times {
+    restore: Duration,
+    commit_wait: Duration,
+    resume: Duration,
+    announce: Duration,
+}
+
+/// Runs, and answers how long it took.
+fn timed<T>(run: impl FnOnce() -> T) -> (T, Duration) {
+    let start = Instant::now();
+    let result = run();
+    (result, start.elapsed())
 }
 
 impl Destination<'_, '_> {
@@ -140,8 +158,10 @@ impl Destination<'_, '_> {
             DestinationAction::Greet => self.greet(),
             DestinationAction::Receive => self.receive(),
             DestinationAction::Restore => {
-                let image = std::mem::take(&mut self.image);
-                self.vm.restore_state(state::decode(&image)?)?;
+                let state = state::decode(&std::mem::take(&mut self.image))?;
+                let (restored, time) = timed(|| self.vm.restore_state(state));
+                self.times.restore = time;
+                restored?;
                 Ok(DestinationEvent::Restored)
             }
             DestinationAction::AwaitCommit => {
@@ -149,13 +169,17 @@ impl Destination<'_, '_> {
                 let said = self.link()?.send(Kind::Ready, &[]);
                 self.report(DestinationState::Ready);
                 said?;
-                self.await_commit()
+                let (heard, time) = timed(|| self.await_commit());
+                self.times.commit_wait = time;
+                heard
             }
             DestinationAction::AwaitController => self.await_controller(),
             DestinationAction::Resume => {
                 self.control.set_ready(false);
-                self.vm.resume()?;
-                self.vm.announce();
+                let (resumed, time) = timed(|| self.vm.resume());
+                self.times.resume = time;
+                resumed?;
+                self.times.announce = timed(|| self.vm.announce()).1;
                 if let Some(link) = &mut self.link
                     && let Err(error) = link.send(Kind::Running, &[])
                 {
@@ -374,6 +398,7 @@ impl Destination<'_, '_> {
 
     fn finish(&mut self, state: DestinationState) -> DestinationOutcome {
         if state == DestinationState::Running {
+            tracing::info!(times = ?self.times, "the domain runs here");
             return DestinationOutcome::Running;
         }
         self.control.set_ready(false);

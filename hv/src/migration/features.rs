@@ -58,19 +58,22 @@ const FEATURE_REGISTERS: [(u32, u32, u8); 17] = [
     (0x8000_0021, 0, 0),
     (0x0000_0007, 2, 3),
 ];
-/// Leaf 1, ECX: OSXSAVE mirrors a control register, HYPERVISOR is ours to set.
-const LEAF_1_ECX_NOT_FEATURES: u32 = 1 << 27 | 1 << 31;
-/// Leaf 1, ECX: x2APIC and the TSC deadline timer come from KVM's irqchip, whatever it lists.
-const LEAF_1_ECX_IRQCHIP: u32 = 1 << 21 | 1 << 24;
+/// Bits of those registers that are no features of the host.
+const NOT_FEATURES: [(u32, u32, u8, u32); 2] = [
+    // MONITOR follows MISC_ENABLE, OSXSAVE follows CR4, HYPERVISOR is ours to set; x2APIC and the
+    // TSC deadline timer come with KVM's irqchip, whatever it lists.
+    (1, 0, 2, 1 << 3 | 1 << 27 | 1 << 31 | 1 << 21 | 1 << 24),
+    // OSPKE follows CR4.
+    (7, 0, 2, 1 << 4),
+];
 
 /// The feature words among these CPUID entries.
 pub fn cpu_features(entries: &[kvm_cpuid_entry2]) -> Vec<FeatureWord> {
     let word = |(leaf, subleaf, register)| {
         let entry = entries.iter().find(|e| e.function == leaf && e.index == subleaf)?;
-        let mut bits = [entry.eax, entry.ebx, entry.ecx, entry.edx][usize::from(register)];
-        if (leaf, register) == (1, 2) {
-            bits &= !(LEAF_1_ECX_NOT_FEATURES | LEAF_1_ECX_IRQCHIP);
-        }
+        let shown = [entry.eax, entry.ebx, entry.ecx, entry.edx][usize::from(register)];
+        let here = |not: &&(u32, u32, u8, u32)| (not.0, not.1, not.2) == (leaf, subleaf, register);
+        let bits = shown & !NOT_FEATURES.iter().find(here).map_or(0, |not| not.3);
         Some(FeatureWord { leaf, subleaf, register, bits })
     };
     FEATURE_REGISTERS.into_iter().filter_map(word).collect()
@@ -165,6 +168,16 @@ mod tests {
             interfaces: vec![[1; 6]],
             cpu_features: vec![word],
         }
+    }
+
+    /// A guest that switches on XSAVE and protection keys sees two bits more than it was given.
+    #[test]
+    fn bits_that_follow_the_guests_registers_are_no_features() {
+        let entry = |function, ecx| kvm_cpuid_entry2 { function, ecx, ..Default::default() };
+        let given = cpu_features(&[entry(1, 1), entry(7, 8)]);
+        let running = cpu_features(&[entry(1, 1 | 1 << 27), entry(7, 8 | 1 << 4)]);
+        assert_eq!(given, running);
+        assert!(given.iter().any(|word| word.bits == 8));
     }
 
     #[test]

@@ -125,6 +125,12 @@ struct Pause {
     prepared: Prepared,
     image: Vec<u8>,
     last: DirtyPages,
+    /// Of the state's part: saving it.
+    save_us: u64,
+    /// Of the last pages.
+    last_bytes: u64,
+    /// Of the commit's part: the disk.
+    handover_us: u64,
 }
 
 impl Pause {
@@ -350,11 +356,15 @@ impl Source<'_, '_> {
             prepared,
             image: Vec::new(),
             last: rest,
+            save_us: 0,
+            last_bytes: 0,
+            handover_us: 0,
         });
         self.vm.pause()?;
         self.report.pause_stop_us = pause.lap_us();
         pause.image = state::encode(&self.vm.save_state()?)?;
         self.report.pause_state_us = pause.lap_us();
+        pause.save_us = self.report.pause_state_us;
         // After the save, which may have written memory.
         pause.last.merge(&self.vm.take_last_dirty()?);
         Ok(SourceEvent::Stopped)
@@ -363,6 +373,7 @@ impl Source<'_, '_> {
     fn send_last(&mut self) -> Result<SourceEvent, MigrationError> {
         let none = DirtyPages::none(self.vm.memory());
         let last = std::mem::replace(&mut self.pause()?.last, none);
+        self.pause()?.last_bytes = last.bytes();
         self.send_pages(&last, false)?;
         self.report.rounds = self.copied.rounds + 1;
         self.report.pause_memory_us = self.pause()?.lap_us();
@@ -377,7 +388,11 @@ impl Source<'_, '_> {
         if !self.control.close() {
             return Err(MigrationError::Cancelled);
         }
-        let Err(error) = self.pause()?.prepared.commit() else {
+        let pause = self.pause()?;
+        let Err(error) = pause.prepared.commit() else {
+            let handover_us = pause.lap_us();
+            pause.handover_us = handover_us;
+            self.report.pause_commit_us = handover_us;
             return Ok(SourceEvent::HandoverWritten);
         };
         self.note(MigrationError::Handover(error));
@@ -393,7 +408,20 @@ impl Source<'_, '_> {
     fn finish(&mut self, state: SourceState) -> SourceOutcome {
         match state {
             SourceState::Succeeded => {
-                tracing::info!(pause_us = self.report.pause_us, "the domain has moved");
+                let report = &self.report;
+                tracing::info!(
+                    total_us = report.total_us,
+                    pause_us = report.pause_us,
+                    stop_us = report.pause_stop_us,
+                    memory_us = report.pause_memory_us,
+                    state_us = report.pause_state_us,
+                    save_us = self.pause.as_ref().map_or(0, |pause| pause.save_us),
+                    commit_us = report.pause_commit_us,
+                    handover_us = self.pause.as_ref().map_or(0, |pause| pause.handover_us),
+                    rounds = report.rounds,
+                    last_bytes = self.pause.as_ref().map_or(0, |pause| pause.last_bytes),
+                    "the domain has moved"
+                );
                 return SourceOutcome::Succeeded;
             }
             SourceState::HandedOver => return SourceOutcome::HandedOver(self.take_error()),
