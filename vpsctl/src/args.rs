@@ -408,9 +408,10 @@ Examples:
 }
 
 #[derive(Args, Debug)]
+#[command(group = clap::ArgGroup::new("what").args(["dry_run", "apply"]).required(true))]
 pub(crate) struct BalanceArgs {
     /// Print the moves and change nothing
-    #[arg(long, conflicts_with_all = ["apply", "detach"], required_unless_present = "apply")]
+    #[arg(long, conflicts_with = "detach")]
     pub(crate) dry_run: bool,
     /// Make the moves
     #[arg(long)]

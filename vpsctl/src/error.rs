@@ -169,7 +169,12 @@ fn status_lines(status: &Status) -> String {
 }
 
 fn refusal_hint(status: &Status) -> Option<String> {
-    let reason = reason(status).unwrap_or_default();
+    let info = status.get_details_error_info();
+    if let Some(running) = info.as_ref().and_then(|i| i.metadata.get("operation")) {
+        let id = short(running);
+        return Some(format!("vpsctl operation wait {id}, or cancel"));
+    }
+    let reason = info.map(|i| i.reason).unwrap_or_default();
     let hint = match (status.code(), reason.as_str()) {
         (_, "NO_ROOM") => "vpsctl node list shows the room",
         (Code::NotFound, _) if status.message().contains("domains/") => {

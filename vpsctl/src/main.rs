@@ -6,7 +6,7 @@
 //! something get an operation, and [`wait`] follows it to its end, with [`progress`] on stderr.
 //! [`error`] maps every failure to one line and an exit code.
 //!
-//! It knows the API alone (`drover-proto`): whatever it does, a billing system can do too.
+//! Of the cluster it knows the API alone (`drover-proto`): whatever it does, a billing system can do too.
 
 mod args;
 mod client;

@@ -80,6 +80,8 @@ fn move_text(planned: &PlannedMove) -> String {
     match planned.state() {
         MoveState::Planned | MoveState::Unspecified => format!("waits to move {from} -> {to}"),
         MoveState::Moving => format!("moving {from} -> {to}"),
+        // A stopped domain moves without a migration.
+        MoveState::Moved if planned.total_us == 0 => format!("moved {from} -> {to}"),
         MoveState::Moved => format!(
             "moved {from} -> {to} in {}, paused {}",
             time_us(planned.total_us),

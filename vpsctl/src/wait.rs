@@ -13,7 +13,7 @@ use crate::{
     args::Detach,
     client::Cluster,
     error::Error,
-    out::{human::time, print, print_bytes},
+    out::{human::time, print},
     progress::Progress,
 };
 
@@ -38,7 +38,7 @@ pub(crate) async fn accepted(
         if json {
             print(&crate::out::json::object(&operation)?)?;
         } else {
-            print_bytes(format!("{}\n", operation.name).as_bytes())?;
+            print(&format!("{}\n", operation.name))?;
         }
         return Ok(None);
     }

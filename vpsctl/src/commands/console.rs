@@ -50,7 +50,7 @@ enum End {
 pub(super) async fn run(context: &Context, args: ConsoleArgs) -> Result<(), Error> {
     let started = Instant::now();
     let name = args.name.domain.clone();
-    let mut session = Session::new(context, args)?;
+    let mut session = Session::new(context, args);
     tokio::select! {
         end = session.run() => end?,
         // Only where the terminal is not raw; there the key goes to the guest.
@@ -79,8 +79,8 @@ struct Session<'a> {
 }
 
 impl<'a> Session<'a> {
-    fn new(context: &'a Context, args: ConsoleArgs) -> Result<Self, Error> {
-        Ok(Self {
+    fn new(context: &'a Context, args: ConsoleArgs) -> Self {
+        Self {
             context,
             name: args.name.domain,
             history_only: args.history_only,
@@ -88,7 +88,7 @@ impl<'a> Session<'a> {
             input: None,
             raw: None,
             attached_before: false,
-        })
+        }
     }
 
     async fn run(&mut self) -> Result<(), Error> {

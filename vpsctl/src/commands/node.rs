@@ -4,7 +4,8 @@ use std::time::SystemTime;
 
 use drover_proto::v1::{
     CordonNodeRequest, DeleteNodeRequest, DrainNodeRequest, GetNodeRequest, ListNodesRequest, Node,
-    Operation, PlanDrainRequest, UncordonNodeRequest, node_service_client::NodeServiceClient,
+    Operation, OperationState, PlanDrainRequest, UncordonNodeRequest,
+    node_service_client::NodeServiceClient,
 };
 
 use super::{Context, all_pages, call, request_id};
@@ -81,21 +82,24 @@ async fn drain(context: &Context, args: DrainArgs) -> Result<(), Error> {
 
 /// Prints what became of a drain or a balance; domains that are left are exit code 7.
 pub(super) fn moves_ended(context: &Context, operation: Operation) -> Result<(), Error> {
+    let succeeded = operation.state() == OperationState::Succeeded;
     let page = || {
-        let done = pages::done(&operation, SystemTime::now());
-        match operation.moves.is_empty() {
-            true => done,
-            false => format!("{}\n{done}", pages::moves_done(&operation.moves)),
+        let mut text = String::new();
+        if !operation.moves.is_empty() {
+            text.push_str(&pages::moves_done(&operation.moves));
         }
+        if succeeded {
+            text.push_str(&pages::done(&operation, SystemTime::now()));
+        }
+        text
     };
     context.answer(|| json::object(&operation), page)?;
-    let left = pages::blocked(&operation.moves);
-    match operation.error.as_ref().map(|e| e.message.clone()) {
-        _ if left > 0 => Err(Error::Left(format!(
-            "{} left: {}",
-            plural(left, "domain"),
-            wait::succeeded(operation).err().map_or_else(String::new, |e| e.to_string())
-        ))),
-        _ => wait::succeeded(operation).map(|_| ()),
+    let left = plural(pages::left(&operation.moves), "domain");
+    let all_went = pages::left(&operation.moves) == 0;
+    match wait::succeeded(operation) {
+        Ok(_) if all_went => Ok(()),
+        Ok(_) => Err(Error::Left(format!("{left} left where it was"))),
+        Err(error) if all_went => Err(error),
+        Err(error) => Err(Error::Left(format!("{left} left: {error}"))),
     }
 }

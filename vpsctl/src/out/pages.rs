@@ -264,9 +264,14 @@ pub(crate) fn drain_plan(plan: &DrainPlan) -> String {
     text
 }
 
-/// How many rows of a plan or of its execution stay where they are.
+/// How many rows of a plan cannot move.
 pub(crate) fn blocked(moves: &[PlannedMove]) -> usize {
-    moves.iter().filter(|m| matches!(m.state(), MoveState::Blocked | MoveState::Failed)).count()
+    moves.iter().filter(|m| m.state() == MoveState::Blocked).count()
+}
+
+/// How many are left where they were when it has ended.
+pub(crate) fn left(moves: &[PlannedMove]) -> usize {
+    moves.iter().filter(|m| !matches!(m.state(), MoveState::Moved | MoveState::Skipped)).count()
 }
 
 fn moves_planned(moves: &[PlannedMove]) -> String {
