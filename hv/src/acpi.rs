@@ -214,9 +214,11 @@ fn dsdt() -> Sdt {
     )
     .bytes();
     let sleep_type = ports::SLEEP_TYPE_OFF as u8;
-    let off =
-        Name::new("_S5_".into(), &Package::new(vec![&sleep_type, &sleep_type, &aml::ZERO, &aml::ZERO]))
-            .bytes();
+    let off = Name::new(
+        "_S5_".into(),
+        &Package::new(vec![&sleep_type, &sleep_type, &aml::ZERO, &aml::ZERO]),
+    )
+    .bytes();
 
     let mut table = sdt(*b"DSDT", 2);
     for part in [off, pci, serial, panic] {

@@ -331,8 +331,7 @@ impl FromStr for MacAddress {
     type Err = FieldError;
 
     fn from_str(text: &str) -> Result<Self, FieldError> {
-        let error =
-            || FieldError::new("mac", text, "a unicast address such as 52:54:00:12:34:56");
+        let error = || FieldError::new("mac", text, "a unicast address such as 52:54:00:12:34:56");
         let mut bytes = [0u8; 6];
         let mut parts = text.split(':');
         for byte in &mut bytes {

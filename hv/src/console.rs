@@ -93,6 +93,15 @@ impl Console {
         }
     }
 
+    /// What the guest said elsewhere takes the place of everything said here.
+    pub fn replace(&self, history: &[u8]) {
+        let mut ring = self.ring();
+        ring.bytes.clear();
+        ring.line.clear();
+        drop(ring);
+        self.push(history);
+    }
+
     /// At most `bytes_max` bytes from `position` on; from the oldest that are kept, when those
     /// are gone. Empty when nothing is new.
     pub fn read(&self, position: u64, bytes_max: usize) -> Said {

@@ -95,8 +95,7 @@ fn run(args: RunArgs) -> ExitRecord {
         Ok(config) => config,
         Err(error) => return refuse(&args.state_dir, error.to_string()),
     };
-    let options =
-        Options { config, state_dir: args.state_dir.clone(), incoming: args.incoming };
+    let options = Options { config, state_dir: args.state_dir.clone(), incoming: args.incoming };
     let (vmm, ended) = match Vmm::start(options) {
         Ok(started) => started,
         Err(record) => return record,

@@ -89,15 +89,15 @@ pub fn layout(memory_bytes: u64) -> Vec<(GuestAddress, u64)> {
 /// When the system has no room for it.
 pub fn create(memory_bytes: u64) -> Result<GuestMemory, MemoryError> {
     assert!(memory_bytes > 0 && memory_bytes.is_multiple_of(PAGE_BYTES));
-    let allocate =
-        |source: rustix::io::Errno| MemoryError::Allocate { bytes: memory_bytes, source: source.into() };
+    let allocate = |source: rustix::io::Errno| MemoryError::Allocate {
+        bytes: memory_bytes,
+        source: source.into(),
+    };
     let map = |reason: String| MemoryError::Map { bytes: memory_bytes, reason };
 
-    let file = rustix::fs::memfd_create(
-        c"guest-memory",
-        MemfdFlags::CLOEXEC | MemfdFlags::ALLOW_SEALING,
-    )
-    .map_err(allocate)?;
+    let file =
+        rustix::fs::memfd_create(c"guest-memory", MemfdFlags::CLOEXEC | MemfdFlags::ALLOW_SEALING)
+            .map_err(allocate)?;
     rustix::fs::ftruncate(&file, memory_bytes).map_err(allocate)?;
     rustix::fs::fcntl_add_seals(&file, SealFlags::SHRINK | SealFlags::GROW | SealFlags::SEAL)
         .map_err(allocate)?;
@@ -351,7 +351,12 @@ impl DirtyTracker {
     }
 }
 
-ioctl_iowr_nr!(KVM_CLEAR_DIRTY_LOG, KVMIO, 0xc0, kvm_clear_dirty_log);
+/// The request that `kvm-ioctls` has no call for.
+mod request {
+    #![allow(missing_docs, reason = "the macro gives its function no documentation")]
+    use super::{KVMIO, ioctl_iowr_nr, kvm_clear_dirty_log};
+    ioctl_iowr_nr!(KVM_CLEAR_DIRTY_LOG, KVMIO, 0xc0, kvm_clear_dirty_log);
+}
 
 /// KVM's log of one VM.
 ///
@@ -371,9 +376,10 @@ impl KvmDirtyLog {
     /// # Errors
     /// When KVM refuses a slot.
     pub fn register(vm: Arc<VmFd>, memory: &GuestMemory) -> Result<Self, MemoryError> {
-        let failed =
-            |step| move |error: kvm_ioctls::Error| MemoryError::DirtyLog { step, source: error.into() };
-        let supported = vm.check_extension_raw(u64::from(KVM_CAP_MANUAL_DIRTY_LOG_PROTECT2).into());
+        let failed = |step| {
+            move |error: kvm_ioctls::Error| MemoryError::DirtyLog { step, source: error.into() }
+        };
+        let supported = vm.check_extension_raw(KVM_CAP_MANUAL_DIRTY_LOG_PROTECT2.into());
         let wanted = KVM_DIRTY_LOG_MANUAL_PROTECT_ENABLE | KVM_DIRTY_LOG_INITIALLY_SET;
         let manual_protect = supported & wanted.cast_signed() == wanted.cast_signed();
         if manual_protect {
@@ -394,7 +400,8 @@ impl KvmDirtyLog {
             })
             .collect();
         let log = Self { vm, slots, manual_protect };
-        log.set_flags(0).map_err(|source| MemoryError::DirtyLog { step: "registering RAM", source })?;
+        log.set_flags(0)
+            .map_err(|source| MemoryError::DirtyLog { step: "registering RAM", source })?;
         Ok(log)
     }
 
@@ -422,7 +429,8 @@ impl KvmDirtyLog {
         };
         // SAFETY: KVM reads one bit for each of the slot's pages, and `words` came from
         // KVM_GET_DIRTY_LOG on the same slot, so that it is that long.
-        let result = unsafe { ioctl_with_ref(self.vm.as_ref(), KVM_CLEAR_DIRTY_LOG(), &request) };
+        let result =
+            unsafe { ioctl_with_ref(self.vm.as_ref(), request::KVM_CLEAR_DIRTY_LOG(), &request) };
         if result < 0 { Err(io::Error::last_os_error()) } else { Ok(()) }
     }
 
@@ -469,7 +477,7 @@ impl AsRawFd for KvmDirtyLog {
 mod tests {
     use std::sync::Mutex;
 
-    use vm_memory::{Bytes, GuestMemoryRegionBytes};
+    use vm_memory::Bytes;
 
     use super::*;
 

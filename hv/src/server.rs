@@ -62,10 +62,7 @@ impl VmmService for Server {
         Ok(Response::new(Box::pin(statuses(self.vmm.clone()))))
     }
 
-    async fn pause(
-        &self,
-        _: tonic::Request<PauseRequest>,
-    ) -> Result<Response<VmmStatus>, Status> {
+    async fn pause(&self, _: tonic::Request<PauseRequest>) -> Result<Response<VmmStatus>, Status> {
         self.ask(Request::Pause).await
     }
 
@@ -83,17 +80,11 @@ impl VmmService for Server {
         self.ask(Request::PowerButton).await
     }
 
-    async fn reset(
-        &self,
-        _: tonic::Request<ResetRequest>,
-    ) -> Result<Response<VmmStatus>, Status> {
+    async fn reset(&self, _: tonic::Request<ResetRequest>) -> Result<Response<VmmStatus>, Status> {
         self.ask(Request::Reset).await
     }
 
-    async fn quit(
-        &self,
-        _: tonic::Request<QuitRequest>,
-    ) -> Result<Response<QuitResponse>, Status> {
+    async fn quit(&self, _: tonic::Request<QuitRequest>) -> Result<Response<QuitResponse>, Status> {
         self.vmm.ask(Request::Quit("stopped by a call of Quit".into())).await?;
         Ok(Response::new(QuitResponse {}))
     }
@@ -115,8 +106,7 @@ impl VmmService for Server {
         &self,
         request: tonic::Request<PrepareIncomingRequest>,
     ) -> Result<Response<PrepareIncomingResponse>, Status> {
-        let listen_address =
-            self.vmm.ask(Request::PrepareIncoming(request.into_inner())).await?;
+        let listen_address = self.vmm.ask(Request::PrepareIncoming(request.into_inner())).await?;
         Ok(Response::new(PrepareIncomingResponse { listen_address }))
     }
 
@@ -156,19 +146,13 @@ fn statuses(vmm: Vmm) -> impl Stream<Item = Result<VmmStatus, Status>> + Send {
             if last.state == VmmState::Exited as i32 {
                 return None;
             }
-            loop {
-                watcher.receiver.changed().await.ok()?;
-                let now = watcher.receiver.borrow().clone();
-                if !same_but_counters(&now, last) {
-                    break;
-                }
+            watcher.receiver.changed().await.ok()?;
+            if same_but_counters(&watcher.receiver.borrow(), last) {
                 // Only counters: what more changes meanwhile goes along.
-                let wait = tokio::time::sleep_until(*sent + STATUS_INTERVAL);
                 tokio::select! {
-                    () = wait => break,
-                    changed = watcher.receiver.wait_for(|s| !same_but_counters(s, last)) => {
-                        changed.ok()?;
-                        break;
+                    () = tokio::time::sleep_until(*sent + STATUS_INTERVAL) => {}
+                    other = watcher.receiver.wait_for(|now| !same_but_counters(now, last)) => {
+                        other.ok()?;
                     }
                 }
             }

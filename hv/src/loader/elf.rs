@@ -138,7 +138,9 @@ fn pvh_entry(
 ) -> Option<u64> {
     let segment = segments.iter().find(|segment| {
         let offset = notes.offset.checked_sub(segment.offset);
-        offset.and_then(|o| o.checked_add(notes.file_bytes)).is_some_and(|e| e <= segment.file_bytes)
+        offset
+            .and_then(|o| o.checked_add(notes.file_bytes))
+            .is_some_and(|e| e <= segment.file_bytes)
     })?;
     if notes.file_bytes > NOTES_BYTES_MAX {
         return None;
@@ -153,8 +155,9 @@ fn pvh_entry(
 fn find_entry(mut notes: &[u8]) -> Option<u64> {
     loop {
         let (header, rest) = notes.split_first_chunk::<12>()?;
-        let word =
-            |at: usize| u32::from_le_bytes([header[at], header[at + 1], header[at + 2], header[at + 3]]);
+        let word = |at: usize| {
+            u32::from_le_bytes([header[at], header[at + 1], header[at + 2], header[at + 3]])
+        };
         let name_bytes = word(0) as usize;
         let (name, rest) = rest.split_at_checked(name_bytes.next_multiple_of(4))?;
         let description_bytes = word(4) as usize;

@@ -88,8 +88,7 @@ pub(super) fn vmlinux(file: &[u8]) -> Result<Vmlinux<'_>, ImageError> {
     if compressed.starts_with(ZSTD_MAGIC) {
         check_size(left)?;
         let damaged = |error| ImageError::Damaged(format!("ZSTD: {error}"));
-        let mut decoder =
-            zstd::stream::read::Decoder::with_buffer(compressed).map_err(damaged)?;
+        let mut decoder = zstd::stream::read::Decoder::with_buffer(compressed).map_err(damaged)?;
         decoder.window_log_max(ZSTD_WINDOW_LOG_MAX).map_err(damaged)?;
         Ok(Vmlinux { stream: Stream::Zstd(decoder), left, compression: "ZSTD" })
     } else if let Some(blocks) = compressed.strip_prefix(LZ4_LEGACY_MAGIC) {
@@ -188,8 +187,8 @@ impl Lz4Legacy<'_> {
             )));
         };
         self.block.resize(LZ4_BLOCK_BYTES, 0);
-        let length =
-            lz4_flex::block::decompress_into(compressed, &mut self.block).map_err(io::Error::other)?;
+        let length = lz4_flex::block::decompress_into(compressed, &mut self.block)
+            .map_err(io::Error::other)?;
         self.block.truncate(length);
         self.position = 0;
         self.blocks = rest;

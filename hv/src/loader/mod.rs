@@ -118,13 +118,12 @@ fn load_initramfs(
 /// Opens a regular, non-empty file of at most so many bytes.
 fn open(path: &Path, bytes_max: u64) -> Result<(File, u64), String> {
     // Non-blocking: opening a FIFO must not wait for its writer.
-    let file = File::options()
-        .read(true)
-        .custom_flags(libc::O_NONBLOCK)
-        .open(path)
-        .map_err(|error| match error.kind() {
-            std::io::ErrorKind::NotFound => "does not exist".to_owned(),
-            _ => format!("cannot be opened: {error}"),
+    let file =
+        File::options().read(true).custom_flags(libc::O_NONBLOCK).open(path).map_err(|error| {
+            match error.kind() {
+                std::io::ErrorKind::NotFound => "does not exist".to_owned(),
+                _ => format!("cannot be opened: {error}"),
+            }
         })?;
     let metadata = file.metadata().map_err(|error| format!("cannot be read: {error}"))?;
     if !metadata.is_file() {

@@ -27,7 +27,7 @@ const KVM_FEATURES_KEPT: u32 =
     1 | 1 << 1 | 1 << 3 | 1 << 5 | 1 << 6 | 1 << 7 | 1 << 9 | 1 << 11 | 1 << 13 | 1 << 24;
 
 /// Adapts what KVM supports to vCPU `id` of `vcpus`.
-pub fn adapt(supported: &[kvm_cpuid_entry2], id: u32, vcpus: u32) -> Vec<kvm_cpuid_entry2> {
+pub(super) fn adapt(supported: &[kvm_cpuid_entry2], id: u32, vcpus: u32) -> Vec<kvm_cpuid_entry2> {
     // Smallest number of id bits that tells all vCPUs apart.
     let id_bits = vcpus.next_power_of_two().trailing_zeros();
     let mut entries: Vec<_> = supported
@@ -129,7 +129,7 @@ mod tests {
     fn host() -> Vec<kvm_cpuid_entry2> {
         vec![
             entry(0, 0xd, 0, 0, 0),
-            entry(FEATURES, 0, 0x1234_0800, u32::MAX & !(1 << 24), u32::MAX),
+            entry(FEATURES, 0, 0x1234_0800, !(1 << 24), u32::MAX),
             entry(TOPOLOGY, 1, 2, 3, 4),
             entry(KVM_FEATURES, u32::MAX, 0, 0, 0),
             entry(EXTENDED_FEATURES, 0, 0, u32::MAX, u32::MAX),

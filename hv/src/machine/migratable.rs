@@ -74,7 +74,16 @@ pub trait MigratableVm: Send {
     /// Everything but memory. Paused only. May write guest memory (which is then dirty).
     fn save_state(&mut self) -> Result<MachineState, MigratableError>;
 
-    /// Takes over a state. Paused only; the machine is of no use when it fails.
+    /// A state as [`save_state`](Self::save_state) will make it, from a machine that runs: each
+    /// part is whole, together they are not of one moment. For a destination to practise with:
+    /// whatever takes long the first time is not part of the pause then. `None` when there is
+    /// nothing to practise.
+    fn rehearsal_state(&mut self) -> Result<Option<MachineState>, MigratableError> {
+        Ok(None)
+    }
+
+    /// Takes over a state. Paused only; may be called again before the first resume, and is of
+    /// no use when it fails.
     fn restore_state(&mut self, state: MachineState) -> Result<(), MigratableError>;
 
     /// Begins to log writes to memory.

@@ -23,6 +23,7 @@ mod vm_state;
 use std::io;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::Instant;
 
 use kvm_bindings::{
     KVM_MAX_CPUID_ENTRIES, KVM_PIT_SPEAKER_DUMMY, kvm_cpuid_entry2, kvm_pit_config,
@@ -43,7 +44,7 @@ use crate::virtio::rng::Rng;
 use crate::virtio::{VirtioDevice, VirtioPci};
 use crate::{acpi, loader};
 use exit::GuestExit;
-use migratable::{MachineState, MigratableError, MigratableVm};
+use migratable::{MachineState, MigratableError, MigratableVm, StateSection};
 use power::{LevelLine, Power};
 use vcpu::{Bus, OnExit, Vcpu};
 use vcpu_state::{VcpuStateError, VcpuStates};
@@ -214,8 +215,9 @@ impl Machine {
         let mut virtio = Vec::new();
         let mut counters = Vec::new();
         let mut add = |device: Box<dyn VirtioDevice>, name: String| {
-            let function = VirtioPci::new(device, pci.next_slot(), memory.clone(), Arc::clone(&wiring))
-                .map_err(|source| MachineError::Device { device: name, source })?;
+            let function =
+                VirtioPci::new(device, pci.next_slot(), memory.clone(), Arc::clone(&wiring))
+                    .map_err(|source| MachineError::Device { device: name, source })?;
             // The machine stands still.
             function.pause();
             let function = Arc::new(function);
@@ -265,6 +267,36 @@ impl Machine {
         Ok(())
     }
 
+    /// Saves the vCPUs of a running machine, one after the other.
+    fn save_vcpus_in_turn(&self) -> Result<Vec<StateSection>, MigratableError> {
+        let mut sections = Vec::new();
+        for vcpu in &self.vcpus {
+            vcpu.park().wait()?;
+            let saved = vcpu.save().wait();
+            if !self.paused && !self.ended.load(Ordering::SeqCst) {
+                vcpu.run();
+            }
+            sections.push(saved??);
+        }
+        Ok(sections)
+    }
+
+    /// The state of everything that is no vCPU.
+    fn save_rest(&self, sections: &mut Vec<StateSection>) -> Result<(), MigratableError> {
+        sections.extend(vm_state::save(&self.vm)?);
+        sections.push(self.devices.power.save());
+        sections.push(self.devices.serial.save());
+        sections.extend(self.devices.pci.save());
+        Ok(())
+    }
+
+    fn shape_section(&self) -> StateSection {
+        state::section(kind::VM, 0, 1, |out| {
+            out.u32(self.config.vcpus);
+            out.u64(self.config.memory_bytes);
+        })
+    }
+
     /// The devices that may be used while the guest runs.
     pub fn devices(&self) -> &Arc<Devices> {
         &self.devices
@@ -296,10 +328,7 @@ impl Machine {
 fn serial(vm: &VmFd, console: Arc<Console>) -> Result<SerialPort, MachineError> {
     let device = |source| MachineError::Device { device: "the serial port".into(), source };
     let interrupt = EventFd::new(libc::EFD_NONBLOCK | libc::EFD_CLOEXEC).map_err(device)?;
-    kvm(
-        "wiring the serial port's interrupt",
-        vm.register_irqfd(&interrupt, ports::SERIAL_LINE),
-    )?;
+    kvm("wiring the serial port's interrupt", vm.register_irqfd(&interrupt, ports::SERIAL_LINE))?;
     Ok(SerialPort::new(console, interrupt))
 }
 
@@ -318,8 +347,8 @@ fn vcpus(
     let supported =
         kvm("reading the supported CPUID", system.get_supported_cpuid(KVM_MAX_CPUID_ENTRIES))?;
     let msrs = kvm("listing MSRs", system.get_msr_index_list())?;
-    let msrs = msrs.as_slice().iter().copied().filter(|msr| vcpu_state::is_saved(*msr)).collect();
-    let states = VcpuStates { msrs };
+    let msrs: Vec<u32> =
+        msrs.as_slice().iter().copied().filter(|msr| vcpu_state::is_saved(*msr)).collect();
     let mut vcpus = Vec::new();
     let mut first = Vec::new();
     for index in 0..count {
@@ -328,12 +357,13 @@ fn vcpus(
         vcpu_state::set_cpuid(&fd, &cpuid)?;
         vcpu_state::set_up(&fd)?;
         let bus = Arc::clone(devices) as Arc<dyn Bus>;
-        let vcpu = Vcpu::spawn(index, fd, states.clone(), bus, Arc::clone(on_exit))
+        if index == 0 {
+            first.clone_from(&cpuid);
+        }
+        let states = VcpuStates { msrs: msrs.clone(), cpuid };
+        let vcpu = Vcpu::spawn(index, fd, states, bus, Arc::clone(on_exit))
             .map_err(|source| MachineError::Device { device: format!("vCPU {index}"), source })?;
         vcpus.push(vcpu);
-        if index == 0 {
-            first = cpuid;
-        }
     }
     Ok((vcpus, first))
 }
@@ -401,25 +431,29 @@ impl MigratableVm for Machine {
 
     fn save_state(&mut self) -> Result<MachineState, MigratableError> {
         assert!(self.paused, "the state of a running machine is none");
+        let began = Instant::now();
         let saving: Vec<_> = self.vcpus.iter().map(Vcpu::save).collect();
-        let mut sections = vec![state::section(kind::VM, 0, 1, |out| {
-            out.u32(self.config.vcpus);
-            out.u64(self.config.memory_bytes);
-        })];
+        let mut sections = vec![self.shape_section()];
         for vcpu in saving {
             sections.push(vcpu.wait()??);
         }
-        sections.extend(vm_state::save(&self.vm)?);
-        sections.push(self.devices.power.save());
-        sections.push(self.devices.serial.save());
-        sections.extend(self.devices.pci.save());
+        let vcpus = began.elapsed();
+        self.save_rest(&mut sections)?;
+        tracing::debug!(?vcpus, all = ?began.elapsed(), "the state is saved");
         Ok(MachineState { sections })
+    }
+
+    fn rehearsal_state(&mut self) -> Result<Option<MachineState>, MigratableError> {
+        let mut sections = vec![self.shape_section()];
+        sections.extend(self.save_vcpus_in_turn()?);
+        self.save_rest(&mut sections)?;
+        Ok(Some(MachineState { sections }))
     }
 
     fn restore_state(&mut self, state: MachineState) -> Result<(), MigratableError> {
         assert!(self.paused, "a running machine cannot take over a state");
-        let mut fields =
-            state::fields(state::find(&state, kind::VM, 0).map_err(mismatch)?, 1).map_err(mismatch)?;
+        let mut fields = state::fields(state::find(&state, kind::VM, 0).map_err(mismatch)?, 1)
+            .map_err(mismatch)?;
         let vcpus = fields.u32("vcpus").map_err(mismatch)?;
         let memory_bytes = fields.u64("memory_bytes").map_err(mismatch)?;
         fields.finish("vm").map_err(mismatch)?;
@@ -437,13 +471,18 @@ impl MigratableVm for Machine {
             }
             restoring.push(vcpu.restore(section.clone()));
         }
+        let began = Instant::now();
         for vcpu in restoring {
             vcpu.wait()??;
         }
+        let vcpus = began.elapsed();
         self.clock = Some(vm_state::restore(&self.vm, &state)?);
+        let vm = began.elapsed();
         self.devices.power.restore(&state).map_err(mismatch)?;
         self.devices.serial.restore(&state).map_err(mismatch)?;
         self.devices.pci.restore(&state)?;
+        let all = began.elapsed();
+        tracing::debug!(?vcpus, ?vm, ?all, "the state is restored");
         Ok(())
     }
 

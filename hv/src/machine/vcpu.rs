@@ -226,6 +226,11 @@ struct Runner {
     receiver: Receiver<Command>,
 }
 
+fn answer<T>(reply: &SyncSender<T>, value: T) {
+    // Whoever asked may have given up; the channel has room for one.
+    let _ = reply.try_send(value);
+}
+
 /// What KVM_RUN came back with.
 enum Turn {
     /// Go on.
@@ -270,18 +275,18 @@ impl Runner {
             match command {
                 Command::Run => return true,
                 Command::End => return false,
-                Command::Park(reply) => drop(reply.send(())),
+                Command::Park(reply) => answer(&reply, ()),
                 Command::SetEntry(kernel, reply) => {
-                    drop(reply.send(vcpu_state::set_entry(&self.fd, &kernel)));
+                    answer(&reply, vcpu_state::set_entry(&self.fd, &kernel));
                 }
                 Command::NoteStop(reply) => {
                     // Refused when the guest has no kvmclock: then it needs no telling.
                     let _ = self.fd.kvmclock_ctrl();
-                    drop(reply.send(()));
+                    answer(&reply, ());
                 }
-                Command::Save(reply) => drop(reply.send(self.states.save(&self.fd, self.index))),
+                Command::Save(reply) => answer(&reply, self.states.save(&self.fd, self.index)),
                 Command::Restore(section, reply) => {
-                    drop(reply.send(self.states.restore(&self.fd, self.index, &section)));
+                    answer(&reply, self.states.restore(&self.fd, self.index, &section));
                 }
             }
         }

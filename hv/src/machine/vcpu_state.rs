@@ -8,8 +8,6 @@
 //!   before the local APIC; the APIC before the MSRs; among these the TSC first and the deadline
 //!   that is measured with it last; pending events at the end.
 
-use std::sync::Arc;
-
 use kvm_bindings::{
     CpuId, Msrs, kvm_cpuid_entry2, kvm_debugregs, kvm_dtable, kvm_lapic_state, kvm_mp_state,
     kvm_msr_entry, kvm_regs, kvm_segment, kvm_sregs, kvm_vcpu_events, kvm_xcrs, kvm_xsave,
@@ -50,16 +48,18 @@ impl From<StateError> for VcpuStateError {
     }
 }
 
-/// What is the same for all vCPUs of a machine and is needed to save and restore them.
+/// What is needed to save and restore a vCPU, beside its registers.
 #[derive(Debug, Clone)]
 pub struct VcpuStates {
-    /// The MSRs that KVM says need saving.
-    pub msrs: Arc<[u32]>,
+    /// The MSRs that belong to its state. Those that KVM turns out not to give are removed.
+    pub msrs: Vec<u32>,
+    /// CPUID as it was set: KVM's copy also mirrors what the guest has switched on.
+    pub cpuid: Vec<kvm_cpuid_entry2>,
 }
 
 /// Whether an MSR that KVM lists belongs to a guest's state. VMX's (no nested guests) and the
 /// performance counters' (the guest has none) do not; KVM refuses to write some of them.
-pub fn is_saved(msr: u32) -> bool {
+pub(super) fn is_saved(msr: u32) -> bool {
     !matches!(msr,
         0x480..=0x492
         // Intel: counters, event selectors, fixed counters, global control, PEBS, offcore.
@@ -70,7 +70,7 @@ pub fn is_saved(msr: u32) -> bool {
 }
 
 /// Sets a fresh vCPU's CPUID.
-pub fn set_cpuid(fd: &VcpuFd, entries: &[kvm_cpuid_entry2]) -> Result<(), VcpuStateError> {
+pub(super) fn set_cpuid(fd: &VcpuFd, entries: &[kvm_cpuid_entry2]) -> Result<(), VcpuStateError> {
     let step = "setting CPUID";
     let cpuid = CpuId::from_entries(entries)
         .map_err(|error| VcpuStateError { step: step.into(), reason: format!("{error:?}") })?;
@@ -78,17 +78,18 @@ pub fn set_cpuid(fd: &VcpuFd, entries: &[kvm_cpuid_entry2]) -> Result<(), VcpuSt
 }
 
 /// Registers that every fresh vCPU needs beyond what reset gives it.
-pub fn set_up(fd: &VcpuFd) -> Result<(), VcpuStateError> {
+pub(super) fn set_up(fd: &VcpuFd) -> Result<(), VcpuStateError> {
     /// MTRRs are on, and memory is write-back where they say nothing else.
     const MTRR_ON_WRITE_BACK: u64 = 1 << 11 | 6;
     const FAST_STRINGS: u64 = 1;
-    let msrs = [entry(MSR_MISC_ENABLE, FAST_STRINGS), entry(MSR_MTRR_DEFAULT_TYPE, MTRR_ON_WRITE_BACK)];
+    let msrs =
+        [entry(MSR_MISC_ENABLE, FAST_STRINGS), entry(MSR_MTRR_DEFAULT_TYPE, MTRR_ON_WRITE_BACK)];
     set_msrs(fd, &msrs)
 }
 
 /// The first vCPU's registers at the kernel's PVH entry: 32-bit protected mode, no paging, flat
 /// segments, EBX at the start info (Xen's `docs/misc/pvh.pandoc`).
-pub fn set_entry(fd: &VcpuFd, kernel: &LoadedKernel) -> Result<(), VcpuStateError> {
+pub(super) fn set_entry(fd: &VcpuFd, kernel: &LoadedKernel) -> Result<(), VcpuStateError> {
     const PROTECTED_MODE: u64 = 1;
     /// The bit that is always set.
     const FLAGS: u64 = 2;
@@ -107,7 +108,8 @@ pub fn set_entry(fd: &VcpuFd, kernel: &LoadedKernel) -> Result<(), VcpuStateErro
     sregs.cs = segment(0x8, 0xb);
     let data = segment(0x10, 0x3);
     (sregs.ds, sregs.es, sregs.fs, sregs.gs, sregs.ss) = (data, data, data, data, data);
-    sregs.tr = kvm_segment { limit: 0x67, selector: 0x18, type_: 0xb, present: 1, ..Default::default() };
+    sregs.tr =
+        kvm_segment { limit: 0x67, selector: 0x18, type_: 0xb, present: 1, ..Default::default() };
     let limit = (size_of_val(&pvh::GDT) - 1) as u16;
     sregs.gdt = kvm_dtable { base: pvh::GDT_START.0, limit, ..Default::default() };
     sregs.cr0 = PROTECTED_MODE;
@@ -125,7 +127,7 @@ pub fn set_entry(fd: &VcpuFd, kernel: &LoadedKernel) -> Result<(), VcpuStateErro
 
 impl VcpuStates {
     /// Saves a vCPU that is out of the guest.
-    pub fn save(&self, fd: &VcpuFd, index: u32) -> Result<StateSection, VcpuStateError> {
+    pub fn save(&mut self, fd: &VcpuFd, index: u32) -> Result<StateSection, VcpuStateError> {
         let mp_state = check("reading the MP state", fd.get_mp_state())?;
         let regs = check("reading registers", fd.get_regs())?;
         let sregs = check("reading special registers", fd.get_sregs())?;
@@ -135,14 +137,12 @@ impl VcpuStates {
         let lapic = check("reading the local APIC", fd.get_lapic())?;
         // Refused where the TSC has no fixed rate: zero says so.
         let tsc_khz = fd.get_tsc_khz().unwrap_or(0);
-        let msrs = get_msrs(fd, &self.msrs)?;
+        let msrs = get_msrs(fd, &mut self.msrs)?;
         let events = check("reading pending events", fd.get_vcpu_events())?;
-        let cpuid = check("reading CPUID", fd.get_cpuid2(ENTRIES_MAX as usize))?;
 
         Ok(state::section(kind::VCPU, index, VERSION, |out| {
-            let entries = cpuid.as_slice();
-            out.u32(entries.len() as u32);
-            for entry in entries {
+            out.u32(self.cpuid.len() as u32);
+            for entry in &self.cpuid {
                 write(out, entry);
             }
             out.u32(tsc_khz);
@@ -164,7 +164,7 @@ impl VcpuStates {
 
     /// Restores a vCPU that has never run.
     pub fn restore(
-        &self,
+        &mut self,
         fd: &VcpuFd,
         index: u32,
         section: &StateSection,
@@ -186,7 +186,10 @@ impl VcpuStates {
         let events: kvm_vcpu_events = read(&mut fields, "vcpu events")?;
         fields.finish("vcpu")?;
 
-        set_cpuid(fd, &cpuid)?;
+        if !same(&cpuid, &self.cpuid) {
+            set_cpuid(fd, &cpuid)?;
+            self.cpuid = cpuid;
+        }
         set_tsc_rate(fd, index, tsc_khz);
         check("setting the MP state", fd.set_mp_state(mp_state))?;
         check("setting registers", fd.set_regs(&regs))?;
@@ -206,7 +209,7 @@ impl VcpuStates {
 ///
 /// # Errors
 /// When it is malformed.
-pub fn cpuid_of(section: &StateSection) -> Result<Vec<kvm_cpuid_entry2>, StateError> {
+pub(super) fn cpuid_of(section: &StateSection) -> Result<Vec<kvm_cpuid_entry2>, StateError> {
     read_cpuid(&mut state::fields(section, VERSION)?)
 }
 
@@ -243,20 +246,26 @@ fn entry(index: u32, data: u64) -> kvm_msr_entry {
     kvm_msr_entry { index, data, ..Default::default() }
 }
 
-/// Reads these MSRs; those that KVM lists and does not give are left out.
-fn get_msrs(fd: &VcpuFd, indices: &[u32]) -> Result<Vec<kvm_msr_entry>, VcpuStateError> {
+/// Whether two lists say the same, field by field.
+fn same(one: &[kvm_cpuid_entry2], other: &[kvm_cpuid_entry2]) -> bool {
+    one.as_bytes() == other.as_bytes()
+}
+
+/// Reads these MSRs. Those that KVM lists and does not give are removed from the list: the next
+/// time takes one call.
+fn get_msrs(fd: &VcpuFd, indices: &mut Vec<u32>) -> Result<Vec<kvm_msr_entry>, VcpuStateError> {
     let step = "reading MSRs";
-    let mut rest: Vec<_> = indices.iter().map(|index| entry(*index, 0)).collect();
-    let mut found = Vec::with_capacity(rest.len());
-    while !rest.is_empty() {
-        let mut msrs = Msrs::from_entries(&rest)
+    loop {
+        let entries: Vec<_> = indices.iter().map(|index| entry(*index, 0)).collect();
+        let mut msrs = Msrs::from_entries(&entries)
             .map_err(|error| VcpuStateError { step: step.into(), reason: format!("{error:?}") })?;
         // KVM stops at the first that it does not give.
-        let count = check(step, fd.get_msrs(&mut msrs))?.min(rest.len());
-        found.extend_from_slice(&msrs.as_slice()[..count]);
-        rest.drain(..(count + 1).min(rest.len()));
+        let count = check(step, fd.get_msrs(&mut msrs))?;
+        if count >= indices.len() {
+            return Ok(msrs.as_slice().to_vec());
+        }
+        indices.remove(count);
     }
-    Ok(found)
 }
 
 /// Writes these MSRs. One that cannot be written is an error unless it is to be zero: then there

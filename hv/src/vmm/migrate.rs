@@ -57,12 +57,13 @@ impl Supervisor {
             let accepted = format!("greater than {}", self.epoch);
             return Err(FieldError::new("to_epoch", request.to_epoch, accepted).into());
         }
-        let limits = Limits::from_request(request.limits.as_ref(), self.options.config.memory_bytes)
-            .map_err(|error| {
-                let (field, rest) = error.split_once(": ").unwrap_or(("limits", &error));
-                let (value, accepted) = rest.split_once("; accepted: ").unwrap_or((rest, ""));
-                FieldError::new(field, value, accepted)
-            })?;
+        let limits =
+            Limits::from_request(request.limits.as_ref(), self.options.config.memory_bytes)
+                .map_err(|error| {
+                    let (field, rest) = error.split_once(": ").unwrap_or(("limits", &error));
+                    let (value, accepted) = rest.split_once("; accepted: ").unwrap_or((rest, ""));
+                    FieldError::new(field, value, accepted)
+                })?;
         if !matches!(&self.place, Place::Owned(machine) if !machine.is_paused()) {
             return Err(VmmError::State {
                 asked: "start a migration",
@@ -153,8 +154,7 @@ impl Supervisor {
             listen_address: address.clone(),
             ..Default::default()
         });
-        let task =
-            DestinationTask { id: request.migration_id, address: address.clone(), control };
+        let task = DestinationTask { id: request.migration_id, address: address.clone(), control };
         self.give(&worker, Place::Destination(task));
         Ok(address)
     }
@@ -177,9 +177,8 @@ impl Supervisor {
     fn no_migration(&self, asked: &str) -> VmmError {
         let last = self.shared.migration();
         let going = match &self.place {
-            Place::Source(SourceTask { id, .. }) | Place::Destination(DestinationTask { id, .. }) => {
-                Some(id)
-            }
+            Place::Source(SourceTask { id, .. })
+            | Place::Destination(DestinationTask { id, .. }) => Some(id),
             _ => None,
         };
         match (going, last) {

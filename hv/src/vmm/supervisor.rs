@@ -40,11 +40,7 @@ pub(super) enum Place {
     /// With a migration that receives it.
     Destination(DestinationTask),
     /// Here, paused: the destination runs it, or the controller must decide.
-    HandedOver {
-        machine: Box<Machine>,
-        to_epoch: u64,
-        succeeded: bool,
-    },
+    HandedOver { machine: Box<Machine>, to_epoch: u64, succeeded: bool },
     /// A migration left it in no usable state.
     Lost,
 }
@@ -76,9 +72,7 @@ pub(super) struct Supervisor {
 }
 
 /// Makes the machine, starts the thread, and waits until the guest runs.
-pub(super) fn start(
-    options: Options,
-) -> Result<(Vmm, oneshot::Receiver<ExitRecord>), ExitRecord> {
+pub(super) fn start(options: Options) -> Result<(Vmm, oneshot::Receiver<ExitRecord>), ExitRecord> {
     let shared = Arc::new(Shared::new(&options.config));
     let (events, receiver) = sync_channel(EVENTS_MAX);
     let vmm = Vmm { shared: Arc::clone(&shared), events: events.clone() };
@@ -137,7 +131,14 @@ impl Supervisor {
         vcpu::install_kick_handler().map_err(|error| failed(error.to_string()))?;
         exit::forget(&options.state_dir).map_err(|error| {
             let directory = options.state_dir.display();
-            failed(FieldError::new("state-dir", format!("{directory}: {error}"), "a directory that can be written").to_string())
+            failed(
+                FieldError::new(
+                    "state-dir",
+                    format!("{directory}: {error}"),
+                    "a directory that can be written",
+                )
+                .to_string(),
+            )
         })?;
         let tell = events.clone();
         shared.console.on_panic(move || {
@@ -280,9 +281,8 @@ impl Supervisor {
         self.place = Place::Lost;
         self.exit.lock().unwrap_or_else(PoisonError::into_inner).take();
         self.shared.count_reboot();
-        self.boot().map_err(|error| {
-            ExitRecord::new(ExitReason::Error, format!("starting again: {error}"))
-        })
+        self.boot()
+            .map_err(|error| ExitRecord::new(ExitReason::Error, format!("starting again: {error}")))
     }
 
     fn quit(&mut self, why: String) -> ExitRecord {
