@@ -1,11 +1,14 @@
 //! Members on real disks and real sockets, on loopback.
 
+#![allow(clippy::unwrap_used)]
+
 mod group;
 
 use std::time::Duration;
 
 use drover_controller::raft::{Claim, Failure, IdentityError, StartError};
 use drover_controller::store::{CommitError, Leadership, Txn};
+use group::process::Processes;
 use group::{Group, Row, deadline, put, within};
 
 /// What is committed on the leader is read on every member, and its changes are told.
@@ -208,4 +211,85 @@ async fn a_data_directory_belongs_to_one() {
     }
     let running = group::start_member(claim, dir.path()).unwrap();
     running.abandon().await;
+}
+
+/// The story of an operator's bad night: the leader's machine dies, then all of them at once.
+/// Nothing that was acknowledged is gone.
+#[tokio::test(flavor = "multi_thread")]
+async fn acknowledged_writes_survive_kill_9() {
+    let mut processes = Processes::new(3);
+    for id in 1..=3 {
+        processes.start(id);
+    }
+    let mut acknowledged = Vec::new();
+    let leader = processes.leader().await;
+    for i in 0..20 {
+        processes.register(&format!("before-{i}")).await;
+        acknowledged.push(format!("nodes/before-{i}"));
+    }
+    processes.kill(leader);
+    let killed = std::time::Instant::now();
+    for i in 20..40 {
+        processes.register(&format!("after-{i}")).await;
+        acknowledged.push(format!("nodes/after-{i}"));
+        if i == 20 {
+            // 10 to 19 ticks of silence and an election; the rest is for a busy machine.
+            let waited = killed.elapsed();
+            println!("written again {waited:?} after the leader was killed");
+            assert!(waited < Duration::from_secs(20), "{waited:?}");
+        }
+    }
+    let next = processes.leader().await;
+    assert_ne!(next, leader);
+
+    // The one that was killed comes back and has all of it.
+    processes.start(leader);
+    acknowledged.sort();
+    assert_eq!(processes.nodes(leader).await, acknowledged);
+
+    // The whole rack loses power.
+    for id in 1..=3 {
+        processes.kill(id);
+    }
+    for id in 1..=3 {
+        processes.start(id);
+    }
+    for id in 1..=3 {
+        assert_eq!(processes.nodes(id).await, acknowledged, "member {id}");
+    }
+
+    // Asked to end, the leader does, well, and another one leads.
+    let leader = processes.leader().await;
+    let status = processes.terminate(leader).await;
+    assert!(status.success(), "{status}");
+    assert_ne!(processes.leader().await, leader);
+    assert_eq!(processes.nodes(leader % 3 + 1).await, acknowledged);
+}
+
+/// What cannot be is said in one line, with the exit code for it.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_process_that_cannot_run_says_why() {
+    let mut processes = Processes::new(3);
+    let dir = tempfile::tempdir().unwrap();
+    let nonsense = processes.command_as(4, dir.path(), "127.0.0.1:0", "c");
+    let (code, line) = Processes::ends(nonsense).await;
+    assert_eq!(code, Some(2), "{line}");
+    assert!(line.contains("--id \"4\": --member names [1, 2, 3]"), "{line}");
+
+    for id in 1..=3 {
+        processes.start(id);
+    }
+    // Every storage is recorded with the first writes of the first leader.
+    processes.leader().await;
+    processes.register("n-1").await;
+    let taken = processes.command_as(3, &dir.path().join("taken"), "127.0.0.1:0", "process-test");
+    let (code, line) = Processes::ends(taken).await;
+    assert_eq!(code, Some(1), "{line}");
+    assert!(line.starts_with("drover-controller: member "), "{line}");
+    assert!(line.contains("--id 3: member 3 of cluster"), "{line}");
+
+    let stranger = processes.command_as(3, &dir.path().join("stranger"), "127.0.0.1:0", "else");
+    let (code, line) = Processes::ends(stranger).await;
+    assert_eq!(code, Some(1), "{line}");
+    assert!(line.contains("--cluster-id \"else\": this is cluster \"process-test\""), "{line}");
 }

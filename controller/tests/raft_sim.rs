@@ -12,6 +12,8 @@
 //! `DROVER_SIM_SEEDS=1000` runs more seeds, `DROVER_SIM_SEED=17` replays one and prints what
 //! happens.
 
+#![allow(clippy::unwrap_used)]
+
 mod sim;
 
 use sim::Settings;

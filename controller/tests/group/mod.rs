@@ -1,5 +1,7 @@
 //! A group of members in this process, each with its own disk and its own port.
 
+pub(crate) mod process;
+
 use std::collections::BTreeMap;
 use std::future::Future;
 use std::net::{SocketAddr, TcpListener};

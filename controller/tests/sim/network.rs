@@ -3,8 +3,8 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 
+use rand::RngExt as _;
 use rand::rngs::SmallRng;
-use rand::{Rng, RngExt as _};
 
 type Way = (u64, u64);
 
@@ -96,7 +96,7 @@ impl Network {
             .unwrap();
         for other in (1..=members).filter(|id| *id != lonely) {
             // Sometimes only some of its links.
-            if rng.next_u32() % 4 == 0 {
+            if rng.random_bool(0.25) {
                 continue;
             }
             if out {

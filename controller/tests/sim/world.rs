@@ -658,7 +658,7 @@ impl World {
     fn check_equal(&self) -> Result<(), String> {
         let mut found = Vec::new();
         for (id, member) in &self.members {
-            let core = member.core.as_ref().ok_or(format!("member {id} is down"))?;
+            let core = member.core.as_ref().ok_or_else(|| format!("member {id} is down"))?;
             found.push((core.applied().0, core.state().revision(), core.state().content_hash()));
             let (first, last) = core.log_range();
             if last + 1 - first > LIMITS.log_entries_max + 5 {
