@@ -358,7 +358,7 @@ pub(crate) struct ConsoleArgs {
 
 #[derive(Debug, Subcommand)]
 pub(crate) enum OperationCommand {
-    /// List operations, newest last
+    /// List operations, newest first
     List {
         /// Only those that are not done
         #[arg(long)]

@@ -44,6 +44,9 @@ pub(crate) enum Error {
         /// What the last one that was asked said, and who that was.
         reason: String,
     },
+    /// The member asked for the cluster's status knows no leader.
+    #[error("member {0} knows no leader: nothing can be changed until a majority is back")]
+    NoLeader(u64),
     /// An operation ended otherwise than wanted.
     #[error("{}", operation_line(.0))]
     Failed(Box<Operation>),
@@ -86,7 +89,7 @@ impl Error {
     pub(crate) fn exit(&self) -> Exit {
         match self {
             Self::Refused(status) => status_exit(status),
-            Self::Unavailable { .. } => Exit::Unavailable,
+            Self::Unavailable { .. } | Self::NoLeader(_) => Exit::Unavailable,
             Self::Failed(operation) => operation_exit(operation),
             Self::Left(_) => Exit::Left,
             Self::Timeout { .. } | Self::TimeoutFollowing(_) => Exit::Timeout,

@@ -25,8 +25,7 @@ async fn status(context: &Context) -> Result<(), Error> {
     let status = call!(context, ClusterServiceClient::get_status, GetStatusRequest {})?;
     context.answer(|| json::object(&status), || pages::cluster(&status))?;
     if status.leader_id == 0 {
-        let reason = format!("member {} knows no leader", status.answered_by);
-        return Err(Error::Unavailable { reason });
+        return Err(Error::NoLeader(status.answered_by));
     }
     Ok(())
 }

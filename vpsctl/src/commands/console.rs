@@ -9,7 +9,7 @@ use std::{
 };
 
 use drover_proto::v1::{
-    ConsoleInput, ConsoleOutput, DomainState, domain_service_client::DomainServiceClient,
+    ConsoleInput, ConsoleOutput, Domain, DomainState, domain_service_client::DomainServiceClient,
 };
 use rustix::termios::{OptionalActions, Termios, tcgetattr, tcsetattr};
 use tokio::{
@@ -94,7 +94,10 @@ impl<'a> Session<'a> {
     async fn run(&mut self) -> Result<(), Error> {
         let mut empty_streams = 0;
         loop {
-            let (output, typed) = self.attach().await?;
+            let (output, typed) = match self.attach().await {
+                Ok(streams) => streams,
+                Err(error) => return Err(self.without_console(error).await),
+            };
             if !self.attached_before {
                 self.take_input()?;
             }
@@ -113,6 +116,17 @@ impl<'a> Session<'a> {
                 return Err(Error::Local(format!("the console of {id} ends as soon as it opens")));
             }
             tokio::time::sleep(REATTACH_PAUSE).await;
+        }
+    }
+
+    /// Why there is none: a domain that does not run has no console.
+    async fn without_console(&self, error: Error) -> Error {
+        match get(self.context, &self.name).await {
+            Ok(domain) if !has_console(&domain) => {
+                let (state, id) = (state_and_reason(&domain), short(&self.name));
+                Error::Conflict(format!("{id} is {state}; only a running domain has a console"))
+            }
+            _ => error,
         }
     }
 
@@ -209,17 +223,24 @@ impl<'a> Session<'a> {
     /// Whether the domain has stopped, which is why its console ended; says so.
     async fn ended(&self) -> Result<bool, Error> {
         let domain = get(self.context, &self.name).await?;
-        use DomainState::{Migrating, Running, Starting, Stopping};
-        if matches!(domain.state(), Running | Migrating | Starting | Stopping) {
+        if has_console(&domain) {
             return Ok(false);
         }
-        let state = enum_name(domain.state().as_str_name(), "DOMAIN_STATE_");
-        let reason = match domain.state_reason.as_str() {
-            "" => String::new(),
-            reason => format!(": {reason}"),
-        };
-        eprint!("\r\n{} is {state}{reason}\r\n", short(&self.name));
+        eprint!("\r\n{} is {}\r\n", short(&self.name), state_and_reason(&domain));
         Ok(true)
+    }
+}
+
+fn has_console(domain: &Domain) -> bool {
+    use DomainState::{Migrating, Running, Starting, Stopping};
+    matches!(domain.state(), Running | Migrating | Starting | Stopping)
+}
+
+fn state_and_reason(domain: &Domain) -> String {
+    let state = enum_name(domain.state().as_str_name(), "DOMAIN_STATE_");
+    match domain.state_reason.as_str() {
+        "" => state,
+        reason => format!("{state}: {reason}"),
     }
 }
 

@@ -94,12 +94,11 @@ pub(super) fn moves_ended(context: &Context, operation: Operation) -> Result<(),
         text
     };
     context.answer(|| json::object(&operation), page)?;
-    let left = plural(pages::left(&operation.moves), "domain");
-    let all_went = pages::left(&operation.moves) == 0;
+    let left = pages::left(&operation.moves);
     match wait::succeeded(operation) {
-        Ok(_) if all_went => Ok(()),
-        Ok(_) => Err(Error::Left(format!("{left} left where it was"))),
-        Err(error) if all_went => Err(error),
-        Err(error) => Err(Error::Left(format!("{left} left: {error}"))),
+        Ok(_) if left == 0 => Ok(()),
+        Ok(_) => Err(Error::Left(format!("{} left, see above", plural(left, "domain")))),
+        Err(error) if left == 0 => Err(error),
+        Err(error) => Err(Error::Left(error.to_string())),
     }
 }

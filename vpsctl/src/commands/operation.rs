@@ -55,7 +55,7 @@ pub(super) fn ended(context: &Context, operation: Operation) -> Result<(), Error
         OperationKind::DrainNode | OperationKind::BalanceCluster => {
             return moves_ended(context, operation);
         }
-        OperationKind::MigrateDomain if !context.json => {
+        OperationKind::MigrateDomain if !context.json && was_live(&operation) => {
             let report = operation.migration.as_ref();
             let page = report.map(|r| pages::migration(&operation.target, r));
             crate::out::print(&page.unwrap_or_default())?;
@@ -70,6 +70,11 @@ pub(super) fn ended(context: &Context, operation: Operation) -> Result<(), Error
         }
     }
     wait::succeeded(operation).map(|_| ())
+}
+
+/// A stopped domain moves without a migration: there is nothing to report.
+fn was_live(operation: &Operation) -> bool {
+    operation.migration.as_ref().is_some_and(|report| report.memory_bytes > 0)
 }
 
 /// Cancelled is what was wanted; an operation that ended otherwise was too late or failed.

@@ -35,10 +35,11 @@ pub(crate) fn size(bytes: u64) -> String {
     }
 }
 
-/// `85.3 ms`, `4.2 s`, `1 min 20 s`, `3 h 5 min`.
+/// `0 s`, `85.3 ms`, `4.2 s`, `1 min 20 s`, `3 h 5 min`.
 pub(crate) fn time(duration: Duration) -> String {
     let seconds = duration.as_secs();
     match seconds {
+        0 if duration.is_zero() => "0 s".to_owned(),
         0 => format!("{:.1} ms", duration.as_secs_f64() * 1000.0),
         1..60 => format!("{:.1} s", duration.as_secs_f64()),
         60..3600 => format!("{} min {} s", seconds / 60, seconds % 60),

@@ -26,8 +26,8 @@ pub(crate) fn nodes(nodes: &[Node], now: SystemTime) -> String {
             short(&node.name).to_owned(),
             node_state(node),
             node.domain_count.to_string(),
-            format!("{}/{}", reserved.vcpus, capacity.vcpus),
-            format!("{}/{}", size(reserved.memory_bytes), size(capacity.memory_bytes)),
+            format!("{} / {}", reserved.vcpus, capacity.vcpus),
+            format!("{} / {}", size(reserved.memory_bytes), size(capacity.memory_bytes)),
             node.usage.as_ref().map_or_else(|| "-".to_owned(), |u| cores(u.cpu_millicores)),
             or_dash(&node.address),
             age(node.register_time.as_ref(), now),
@@ -196,7 +196,7 @@ pub(crate) fn operation(operation: &Operation, now: SystemTime) -> String {
     if operation.resumed_count > 0 {
         page.line("resumed", &format!("{}, by a new leader", times(operation.resumed_count)));
     }
-    if let Some(report) = &operation.migration {
+    if let Some(report) = operation.migration.as_ref().filter(|r| r.memory_bytes > 0) {
         page.text.push('\n');
         page.text.push_str(&migration(&operation.target, report));
     }
@@ -364,13 +364,14 @@ pub(crate) fn cluster(status: &ClusterStatus) -> String {
 pub(crate) fn event(event: &Event) -> String {
     let severity = enum_name(event.severity().as_str_name(), "EVENT_SEVERITY_");
     let time = event.time.map(|t| seconds_only(&t.to_string())).unwrap_or_default();
-    format!(
-        "{:>8}  {time}  {severity:<7}  {:<24}  {}: {}\n",
+    let line = format!(
+        "{:>8}  {time}  {severity:<7}  {:<24}  {}: {}",
         event.revision,
         event.subject,
         event.reason,
         event.message.replace(['\n', '\r'], " ")
-    )
+    );
+    format!("{}\n", line.trim_end_matches(": "))
 }
 
 /// RFC 3339 without its fraction.
@@ -388,6 +389,13 @@ pub(crate) fn done(operation: &Operation, now: SystemTime) -> String {
         OperationKind::StartDomain => format!("{target} is started"),
         OperationKind::StopDomain => format!("{target} is stopped"),
         OperationKind::DeleteDomain => format!("{target} is deleted"),
+        OperationKind::MigrateDomain => {
+            let to = operation.migration.as_ref().map_or("", |report| short(&report.to_node));
+            format!("{target} is on {to} now; it does not run, so nothing was copied")
+        }
+        OperationKind::BalanceCluster if operation.moves.is_empty() => {
+            return "nothing to move\n".to_owned();
+        }
         _ => format!("{}: done", operation_title(operation)),
     };
     match took(operation, now) {

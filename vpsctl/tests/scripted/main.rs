@@ -132,7 +132,7 @@ fn a_drain_that_leaves_a_domain_is_its_own_exit_code() {
         "web1: moving host1 -> host2",
         "web1: moved host1 -> host2 in 3.0 s, paused 45.0 ms",
         "db1: cannot move: its drain policy is stay",
-        "error: 1 domain left: drain node host1: failed: 1 domain could not move (DOMAINS_LEFT)",
+        "error: drain node host1: failed: 1 domain could not move (DOMAINS_LEFT)",
     ] {
         assert!(ended.stderr.contains(text), "no \"{text}\": {ended:#?}");
     }
