@@ -7,6 +7,7 @@ use drover_proto::v1::{
     GetOperationRequest, Operation, OperationState,
     operation_service_client::OperationServiceClient,
 };
+use tokio::signal::unix::{Signal, SignalKind, signal};
 use tokio_stream::StreamExt;
 
 use crate::{
@@ -54,17 +55,24 @@ pub(crate) async fn finished(cluster: &Cluster, operation: Operation) -> Result<
         return Ok(operation);
     }
     let name = operation.name.clone();
+    // Before anything is shown: who sees progress may press Ctrl-C.
+    let mut interrupt = interrupts()?;
     let started = tokio::time::Instant::now();
     let mut progress = Progress::new();
     progress.note(&name);
     progress.update(&operation);
     tokio::select! {
         operation = watched(cluster, &name, &mut progress) => operation,
-        _ = tokio::signal::ctrl_c() => Err(Error::Interrupted(name)),
+        _ = interrupt.recv() => Err(Error::Interrupted(name)),
         () = cluster.deadline_passed() => {
             Err(Error::Timeout { operation: name, after: time(started.elapsed()) })
         }
     }
+}
+
+/// Ctrl-C, from now on.
+pub(crate) fn interrupts() -> Result<Signal, Error> {
+    signal(SignalKind::interrupt()).map_err(|e| Error::Local(format!("cannot catch Ctrl-C: {e}")))
 }
 
 async fn watched(

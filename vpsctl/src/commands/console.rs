@@ -27,6 +27,7 @@ use crate::{
         human::{enum_name, short, time},
         print_bytes,
     },
+    wait::interrupts,
 };
 
 /// Ctrl-]
@@ -51,10 +52,11 @@ pub(super) async fn run(context: &Context, args: ConsoleArgs) -> Result<(), Erro
     let started = Instant::now();
     let name = args.name.domain.clone();
     let mut session = Session::new(context, args);
+    let mut interrupt = interrupts()?;
     tokio::select! {
         end = session.run() => end?,
         // Only where the terminal is not raw; there the key goes to the guest.
-        _ = tokio::signal::ctrl_c() => {}
+        _ = interrupt.recv() => {}
         () = context.cluster.deadline_passed() => {
             return Err(Error::TimeoutFollowing(time(started.elapsed())));
         }

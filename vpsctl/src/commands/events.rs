@@ -12,6 +12,7 @@ use crate::{
     args::EventsArgs,
     error::Error,
     out::{human::time, json, pages},
+    wait::interrupts,
 };
 
 const REOPEN_PAUSE: Duration = Duration::from_millis(300);
@@ -63,10 +64,11 @@ async fn until_interrupted(
     subject: String,
 ) -> Result<(), Error> {
     let started = tokio::time::Instant::now();
+    let mut interrupt = interrupts()?;
     tokio::select! {
         end = follow(context, &mut cursor, &subject, None) => end,
         // The way to end it: not an error, and nothing goes on.
-        _ = tokio::signal::ctrl_c() => Ok(()),
+        _ = interrupt.recv() => Ok(()),
         () = context.cluster.deadline_passed() => {
             Err(Error::TimeoutFollowing(time(started.elapsed())))
         }

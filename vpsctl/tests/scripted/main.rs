@@ -41,6 +41,7 @@ fn migration(state: OperationState, message: &str) -> Operation {
         from_node: "nodes/host1".to_owned(),
         to_node: "nodes/host2".to_owned(),
         rounds: 3,
+        memory_bytes: 128 << 20,
         pause_us: 30_000,
         ..MigrationReport::default()
     };
