@@ -75,19 +75,25 @@ impl Cluster {
         F: Fn(Rpc) -> R,
         R: Future<Output = Result<Response<T>, Status>>,
     {
-        self.call_for(CALL_PATIENCE, call).await
+        self.call_for(CALL_PATIENCE, true, call).await
     }
 
-    /// The same with more patience: for work that is already under way.
+    /// The same with more patience and in silence: for work that is already under way, and
+    /// whose display is the caller's.
     pub(crate) async fn call_again<T, F, R>(&self, call: F) -> Result<T, Error>
     where
         F: Fn(Rpc) -> R,
         R: Future<Output = Result<Response<T>, Status>>,
     {
-        self.call_for(FOLLOW_PATIENCE, call).await
+        self.call_for(FOLLOW_PATIENCE, false, call).await
     }
 
-    async fn call_for<T, F, R>(&self, patience: Duration, call: F) -> Result<T, Error>
+    async fn call_for<T, F, R>(
+        &self,
+        patience: Duration,
+        announce: bool,
+        call: F,
+    ) -> Result<T, Error>
     where
         F: Fn(Rpc) -> R,
         R: Future<Output = Result<Response<T>, Status>>,
@@ -112,7 +118,7 @@ impl Cluster {
             self.turn_from(index);
             attempts += 1;
             if attempts % self.members.len() == 0 {
-                if attempts == self.members.len() {
+                if announce && attempts == self.members.len() {
                     let seconds = until.saturating_duration_since(Instant::now()).as_secs();
                     eprintln!("waiting for a controller ({reason}), {seconds} s at most");
                 }

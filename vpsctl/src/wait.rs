@@ -96,7 +96,10 @@ async fn watched(
                         return Ok(operation);
                     }
                 }
-                Err(status) if cluster.turn_after(&status) => break,
+                Err(status) if cluster.turn_after(&status) => {
+                    progress.note("the controller that was watched is gone: asking the others");
+                    break;
+                }
                 Err(status) => return Err(status.into()),
             }
         }

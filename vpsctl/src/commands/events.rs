@@ -130,7 +130,10 @@ async fn follow(
                     }
                 }
                 Ok(_) => {}
-                Err(status) if context.cluster.turn_after(&status) => break,
+                Err(status) if context.cluster.turn_after(&status) => {
+                    eprintln!("the controller that was watched is gone: asking the others");
+                    break;
+                }
                 Err(status) => return Err(status.into()),
             }
         }
