@@ -79,7 +79,7 @@ fn a_running_machine_moves_whole() {
     let (mut moved, outcome, seen) = there.thread.join().unwrap();
     assert!(matches!(outcome, DestinationOutcome::Running), "{outcome:?}");
     assert!(moved.is_running() && !vm.is_running());
-    assert_eq!(moved.announced, 1);
+    assert_eq!((moved.announced, moved.restores), (1, 2), "a rehearsal, then the state");
 
     moved.pause().unwrap();
     assert!(moved.writes() >= vm.writes(), "the guest's own count went back");
@@ -244,7 +244,7 @@ fn proxy(to: &str, there_max: u64, back_max: u64) -> String {
 #[test]
 fn a_cut_link_leaves_the_guest_in_one_place() {
     let dir = TempDir::new().unwrap();
-    // Answers: WELCOME 12, ROUND_ACK 24 each, READY 12, RUNNING 12.
+    // Answers: WELCOME 12, REHEARSED 12, ROUND_ACK 24 each, READY 12, RUNNING 12.
     let mut endings = std::collections::BTreeSet::new();
     let cuts = (0..12).map(|n| (u64::MAX, 12 * n + 1));
     let middles = [100, 5000, 300_000, 900_000].map(|bytes| (bytes, u64::MAX));

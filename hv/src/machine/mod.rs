@@ -290,6 +290,13 @@ impl Machine {
         Ok(())
     }
 
+    fn restore_devices(&self, state: &MachineState) -> Result<(), MigratableError> {
+        self.devices.power.restore(state).map_err(mismatch)?;
+        self.devices.serial.restore(state).map_err(mismatch)?;
+        self.devices.pci.restore(state)?;
+        Ok(())
+    }
+
     fn shape_section(&self) -> StateSection {
         state::section(kind::VM, 0, 1, |out| {
             out.u32(self.config.vcpus);
@@ -471,18 +478,18 @@ impl MigratableVm for Machine {
             }
             restoring.push(vcpu.restore(section.clone()));
         }
+        // Meanwhile what does not need the vCPUs: KVM takes its time over interrupt routes.
         let began = Instant::now();
+        let restored = self.restore_devices(&state);
+        let devices = began.elapsed();
         for vcpu in restoring {
             vcpu.wait()??;
         }
+        restored?;
         let vcpus = began.elapsed();
         self.clock = Some(vm_state::restore(&self.vm, &state)?);
-        let vm = began.elapsed();
-        self.devices.power.restore(&state).map_err(mismatch)?;
-        self.devices.serial.restore(&state).map_err(mismatch)?;
-        self.devices.pci.restore(&state)?;
         let all = began.elapsed();
-        tracing::debug!(?vcpus, ?vm, ?all, "the state is restored");
+        tracing::debug!(?devices, ?vcpus, ?all, "the state is restored");
         Ok(())
     }
 

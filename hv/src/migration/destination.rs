@@ -88,6 +88,7 @@ impl Incoming {
             strangers: 0,
             link: None,
             pages: 0,
+            rounds: 0,
             image: Vec::new(),
             times: Times::default(),
             error: None,
@@ -107,6 +108,8 @@ struct Destination<'a, 'o> {
     link: Option<Link>,
     /// Pages that came, zero ones included.
     pages: u64,
+    /// Passes that are complete.
+    rounds: u32,
     image: Vec<u8>,
     times: Times,
     error: Option<MigrationError>,
@@ -296,7 +299,12 @@ impl Destination<'_, '_> {
                 Kind::Round => {
                     let (round, pages) = wire::decode_round(&message.payload).map_err(protocol)?;
                     self.check_pages(pages)?;
+                    self.rounds += 1;
                     self.link()?.send(Kind::RoundAck, &wire::encode_round(round, pages))?;
+                }
+                Kind::Rehearsal => {
+                    self.vm.restore_state(state::decode(&message.payload)?)?;
+                    self.link()?.send(Kind::Rehearsed, &[])?;
                 }
                 Kind::State => {
                     let Some((pages, image)) = message.payload.split_first_chunk::<8>() else {
@@ -347,6 +355,9 @@ impl Destination<'_, '_> {
                 buffers.extend(here);
             }
             self.pages += u64::from(run.pages);
+        }
+        if self.rounds == 0 {
+            pages::populate(&buffers);
         }
         // SAFETY: the buffers are mapped guest memory, to which nothing holds a reference.
         unsafe { self.link()?.receive_buffers(&mut buffers) }

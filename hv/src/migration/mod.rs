@@ -4,6 +4,7 @@
 //! source                                      destination (a paused machine of the same shape)
 //!   connect ─────────────── HELLO ───────────►  token, shape, CPU features: WELCOME or REFUSE
 //!   log writes; every page ─ PAGES … ────────►  written into memory
+//!   a state, to practise with ─ REHEARSAL ───►  restored; REHEARSED
 //!   what was written meanwhile, again and       (the guest runs on the source)
 //!   again ── PAGES … ROUND ──────────────────►  ROUND_ACK
 //!   ═══ pause ═══

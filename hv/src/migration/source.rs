@@ -243,6 +243,9 @@ impl Source<'_, '_> {
         self.copied.rate = policy::rate_after(self.copied.rate, sent, began.elapsed());
         self.report.rate_bytes_per_second = self.copied.rate;
 
+        if fresh {
+            self.rehearse()?;
+        }
         let dirty = self.vm.take_dirty()?;
         let progress = Progress {
             rounds: self.copied.rounds,
@@ -266,6 +269,17 @@ impl Source<'_, '_> {
                 Err(gave_up(stop, &progress, &self.config.limits))
             }
         }
+    }
+
+    /// The destination restores a state once while the guest still runs here: what takes long the
+    /// first time, or cannot work at all, is found out before the pause.
+    fn rehearse(&mut self) -> Result<(), MigrationError> {
+        let Some(state) = self.vm.rehearsal_state()? else { return Ok(()) };
+        let image = state::encode(&state)?;
+        self.link()?.send(Kind::Rehearsal, &image)?;
+        self.report.bytes_sent += image.len() as u64;
+        self.link()?.expect(Kind::Rehearsed, IDLE_TIMEOUT)?;
+        Ok(())
     }
 
     /// Sends these pages; `fresh` when none was sent before.

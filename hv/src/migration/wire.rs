@@ -48,10 +48,14 @@ pub enum Kind {
     Running = 10,
     /// Either, before the hand-over: it is off, and why.
     Abort = 11,
+    /// Source: a state of the machine while it runs, for the destination to practise with.
+    Rehearsal = 12,
+    /// Destination: restored it.
+    Rehearsed = 13,
 }
 
 impl Kind {
-    const ALL: [Self; 11] = [
+    const ALL: [Self; 13] = [
         Self::Hello,
         Self::Welcome,
         Self::Refuse,
@@ -63,6 +67,8 @@ impl Kind {
         Self::Commit,
         Self::Running,
         Self::Abort,
+        Self::Rehearsal,
+        Self::Rehearsed,
     ];
 
     fn length_max(self) -> usize {
@@ -72,7 +78,8 @@ impl Kind {
             Self::Pages => 4 + RUNS_MAX * RUN_BYTES + DATA_BYTES_MAX,
             Self::Round | Self::RoundAck => 12,
             Self::State => 8 + STATE_BYTES_MAX,
-            Self::Welcome | Self::Ready | Self::Commit | Self::Running => 0,
+            Self::Rehearsal => STATE_BYTES_MAX,
+            Self::Welcome | Self::Ready | Self::Commit | Self::Running | Self::Rehearsed => 0,
         }
     }
 }
@@ -163,7 +170,7 @@ pub fn parse_header(header: [u8; HEADER_BYTES]) -> Result<(Kind, usize), StateEr
     }
     let number = fields.u16("message kind")?;
     let kind = Kind::ALL.into_iter().find(|kind| *kind as u16 == number);
-    let kind = kind.ok_or_else(|| StateError::value("message kind", number, "1 to 11"))?;
+    let kind = kind.ok_or_else(|| StateError::value("message kind", number, "1 to 13"))?;
     fields.u16("reserved")?;
     let value = fields.u32("message length")? as usize;
     let limit = kind.length_max();

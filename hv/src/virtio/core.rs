@@ -43,6 +43,8 @@ pub(super) struct Inner {
     pub(super) driver_features: u64,
     pub(super) queue_select: u16,
     pub(super) paused: bool,
+    /// Every queue has a turn coming, whether it was kicked or not.
+    pub(super) look_at_all: bool,
     /// The state was taken over and has not run yet: an interrupt may have been lost on the way.
     pub(super) restored: bool,
     pub(super) ended: bool,
@@ -67,6 +69,7 @@ impl Core {
             driver_features: 0,
             queue_select: 0,
             paused: false,
+            look_at_all: false,
             restored: false,
             ended: false,
             violations: 0,
@@ -126,6 +129,7 @@ impl Core {
             return;
         }
         inner.paused = false;
+        inner.look_at_all = true;
         let raise = std::mem::take(&mut inner.restored) && inner.is_live();
         if raise {
             for queue in &inner.queues {
@@ -134,9 +138,6 @@ impl Core {
         }
         drop(inner);
         self.resumed.notify_all();
-        for queue in 0..self.kicks.len() {
-            self.kick(queue);
-        }
         self.wake();
     }
 

@@ -290,9 +290,7 @@ impl VirtioPci {
         }
         inner.device.activate(inner.driver_features);
         // The driver may have filled queues before it was ready.
-        for queue in 0..inner.queues.len() {
-            self.core.kick(queue);
-        }
+        inner.look_at_all = true;
         self.core.wake();
     }
 

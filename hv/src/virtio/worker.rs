@@ -55,6 +55,9 @@ impl Worker {
         loop {
             self.wait()?;
             let Some(mut inner) = core.enter() else { return Ok(()) };
+            if std::mem::take(&mut inner.look_at_all) {
+                self.queues = (1 << core.kicks.len()) - 1;
+            }
             if inner.is_live() {
                 self.turns(&core, &mut inner);
             } else {

@@ -63,7 +63,9 @@ pub(crate) struct FakeVm {
     ended: Arc<AtomicBool>,
     guest: Option<JoinHandle<()>>,
     pub(crate) announced: u32,
+    /// The state after the rehearsal's is refused.
     pub(crate) fail_restore: bool,
+    pub(crate) restores: u32,
 }
 
 pub(crate) const PAGES: u64 = 2048;
@@ -101,6 +103,7 @@ impl FakeVm {
             guest: Some(guest),
             announced: 0,
             fail_restore: false,
+            restores: 0,
         }
     }
 
@@ -191,9 +194,15 @@ impl MigratableVm for FakeVm {
         Ok(MachineState { sections: vec![state::section(kind::VM, 0, 1, |e| e.u64(writes))] })
     }
 
+    fn rehearsal_state(&mut self) -> Result<Option<MachineState>, MigratableError> {
+        assert!(self.running);
+        Ok(Some(MachineState { sections: vec![state::section(kind::VM, 0, 1, |e| e.u64(0))] }))
+    }
+
     fn restore_state(&mut self, state: MachineState) -> Result<(), MigratableError> {
         assert!(!self.running);
-        if self.fail_restore {
+        self.restores += 1;
+        if self.fail_restore && self.restores > 1 {
             return Err(MigratableError::Mismatch("as the test wanted".into()));
         }
         let section = state::find(&state, kind::VM, 0).unwrap();

@@ -355,8 +355,8 @@ impl VirtioDevice for Net {
         if self.has(VIRTIO_NET_F_GUEST_ANNOUNCE) && self.has(VIRTIO_NET_F_CTRL_VQ) {
             self.status |= STATUS_ANNOUNCE;
         }
+        // The first round is due now: the worker sends it, so that nobody waits for a tap.
         self.announcement = Some(Announcement { start: turn.now, round: 0 });
-        self.announce_round(turn);
     }
 
     fn save(&self, out: &mut Encoder) {
