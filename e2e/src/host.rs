@@ -96,8 +96,13 @@ pub fn make_overlay(lab: &str, spec: &HostSpec, common: &CommonDisks) -> Result<
     .map(|_| ())
 }
 
-/// Starts its QEMU.
-pub fn start(lab: &str, spec: &HostSpec, common: &CommonDisks) -> Result<Process> {
+/// Starts its QEMU, from this saved state or by booting.
+pub fn start(
+    lab: &str,
+    spec: &HostSpec,
+    common: &CommonDisks,
+    state: Option<&std::path::Path>,
+) -> Result<Process> {
     let files = HostFiles::of(lab, &spec.name());
     let name = spec.name();
     let run_dir = paths::run_dir(lab);
@@ -161,6 +166,9 @@ pub fn start(lab: &str, spec: &HostSpec, common: &CommonDisks) -> Result<Process
                     spec.number
                 ),
             ]);
+    }
+    if let Some(state) = state {
+        command.args(["-incoming", &format!("file:{}", state.display())]);
     }
     let process = process::start_detached(command, &files.qemu_log)?;
     // A wrong option ends QEMU at once: better said now than as a host that never answers.

@@ -115,16 +115,35 @@ fn hash_of_recipe(folder: &Path) -> Result<u64> {
     let mut files = vec![paths::source_dir().join("scripts/lib.sh")];
     collect(folder, &mut files)?;
     files.sort();
-    let mut hash = 0xcbf2_9ce4_8422_2325;
+    let mut hash = Fnv::default();
     for path in files {
         let content = fs::read(&path).map_err(Error::io("cannot read", &path))?;
-        let name = path.strip_prefix(folder).unwrap_or(&path).to_string_lossy().into_owned();
-        // FNV-1a; the length keeps two files from running into one another.
-        for byte in name.bytes().chain(content.len().to_le_bytes()).chain(content) {
-            hash = (hash ^ u64::from(byte)).wrapping_mul(0x0100_0000_01b3);
+        hash.add(path.strip_prefix(folder).unwrap_or(&path).as_os_str().as_encoded_bytes());
+        hash.add(&content);
+    }
+    Ok(hash.value())
+}
+
+/// FNV-1a of several pieces: the names of things in the cache.
+pub(crate) struct Fnv(u64);
+
+impl Default for Fnv {
+    fn default() -> Self {
+        Self(0xcbf2_9ce4_8422_2325)
+    }
+}
+
+impl Fnv {
+    /// One more piece; its length keeps two from running into one another.
+    pub(crate) fn add(&mut self, bytes: &[u8]) {
+        for byte in bytes.len().to_le_bytes().iter().chain(bytes) {
+            self.0 = (self.0 ^ u64::from(*byte)).wrapping_mul(0x0100_0000_01b3);
         }
     }
-    Ok(hash)
+
+    pub(crate) fn value(&self) -> u64 {
+        self.0
+    }
 }
 
 fn collect(folder: &Path, files: &mut Vec<PathBuf>) -> Result<()> {

@@ -14,6 +14,7 @@ use crate::host::{self, CommonDisks, HOSTS_MAX, HostFiles, HostSpec};
 use crate::image::{self, RootImage};
 use crate::netns::Netns;
 use crate::process::{self, Process};
+use crate::snapshot::Snapshot;
 use crate::ssh::Ssh;
 use crate::switch::{self, LinkState, Port, Segment};
 use crate::{Error, Result, paths};
@@ -33,11 +34,13 @@ pub struct LabOptions {
     pub vcpus: usize,
     /// Of each host, in MiB.
     pub memory_mib: usize,
+    /// Boot the hosts, also when the cache has them booted.
+    pub boot: bool,
 }
 
 impl Default for LabOptions {
     fn default() -> Self {
-        Self { name: "lab".to_owned(), hosts: 3, vcpus: 2, memory_mib: 3072 }
+        Self { name: "lab".to_owned(), hosts: 3, vcpus: 2, memory_mib: 3072, boot: false }
     }
 }
 
@@ -73,6 +76,7 @@ impl Lab {
             )));
         }
         let image = RootImage::ensure()?;
+        let is_emulated = !host::has_hardware_virtualization();
         lab.down()?;
         let (run_dir, disk_dir) = (paths::run_dir(&lab.name), paths::disk_dir(&lab.name));
         for dir in [&run_dir, &disk_dir] {
@@ -98,22 +102,41 @@ impl Lab {
             hosts: Vec::new(),
         };
         lab.save(&state)?;
+        let begin = std::time::Instant::now();
+        let mut snapshots = Vec::new();
         for number in 1..=options.hosts {
             let spec = HostSpec { number, vcpus: options.vcpus, memory_mib: options.memory_mib };
-            progress(&format!("{}: starting", spec.name()));
-            host::make_overlay(&lab.name, &spec, &state.common)?;
-            let process = Some(host::start(&lab.name, &spec, &state.common)?);
+            let snapshot = Snapshot::of(&spec, &state.common)?;
+            let booted = snapshot.state().filter(|_| !options.boot && is_emulated);
+            let files = HostFiles::of(&lab.name, &spec.name());
+            if booted.is_some() {
+                progress(&format!("{}: goes on from where it was after its boot", spec.name()));
+                snapshot.restore_disk(&files.overlay)?;
+            } else {
+                progress(&format!("{}: boots", spec.name()));
+                host::make_overlay(&lab.name, &spec, &state.common)?;
+            }
+            let process = Some(host::start(&lab.name, &spec, &state.common, booted.as_deref())?);
+            if booted.is_some() {
+                Snapshot::go_on(&files)?;
+            }
+            snapshots.push((snapshot, files, booted.is_some()));
             state.hosts.push(HostEntry { spec, process });
             lab.save(&state)?;
         }
-        let begin = std::time::Instant::now();
-        for entry in &state.hosts {
-            lab.wait_ready(&entry.spec.name())?;
-            progress(&format!(
-                "{}: answers after {:.1} s",
-                entry.spec.name(),
-                begin.elapsed().as_secs_f64()
-            ));
+        for (entry, (snapshot, files, was_booted)) in state.hosts.iter().zip(snapshots) {
+            let name = entry.spec.name();
+            let ssh = lab.wait_answers(&name)?;
+            if !was_booted && is_emulated {
+                progress(&format!("{name}: has booted, and is kept so for the next time"));
+                // Until all units have started; a failed one ends the wait as well.
+                ssh.run("systemctl is-system-running --wait || true")?;
+                ssh.disconnect();
+                snapshot.save(&files)?;
+                lab.wait_answers(&name)?;
+            }
+            lab.prepare(&ssh)?;
+            progress(&format!("{name}: is up after {:.1} s", begin.elapsed().as_secs_f64()));
         }
         Ok(lab)
     }
@@ -280,20 +303,47 @@ impl Lab {
                 return Err(Error::other(format!("{host} runs already")));
             }
             let _ = fs::remove_file(HostFiles::of(&self.name, host).qmp);
-            entry.process = Some(host::start(&self.name, &entry.spec, &common)?);
+            entry.process = Some(host::start(&self.name, &entry.spec, &common, None)?);
             Ok(())
         })?;
         self.wait_ready(host)
     }
 
-    /// Waits until a host answers.
+    /// Waits until a host answers, and makes it ready for use.
     pub fn wait_ready(&self, host: &str) -> Result<()> {
-        self.ssh(host)?.connect(BOOT_PATIENCE).map_err(|error| {
-            let console = self.console(host).unwrap_or_default();
-            let lines: Vec<&str> = console.lines().rev().take(15).collect();
-            let tail: Vec<&str> = lines.into_iter().rev().collect();
-            Error::other(format!("{host}: {error}; its console ends with:\n{}", tail.join("\n")))
-        })
+        let ssh = self.wait_answers(host)?;
+        self.prepare(&ssh)
+    }
+
+    fn wait_answers(&self, host: &str) -> Result<Ssh> {
+        let ssh = self.ssh(host)?;
+        match ssh.connect(BOOT_PATIENCE) {
+            Ok(()) => Ok(ssh),
+            Err(error) => {
+                let console = self.console(host).unwrap_or_default();
+                let lines: Vec<&str> = console.lines().rev().take(15).collect();
+                let tail: Vec<&str> = lines.into_iter().rev().collect();
+                Err(Error::other(format!(
+                    "{host}: {error}; its console ends with:\n{}",
+                    tail.join("\n")
+                )))
+            }
+        }
+    }
+
+    /// What a saved host cannot know: the time, and the disk with our programs.
+    fn prepare(&self, ssh: &Ssh) -> Result<()> {
+        let now = std::time::SystemTime::now()
+            .duration_since(std::time::UNIX_EPOCH)
+            .unwrap_or_default()
+            .as_secs_f64();
+        ssh.run(&format!(
+            "set -e; date -u -s @{now:.3} > /dev/null; \
+             mountpoint -q /opt/drover && exit; \
+             blockdev --flushbufs /dev/vdb; \
+             mount -t ext4 -o ro,noatime /dev/vdb /opt/drover"
+        ))
+        .map(|_| ())
     }
 
     /// How to run commands on a host.

@@ -34,6 +34,8 @@ pub mod lab;
 pub mod netns;
 pub mod paths;
 pub mod process;
+pub mod qmp;
+pub(crate) mod snapshot;
 pub mod ssh;
 pub mod switch;
 pub mod vpsctl;

@@ -101,6 +101,9 @@ struct UpArgs {
     /// Memory of each host.
     #[arg(long, default_value_t = 3072)]
     memory_mib: usize,
+    /// Boot them, also when the cache has them booted.
+    #[arg(long)]
+    boot: bool,
 }
 
 #[derive(Clone, Copy, ValueEnum)]
@@ -140,6 +143,7 @@ fn run(cli: &Cli) -> Result<ExitCode> {
                 hosts: args.hosts,
                 vcpus: args.vcpus,
                 memory_mib: args.memory_mib,
+                boot: args.boot,
             };
             Lab::up(&options, |line| println!("{line}"))?;
         }

@@ -1,0 +1,117 @@
+//! Booted hosts, kept in the cache: an emulated host takes 20 s of CPU to boot and one to go on
+//! from where it was.
+//!
+//! A snapshot is what QEMU sends in a migration to a file, and the disk's overlay at that moment,
+//! taken when the host has booted and before it has mounted the disk with our programs. Its key
+//! is all that must not differ: kernel, initramfs, root disk, QEMU, the machine's shape.
+
+use std::fs;
+use std::path::{Path, PathBuf};
+use std::process::Command;
+use std::time::Duration;
+
+use serde_json::{Value, json};
+
+use crate::host::{CommonDisks, HostFiles, HostSpec};
+use crate::image::Fnv;
+use crate::process::{run, wait_for};
+use crate::qmp::Qmp;
+use crate::{Error, Result, paths};
+
+/// Older ones beyond this are removed; a lab of three has three.
+const SNAPSHOTS_MAX: usize = 12;
+const SAVE_PATIENCE: Duration = Duration::from_secs(120);
+/// QEMU limits the rate of a migration unless told otherwise.
+const BANDWIDTH_BYTES: u64 = 8 << 30;
+
+/// A booted host in the cache, or the place for one.
+pub(crate) struct Snapshot {
+    dir: PathBuf,
+}
+
+impl Snapshot {
+    /// Where the snapshot of this host is, or will be.
+    pub(crate) fn of(spec: &HostSpec, common: &CommonDisks) -> Result<Self> {
+        let mut hash = Fnv::default();
+        let read = |path: &Path| fs::read(path).map_err(Error::io("cannot read", path));
+        hash.add(&read(&common.initramfs)?);
+        hash.add(common.root.as_os_str().as_encoded_bytes());
+        hash.add(run(Command::new("qemu-system-x86_64").arg("--version"))?.as_bytes());
+        hash.add(format!("{spec:?}").as_bytes());
+        // The machine as this source starts it.
+        hash.add(include_bytes!("host.rs"));
+        Ok(Self { dir: folder().join(format!("{}-{:016x}", spec.name(), hash.value())) })
+    }
+
+    /// The state to start from, once there is one.
+    pub(crate) fn state(&self) -> Option<PathBuf> {
+        let state = self.dir.join("state");
+        state.exists().then_some(state)
+    }
+
+    /// Copies the disk as it was to where this lab's host has it.
+    pub(crate) fn restore_disk(&self, overlay: &Path) -> Result<()> {
+        let disk = self.dir.join("disk.qcow2");
+        fs::copy(&disk, overlay).map_err(Error::io("cannot copy", &disk))?;
+        // Used lately: not the next to be removed.
+        let now = std::time::SystemTime::now();
+        let touched = fs::File::open(&self.dir).and_then(|dir| dir.set_modified(now));
+        touched.map_err(Error::io("cannot touch", &self.dir))
+    }
+
+    /// Lets a host go on whose QEMU was started with the state: it was saved while stopped, and so
+    /// it is when all is read.
+    pub(crate) fn go_on(files: &HostFiles) -> Result<()> {
+        let mut qmp = Qmp::connect(&files.qmp)?;
+        wait_for("a host's saved state", SAVE_PATIENCE, || {
+            let status = qmp.execute("query-status", Value::Null)?;
+            Ok((status["status"] != "inmigrate").then_some(()))
+        })?;
+        qmp.execute("cont", Value::Null).map(|_| ())
+    }
+
+    /// Saves a host that has booted; it goes on afterwards.
+    pub(crate) fn save(&self, files: &HostFiles) -> Result<()> {
+        let new = self.dir.with_extension(format!("new{}", std::process::id()));
+        fs::create_dir_all(&new).map_err(Error::io("cannot create", &new))?;
+        let saved = save_into(&new, files);
+        if saved.is_err() || self.state().is_some() {
+            let _ = fs::remove_dir_all(&new);
+            return saved;
+        }
+        fs::rename(&new, &self.dir).map_err(Error::io("cannot rename", &new))?;
+        forget_old()
+    }
+}
+
+fn save_into(folder: &Path, files: &HostFiles) -> Result<()> {
+    let mut qmp = Qmp::connect(&files.qmp)?;
+    qmp.execute("stop", Value::Null)?;
+    qmp.execute("migrate-set-parameters", json!({ "max-bandwidth": BANDWIDTH_BYTES }))?;
+    let uri = format!("file:{}", folder.join("state").display());
+    qmp.execute("migrate", json!({ "uri": uri }))?;
+    qmp.wait_migration(SAVE_PATIENCE)?;
+    // QEMU has flushed the disk and let go of it.
+    let copied = fs::copy(&files.overlay, folder.join("disk.qcow2"));
+    qmp.execute("cont", Value::Null)?;
+    copied.map(|_| ()).map_err(Error::io("cannot copy", &files.overlay))
+}
+
+fn folder() -> PathBuf {
+    paths::cache_dir().join("lab/booted")
+}
+
+fn forget_old() -> Result<()> {
+    let folder = folder();
+    let entries = fs::read_dir(&folder).map_err(Error::io("cannot list", &folder))?;
+    let mut all: Vec<_> = entries
+        .flatten()
+        .filter_map(|e| Some((e.metadata().ok()?.modified().ok()?, e.path())))
+        .collect();
+    all.sort();
+    let surplus = all.len().saturating_sub(SNAPSHOTS_MAX);
+    for (_, path) in all.into_iter().take(surplus) {
+        fs::remove_dir_all(&path).map_err(Error::io("cannot remove", &path))?;
+    }
+    Ok(())
+}
