@@ -12,7 +12,8 @@ use crate::process::wait_for;
 use crate::{Error, Result};
 
 const CONNECT_PATIENCE: Duration = Duration::from_secs(60);
-const ANSWER_PATIENCE: Duration = Duration::from_secs(60);
+/// Also between two events: a move on a busy machine takes long.
+const ANSWER_PATIENCE: Duration = Duration::from_secs(300);
 
 /// An open connection.
 pub(super) struct Qmp {
