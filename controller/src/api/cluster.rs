@@ -34,8 +34,7 @@ impl ClusterService for Service {
         });
         let count = |n: usize| u32::try_from(n).unwrap_or(u32::MAX);
         let nodes: Vec<_> = view.all::<NodeRecord>().collect();
-        let in_state =
-            |state| count(nodes.iter().filter(|row| row.value.state() == state).count());
+        let in_state = |state| count(nodes.iter().filter(|row| row.value.state() == state).count());
         let domains: Vec<_> = view.all::<DomainRecord>().collect();
         let running = domains.iter().filter(|row| {
             matches!(row.value.state(), DomainState::Running | DomainState::Migrating)

@@ -130,9 +130,7 @@ impl DomainService for Service {
         let grace = validate::duration("grace_period", given, GRACE_DEFAULT, GRACE_MAX)?;
         let grace_ms = if request.force { 0 } else { validate::ms(grace) };
         let operation = self
-            .begin("StopDomain", &request_id, &request, |cx| {
-                begin::stop_domain(cx, &id, grace_ms)
-            })
+            .begin("StopDomain", &request_id, &request, |cx| begin::stop_domain(cx, &id, grace_ms))
             .await?;
         Ok(Response::new(operation))
     }

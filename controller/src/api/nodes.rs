@@ -65,9 +65,7 @@ impl NodeService for Service {
     ) -> Result<Response<DrainPlan>, Status> {
         let id = validate::node("name", &request.get_ref().name)?;
         let limits = validate::limits(None)?;
-        let plan = self
-            .look(|cx| drain::propose_drain(cx, &id, &limits, self.strategy))
-            .await?;
+        let plan = self.look(|cx| drain::propose_drain(cx, &id, &limits, self.strategy)).await?;
         let moves = plan.moves.iter().map(|line| drain::planned_move(line, &id)).collect();
         Ok(Response::new(DrainPlan {
             node: id.name(),
@@ -120,10 +118,8 @@ impl Service {
     }
 
     async fn set_cordon(&self, id: &NodeId, cordoned: bool) -> Result<Node, Fault> {
-        self.decide(Instant::now() + CALL_WAIT, |cx, _| {
-            Ok(drain::set_cordon(cx, id, cordoned)?)
-        })
-        .await?;
+        self.decide(Instant::now() + CALL_WAIT, |cx, _| Ok(drain::set_cordon(cx, id, cordoned)?))
+            .await?;
         self.node(id).await
     }
 }

@@ -64,8 +64,7 @@ impl OperationService for Service {
         let rows: Vec<_> = rows.take(size + 1).collect();
         let (rows, next_page_token) = page::cut(rows, size, &filter, order);
         let observed = self.hub.observed();
-        let operations =
-            rows.iter().map(|row| present::operation(row, &view, &observed)).collect();
+        let operations = rows.iter().map(|row| present::operation(row, &view, &observed)).collect();
         Ok(Response::new(ListOperationsResponse { operations, next_page_token }))
     }
 

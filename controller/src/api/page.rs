@@ -18,9 +18,9 @@ pub(super) fn after(token: &str, filter: &str) -> Result<String, Refusal> {
         return Ok(String::new());
     }
     let read = || {
-        let bytes = (0..token.len()).step_by(2).map(|at| {
-            token.get(at..at + 2).and_then(|pair| u8::from_str_radix(pair, 16).ok())
-        });
+        let bytes = (0..token.len())
+            .step_by(2)
+            .map(|at| token.get(at..at + 2).and_then(|pair| u8::from_str_radix(pair, 16).ok()));
         let text = String::from_utf8(bytes.collect::<Option<Vec<u8>>>()?).ok()?;
         let (its_filter, key) = text.rsplit_once('\n')?;
         (its_filter == filter).then(|| key.to_owned())

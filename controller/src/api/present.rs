@@ -30,10 +30,7 @@ pub(super) fn node(row: &Versioned<NodeRecord>, world: &World, observed: &Observ
         drain_state: record.drain_state,
         address: record.address.clone(),
         capacity: record.capacity,
-        reserved: Some(NodeCapacity {
-            vcpus: reserved.vcpus,
-            memory_bytes: reserved.memory_bytes,
-        }),
+        reserved: Some(NodeCapacity { vcpus: reserved.vcpus, memory_bytes: reserved.memory_bytes }),
         usage: seen.filter(|seen| seen.reported).map(|seen| seen.usage),
         domain_count: u32::try_from(world.owned(&id).count()).unwrap_or(u32::MAX),
         register_time: record.register_time,

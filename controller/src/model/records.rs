@@ -4,7 +4,7 @@ pub use drover_proto::store::v1::{
     ClusterRecord, DomainRecord, EventRecord, Migration, MigrationStage, MoveRecord, NodeRecord,
     OperationRecord, RequestRecord,
 };
-use drover_proto::v1::{DomainState, OperationState};
+use drover_proto::v1::{DomainState, OperationState, PowerState};
 
 use super::{DomainId, NodeId, OperationId};
 use crate::scheduler::Resources;
@@ -72,9 +72,10 @@ pub fn needs(record: &DomainRecord) -> Resources {
     })
 }
 
-/// Whether no VMM of this domain is anywhere, as far as its row says.
+/// Whether no VMM of this domain is anywhere, and none is to be: its row may move freely.
 #[must_use]
 pub fn is_at_rest(record: &DomainRecord) -> bool {
     record.migration.is_none()
+        && record.desired_power() != PowerState::Running
         && matches!(record.state(), DomainState::Stopped | DomainState::Failed)
 }

@@ -207,7 +207,7 @@ fn mobility(domain: &DomainRecord) -> Mobility {
         return Mobility::Busy(format!("operations/{} works on it", domain.operation));
     }
     match domain.state() {
-        DomainState::Stopped | DomainState::Failed => Mobility::Cold,
+        _ if records::is_at_rest(domain) => Mobility::Cold,
         DomainState::Running => Mobility::Live,
         DomainState::Deleting => Mobility::Busy("it is being deleted".into()),
         state => Mobility::Busy(format!("it is {}", words(state))),

@@ -103,8 +103,7 @@ pub fn plan_drain(view: &ClusterView, node: &NodeId, options: &DrainOptions) -> 
 
     let movable = moves.iter().filter(|m| m.to.is_some()).count();
     let parallel = parallel.min(u32::try_from(movable).unwrap_or(u32::MAX)).max(1);
-    let total: Duration =
-        moves.iter().filter(|m| m.to.is_some()).map(|m| m.expected_time).sum();
+    let total: Duration = moves.iter().filter(|m| m.to.is_some()).map(|m| m.expected_time).sum();
     DrainProposal { moves, parallel, expected_time: total / parallel }
 }
 
@@ -175,9 +174,8 @@ fn plan_move(
 /// The cheapest thing that an operator can do about it.
 fn what_would_help(room: &ClusterView, needs: Resources, choice: &PlaceOptions) -> String {
     let open = |id: &&NodeId| !choice.excluded.contains_key(*id);
-    let candidates = || {
-        room.nodes.iter().filter(|(id, n)| open(id) && n.ready && n.capacity.holds(needs))
-    };
+    let candidates =
+        || room.nodes.iter().filter(|(id, n)| open(id) && n.ready && n.capacity.holds(needs));
     let closed = candidates().find(|(_, n)| (n.cordoned || n.draining) && n.free().holds(needs));
     if let Some((id, _)) = closed {
         return format!("uncordon {id}");

@@ -24,5 +24,5 @@ pub use drain::{
     parallel_moves, plan_drain,
 };
 pub use place::{Decision, NoRoom, PlaceOptions, Rejection, Strategy, place};
-pub use view::{ClusterView, DomainView, LINK_BYTES_PER_SECOND, Mobility, NodeView, Resources};
 pub(crate) use view::size;
+pub use view::{ClusterView, DomainView, LINK_BYTES_PER_SECOND, Mobility, NodeView, Resources};

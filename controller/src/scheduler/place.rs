@@ -100,12 +100,7 @@ pub fn place(
 }
 
 /// Why a node cannot take it; None when it can.
-fn unfit(
-    id: &NodeId,
-    node: &NodeView,
-    needs: Resources,
-    options: &PlaceOptions,
-) -> Option<String> {
+fn unfit(id: &NodeId, node: &NodeView, needs: Resources, options: &PlaceOptions) -> Option<String> {
     if options.only.as_ref().is_some_and(|only| only != id) {
         return Some("another node was asked for".into());
     }

@@ -3,7 +3,10 @@
 
 use std::collections::BTreeMap;
 
-use proptest::prelude::{Just, any, prop, prop_assert, prop_assert_eq, prop_assert_ne, prop_compose, prop_oneof, proptest};
+use proptest::prelude::{
+    Just, any, prop, prop_assert, prop_assert_eq, prop_assert_ne, prop_compose, prop_oneof,
+    proptest,
+};
 // The trait and our enum share a name.
 use proptest::strategy::Strategy as AnyOf;
 
@@ -195,10 +198,8 @@ fn reasons_name_the_shortage() {
 
 #[test]
 fn a_blocked_domain_says_what_would_help() {
-    let full = cluster(
-        vec![node(8, 4096), node(8, 1024)],
-        vec![domain(1, 1, 512), domain(2, 1, 768)],
-    );
+    let full =
+        cluster(vec![node(8, 4096), node(8, 1024)], vec![domain(1, 1, 512), domain(2, 1, 768)]);
     let plan = plan_drain(&full, &node_id(1), &DrainOptions::default());
     assert!(plan.moves[0].to.is_none());
     assert!(plan.moves[0].reason.ends_with("free 256 MiB on host2, or add a node"));
@@ -218,7 +219,7 @@ fn a_blocked_domain_says_what_would_help() {
 fn a_failed_destination_is_left_out_for_that_domain_only() {
     let view = cluster(
         vec![node(8, 4096), node(8, 4096), node(8, 8192)],
-        vec![domain(1, 1, 512), domain(1, 1, 256)],
+        vec![domain(1, 1, 512), domain(1, 1, 256), domain(2, 2, 1024)],
     );
     let first = plan_drain(&view, &node_id(1), &DrainOptions::default());
     assert_eq!(first.moves[0].to, Some(node_id(2)));

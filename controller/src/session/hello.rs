@@ -4,8 +4,8 @@ use drover_proto::agent::v1::Hello;
 use tonic::Status;
 
 use crate::api::errors::invalid;
-use crate::workflows::Refusal;
 use crate::model::{NodeId, is_request_id};
+use crate::workflows::Refusal;
 
 /// Checks what can be checked without the store.
 ///
@@ -33,9 +33,10 @@ pub(super) fn check(hello: &Hello, cluster_id: &str) -> Result<NodeId, Status> {
         let expected = "the content of /proc/sys/kernel/random/boot_id";
         return Err(invalid("boot_id", "", expected).into());
     }
-    let port = hello.address.rsplit_once(':').and_then(|(host, port)| {
-        (!host.is_empty()).then(|| port.parse::<u16>().ok()).flatten()
-    });
+    let port = hello
+        .address
+        .rsplit_once(':')
+        .and_then(|(host, port)| (!host.is_empty()).then(|| port.parse::<u16>().ok()).flatten());
     if port.is_none_or(|port| port == 0) {
         let expected = "host:port at which AgentService is reached";
         return Err(invalid("address", &hello.address, expected).into());

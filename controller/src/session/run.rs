@@ -272,7 +272,9 @@ impl Levels {
     /// The newest revision whose level the agent has taken in; 0 when none.
     fn known(&self) -> Revision {
         let first = self.sent.front();
-        first.filter(|(sequence, _)| *sequence == self.answered).map_or(0, |(_, revision)| *revision)
+        first
+            .filter(|(sequence, _)| *sequence == self.answered)
+            .map_or(0, |(_, revision)| *revision)
     }
 }
 

@@ -74,12 +74,11 @@ pub fn create_domain(cx: &Context<'_>, new: &NewDomain) -> Result<Begun, Refusal
     let view = cx.world.cluster_view(cx.observed);
     let options =
         PlaceOptions { strategy: new.strategy, only: new.only.clone(), ..Default::default() };
-    let decision = place(&view, needs, &options)
-        .map_err(|no_room| Refusal::NoRoom { needs, no_room })?;
+    let decision =
+        place(&view, needs, &options).map_err(|no_room| Refusal::NoRoom { needs, no_room })?;
     let node = known_node(cx, &decision.node)?;
 
-    let mut operation =
-        operation(cx, OperationKind::CreateDomain, new.id.name(), START_WAIT_MS);
+    let mut operation = operation(cx, OperationKind::CreateDomain, new.id.name(), START_WAIT_MS);
     let message = format!("placed on {}", decision.node.name());
     let mut domain = DomainRecord {
         id: new.id.as_str().to_owned(),
@@ -305,12 +304,7 @@ impl<'a> Moving<'a> {
             domain.epoch = domain.epoch_max;
             end(&mut operation, OperationState::Succeeded, None, cx.now);
             let message = format!("not running: from nodes/{} to {}", row.value.node, to.name());
-            self.events.push(cx.event(
-                EventSeverity::Info,
-                id.name(),
-                "DOMAIN_MIGRATED",
-                message,
-            ));
+            self.events.push(cx.event(EventSeverity::Info, id.name(), "DOMAIN_MIGRATED", message));
         } else {
             operation.status_message = format!("{} prepares", to.name());
             domain.operation.clone_from(&operation.id);
@@ -414,9 +408,7 @@ pub fn cancel_operation(
             if matches!(
                 stage,
                 Some(
-                    MigrationStage::HandedOver
-                        | MigrationStage::Granted
-                        | MigrationStage::Settling
+                    MigrationStage::HandedOver | MigrationStage::Granted | MigrationStage::Settling
                 )
             ) {
                 return Err(refuse(

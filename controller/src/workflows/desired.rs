@@ -58,12 +58,7 @@ fn outgoing(m: &Migration) -> Option<Outgoing> {
     })
 }
 
-fn assign(
-    domain: &DomainRecord,
-    epoch: u64,
-    role: Role,
-    outgoing: Option<Outgoing>,
-) -> Assignment {
+fn assign(domain: &DomainRecord, epoch: u64, role: Role, outgoing: Option<Outgoing>) -> Assignment {
     Assignment {
         uid: domain.uid.clone(),
         name: format!("domains/{}", domain.id),

@@ -83,8 +83,7 @@ pub fn begin_drain(
     node.drain_operation.clone_from(&operation.id);
     let message = format!("{} domains to move", operation.moves.len());
     let event = cx.event(EventSeverity::Info, id.name(), "DRAIN_STARTED", message);
-    let txn =
-        Txn::new().term_is(cx.term).unchanged(row).put(&node).put(&operation).put(&event);
+    let txn = Txn::new().term_is(cx.term).unchanged(row).put(&node).put(&operation).put(&event);
     Ok(Begun { txn, operation })
 }
 
@@ -465,8 +464,7 @@ impl<'a> Run<'a> {
         let mut operation = self.operation;
         operation.update_time = Some(timestamp(self.cx.now.wall_ms));
         let subject = operation.target.clone();
-        let mut txn =
-            Txn::new().term_is(self.cx.term).unchanged(self.row).put(&operation);
+        let mut txn = Txn::new().term_is(self.cx.term).unchanged(self.row).put(&operation);
         if let Some((drain, record)) = self.outcome
             && let Some(row) = self.cx.world.nodes.get(&NodeId::trusted(&record.id))
         {
@@ -474,14 +472,13 @@ impl<'a> Run<'a> {
                 DrainState::Drained => {
                     (EventSeverity::Info, "DRAIN_FINISHED", "its agent confirms it".to_owned())
                 }
-                _ => {
-                    (EventSeverity::Warning, "DRAIN_INCOMPLETE", operation.status_message.clone())
-                }
+                _ => (EventSeverity::Warning, "DRAIN_INCOMPLETE", operation.status_message.clone()),
             };
             let event = self.cx.event(severity, subject.clone(), reason, message);
             txn = txn.unchanged(row).put(&record).put(&event);
         }
-        if self.done && self.node.is_none()
+        if self.done
+            && self.node.is_none()
             && let Some(row) = &self.cx.world.cluster
         {
             let mut cluster = row.value.clone();
@@ -581,7 +578,11 @@ fn summary(moves: &[MoveRecord]) -> String {
 ///
 /// # Errors
 /// No such node, or a drain works on it.
-pub fn set_cordon(cx: &Context<'_>, id: &NodeId, cordoned: bool) -> Result<(Txn, NodeRecord), Refusal> {
+pub fn set_cordon(
+    cx: &Context<'_>,
+    id: &NodeId,
+    cordoned: bool,
+) -> Result<(Txn, NodeRecord), Refusal> {
     let row = known_node(cx, id)?;
     let mut node = row.value.clone();
     node.cordoned = cordoned;

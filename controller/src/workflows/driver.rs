@@ -138,7 +138,9 @@ impl Leader<'_> {
             match &result {
                 Ok(revision) => debug!(subject = step.subject, revision, "step"),
                 // Somebody else was faster: the next pass decides from what is so then.
-                Err(CommitError::Guard { .. }) => debug!(subject = step.subject, "step is outdated"),
+                Err(CommitError::Guard { .. }) => {
+                    debug!(subject = step.subject, "step is outdated")
+                }
                 Err(error) => warn!(subject = step.subject, %error, "step was not committed"),
             }
             result.is_ok()

@@ -61,7 +61,5 @@ fn operations(view: &View, txn: Txn) -> Txn {
     let over = rows.len().saturating_sub(FINISHED_OPERATIONS_MAX).min(BATCH_MAX);
     rows.sort_by_key(|row| row.mod_revision);
     debug_assert!(rows.iter().all(|row| row.value.state() != OperationState::Running));
-    rows.into_iter()
-        .take(over)
-        .fold(txn, |txn, row| txn.delete::<OperationRecord>(row.value.id))
+    rows.into_iter().take(over).fold(txn, |txn, row| txn.delete::<OperationRecord>(row.value.id))
 }

@@ -179,7 +179,10 @@ fn copying(work: &mut Work<'_>, m: Migration, source: Source, destination: Desti
             "nodes/{from} does not say whether it still runs the domain; it is settled when its \
              agent reports"
         );
-        work.end(OperationState::Failed, Some(m.error.unwrap_or_else(|| error("SOURCE_LOST", message))));
+        work.end(
+            OperationState::Failed,
+            Some(m.error.unwrap_or_else(|| error("SOURCE_LOST", message))),
+        );
     }
 }
 
@@ -357,8 +360,7 @@ pub fn figures(
 ) -> Option<MigrationReport> {
     let side = |node: &str, role| {
         let migration = observed.domain(node, uid)?.migration.as_ref()?;
-        (migration.id == m.id && migration.role() == role).then_some(migration)?.report
-            .clone()
+        (migration.id == m.id && migration.role() == role).then_some(migration)?.report.clone()
     };
     side(&m.from, MigrationRole::Source).or_else(|| side(&m.to, MigrationRole::Destination))
 }

@@ -28,7 +28,12 @@ pub(super) fn step(cx: &Context<'_>, id: &NodeId, row: &Versioned<NodeRecord>) -
         NodeState::Lost if reports && silent_ms <= cx.settings.lease_ms => {
             node.set_state(NodeState::Ready);
             node.state_reason.clear();
-            cx.event(EventSeverity::Info, id.name(), "NODE_READY", "its agent is heard again".into())
+            cx.event(
+                EventSeverity::Info,
+                id.name(),
+                "NODE_READY",
+                "its agent is heard again".into(),
+            )
         }
         _ => return None,
     };
@@ -97,12 +102,8 @@ pub fn register(cx: &Context<'_>, id: &NodeId, hello: &Hello) -> Result<Option<T
             }
             if rebooted {
                 let message = "its host has rebooted".into();
-                txn = txn.put(&cx.event(
-                    EventSeverity::Warning,
-                    id.name(),
-                    "NODE_REBOOTED",
-                    message,
-                ));
+                txn =
+                    txn.put(&cx.event(EventSeverity::Warning, id.name(), "NODE_REBOOTED", message));
             }
         }
     }

@@ -80,9 +80,8 @@ fn is_orphan(cx: &Context<'_>, operation: &OperationRecord) -> bool {
     if moves_many(operation) {
         return false;
     }
-    let domain = DomainId::from_name(&operation.target)
-        .ok()
-        .and_then(|id| cx.world.domains.get(&id));
+    let domain =
+        DomainId::from_name(&operation.target).ok().and_then(|id| cx.world.domains.get(&id));
     domain.is_none_or(|row| row.value.operation != operation.id)
 }
 

@@ -38,8 +38,7 @@ fn nothing_left_elsewhere(work: &Work<'_>) -> bool {
     let ends = work.domain.migration.iter().flat_map(|m| [&m.from, &m.to]);
     let (uid, revision) = (&work.domain.uid, work.row.mod_revision);
     ends.into_iter().all(|node| {
-        work.cx.node(node).is_none()
-            || work.cx.observed.side(node, uid, revision) == Side::Absent
+        work.cx.node(node).is_none() || work.cx.observed.side(node, uid, revision) == Side::Absent
     })
 }
 
@@ -89,7 +88,8 @@ fn present(work: &mut Work<'_>, domain: &ObservedDomain) {
                 && work.cx.observed.knows(&work.domain.node, work.row.mod_revision) =>
         {
             work.domain.epoch = work.next_epoch();
-            let message = format!("nodes/{} runs it on, epoch {}", work.domain.node, work.domain.epoch);
+            let message =
+                format!("nodes/{} runs it on, epoch {}", work.domain.node, work.domain.epoch);
             work.event(EventSeverity::Warning, "DOMAIN_RESUMED", message);
             work.set_state(DomainState::Starting, "resumes after a migration that failed");
         }
@@ -137,11 +137,8 @@ fn ended_by_itself(work: &mut Work<'_>, domain: &ObservedDomain) {
     if matches!(work.domain.state(), DomainState::Stopped | DomainState::Failed) {
         return;
     }
-    let restarts_after_reboot = work
-        .domain
-        .spec
-        .as_ref()
-        .is_some_and(|spec| spec.on_reboot() != RestartPolicy::Stop);
+    let restarts_after_reboot =
+        work.domain.spec.as_ref().is_some_and(|spec| spec.on_reboot() != RestartPolicy::Stop);
     let why = domain.state_reason.clone();
     work.domain.last_exit = domain.exit_reason;
     match domain.exit_reason() {
@@ -156,6 +153,8 @@ fn ended_by_itself(work: &mut Work<'_>, domain: &ObservedDomain) {
         }
         exit => {
             let reason = if exit == ExitReason::Crash { "DOMAIN_CRASHED" } else { "DOMAIN_FAILED" };
+            // A new epoch would make an agent try again: only `start` may ask for that.
+            work.domain.set_desired_power(PowerState::Stopped);
             work.event(EventSeverity::Error, reason, why.clone());
             work.set_state(DomainState::Failed, why);
         }

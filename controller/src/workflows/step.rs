@@ -1,8 +1,6 @@
 //! What a step of work is decided from, and what it comes to: one transaction.
 
-use drover_proto::v1::{
-    DomainState, EventSeverity, NodeState, OperationError, OperationState,
-};
+use drover_proto::v1::{DomainState, EventSeverity, NodeState, OperationError, OperationState};
 use prost_types::Timestamp;
 
 use crate::model::{

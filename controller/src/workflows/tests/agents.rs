@@ -59,6 +59,8 @@ pub(super) struct Host {
     pub(super) records: BTreeMap<String, Record>,
     pub(super) vmms: BTreeMap<String, Vmm>,
     pub(super) level: Vec<Assignment>,
+    /// A level has come since the agent started: before that, nothing is ended or begun.
+    told: bool,
     /// The greatest term whose word was heard.
     term: u64,
     lives: u64,
@@ -75,11 +77,15 @@ impl Host {
         }
         self.term = term;
         self.level = level;
+        self.told = true;
         true
     }
 
     /// Makes what is there equal to the level, one step a domain.
     pub(super) fn work(&mut self) {
+        if !self.told {
+            return;
+        }
         let listed: Vec<String> = self.level.iter().map(|a| a.uid.clone()).collect();
         self.vmms.retain(|uid, _| listed.contains(uid));
         self.records.retain(|uid, _| listed.contains(uid));
@@ -128,8 +134,7 @@ impl Host {
                     ..Record::default()
                 };
                 let life = self.boot * 1000 + self.lives;
-                let vmm =
-                    Vmm { state: VmmState::Running, epoch: a.epoch, migration: None, life };
+                let vmm = Vmm { state: VmmState::Running, epoch: a.epoch, migration: None, life };
                 self.vmms.insert(a.uid.clone(), vmm);
             } else if !on {
                 record.epoch = a.epoch;
@@ -203,8 +208,7 @@ impl Host {
             }
             return;
         }
-        let tried =
-            record.end.as_ref().is_some_and(|(.., of, _)| of.as_deref() == Some(migration));
+        let tried = record.end.as_ref().is_some_and(|(.., of, _)| of.as_deref() == Some(migration));
         if tried || (handed_to != 0 && a.epoch <= handed_to) {
             return;
         }
@@ -215,12 +219,8 @@ impl Host {
             progress: P::Listening,
             to_epoch: a.epoch,
         };
-        let vmm = Vmm {
-            state: VmmState::Incoming,
-            epoch: a.epoch,
-            migration: Some(migration),
-            life: 0,
-        };
+        let vmm =
+            Vmm { state: VmmState::Incoming, epoch: a.epoch, migration: Some(migration), life: 0 };
         self.vmms.insert(a.uid.clone(), vmm);
     }
 
@@ -243,6 +243,12 @@ impl Host {
             self.end(&uid, ExitReason::Unspecified);
         }
         self.up = false;
+    }
+
+    /// The agent starts (again): what it was told is forgotten, what is on disk is not.
+    pub(super) fn restart(&mut self) {
+        self.level.clear();
+        self.told = false;
     }
 
     pub(super) fn report(&self) -> Vec<ObservedDomain> {

@@ -276,10 +276,8 @@ fn a_balance_moves_what_it_proposed() {
     let mut lab = lab();
     let busy = ["vm1", "vm2", "vm3"].map(|id| {
         let mut domain = lab.observed(id, 1, S::Running);
-        domain.usage = Some(drover_proto::v1::DomainUsage {
-            cpu_millicores: 4000,
-            ..Default::default()
-        });
+        domain.usage =
+            Some(drover_proto::v1::DomainUsage { cpu_millicores: 4000, ..Default::default() });
         domain
     });
     lab.report("a", busy.to_vec());

@@ -229,9 +229,8 @@ fn another_machine_under_a_known_name_is_refused() {
     let mut other = hello("a", "boot-1");
     other.node_uid = "another".into();
     let id = NodeId::trusted("a");
-    let refusal = lab
-        .with(|cx| Ok((nodes::register(cx, &id, &other)?.unwrap_or_default(), ())))
-        .unwrap_err();
+    let refusal =
+        lab.with(|cx| Ok((nodes::register(cx, &id, &other)?.unwrap_or_default(), ()))).unwrap_err();
     assert!(refusal.to_string().contains("vpsctl node delete a"), "{refusal}");
 }
 

@@ -204,10 +204,9 @@ fn preparing_is_over_at_once_when_it_cannot_be() {
 
 #[test]
 fn the_source_stays_and_the_destination_is_dropped_only_then() {
-    for (make, progress) in [
-        (Case::copying as fn() -> Case, P::Failed),
-        (Case::cancelling as fn() -> Case, P::Failed),
-    ] {
+    for (make, progress) in
+        [(Case::copying as fn() -> Case, P::Failed), (Case::cancelling as fn() -> Case, P::Failed)]
+    {
         let mut case = make();
         assert!(case.lab.assignment("b", "vm").is_some(), "kept until the source has spoken");
         let cancelled = case.stage() == Some(Stage::Cancelling);
@@ -433,10 +432,7 @@ fn one_migration_at_a_time_and_never_to_where_it_is() {
     let mut case = Case::begun();
     let second = case.lab.migrate("vm", "b");
     let id = case.id.clone();
-    assert_eq!(
-        second.unwrap_err(),
-        Refusal::Busy { name: "domains/vm".into(), operation: id }
-    );
+    assert_eq!(second.unwrap_err(), Refusal::Busy { name: "domains/vm".into(), operation: id });
     let mut lab = Lab::with_nodes(&["a", "b"]);
     lab.running("vm", "a");
     let refusal = lab.migrate("vm", "a").unwrap_err();
