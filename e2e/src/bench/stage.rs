@@ -8,6 +8,9 @@ use crate::process::run;
 use crate::{Error, Result};
 
 const BRIDGE: &str = "dbench0";
+/// On a disk, as the agent's state is: the hand-over is synced within the pause, and a folder in
+/// memory would hide what that costs.
+const FOLDER: &str = "/var/tmp";
 const GATEWAY: &str = "10.79.0.1/24";
 /// Memory of every guest that is measured.
 pub(super) const GUEST_MEMORY_MIB: u64 = 128;
@@ -64,7 +67,7 @@ impl Stage {
                 return Err(Error::other(format!("{}: not found, and needed", file.display())));
             }
         }
-        let dir = std::env::temp_dir().join(format!("drover-bench-{}", std::process::id()));
+        let dir = Path::new(FOLDER).join(format!("drover-bench-{}", std::process::id()));
         std::fs::create_dir_all(&dir).map_err(Error::io("cannot create", &dir))?;
         let stage = Self { vmm: vmm.to_owned(), kernel, initramfs, dir };
         // What a run that was killed left behind.
