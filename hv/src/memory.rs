@@ -110,6 +110,10 @@ pub fn create(memory_bytes: u64) -> Result<GuestMemory, MemoryError> {
         let backing = FileOffset::from_arc(Arc::clone(&file), offset);
         let region = GuestRegionMmap::from_range(start, bytes, Some(backing))
             .map_err(|error| map(error.to_string()))?;
+        // Where the node's /sys/kernel/mm/transparent_hugepage/shmem_enabled says `advise`: large
+        // pages, of which the guest's CPU walks fewer. Elsewhere this changes nothing.
+        // SAFETY: advice on our own fresh mapping, which spans these bytes.
+        unsafe { libc::madvise(region.as_ptr().cast(), bytes, libc::MADV_HUGEPAGE) };
         regions.push(region);
         offset += length;
     }

@@ -1,8 +1,9 @@
 //! The kernel file: a bzImage with its compressed payload, or a bare ELF.
 //!
 //! bzImage, after Linux' `Documentation/arch/x86/boot.rst`: at 0x1f1 the number of 512-byte
-//! sectors of the real-mode stub behind the first, at 0x202 "HdrS", and from version 2.08 on at
-//! 0x248 and 0x24c where the payload lies behind the stub, and its length. The payload ends with
+//! sectors of the real-mode stub behind the first, at 0x1f4 the length of what follows it, at
+//! 0x202 "HdrS", and from version 2.08 on at 0x248 and 0x24c where the payload lies behind the
+//! stub, and its length. The payload ends with
 //! four bytes, the decompressed length, for compressors whose format does not carry it
 //! (`size_append` in Linux' `scripts/Makefile.lib`).
 
@@ -42,7 +43,7 @@ pub(super) enum ImageError {
     NoKernel,
     #[error("is a bzImage of boot protocol {major}.{minor:02}, older than 2.08", major = .0 >> 8, minor = .0 & 0xff)]
     TooOld(u16),
-    #[error("is truncated: its payload ends at byte {end}, the file has {length}")]
+    #[error("is truncated: it ends at byte {length} of {end}")]
     Truncated { end: usize, length: usize },
     #[error("is a bzImage compressed with {0}")]
     Compression(String),
@@ -119,9 +120,15 @@ fn bzimage_payload(file: &[u8]) -> Result<&[u8], ImageError> {
     }
     // Zero means four, for history's sake.
     let sectors = if file[0x1f1] == 0 { 4 } else { usize::from(file[0x1f1]) };
-    let start = (sectors + 1) * SECTOR_BYTES + word(0x248) as usize;
-    let end = start + word(0x24c) as usize;
-    file.get(start..end).ok_or(ImageError::Truncated { end, length: file.len() })
+    let stub = (sectors + 1) * SECTOR_BYTES;
+    let start = stub + word(0x248) as usize;
+    let payload_end = start + word(0x24c) as usize;
+    // Behind the payload comes the decompressor, up to the size given in 16-byte paragraphs.
+    let end = payload_end.max(stub + word(0x1f4) as usize * 16);
+    if end > file.len() {
+        return Err(ImageError::Truncated { end, length: file.len() });
+    }
+    Ok(&file[start..payload_end])
 }
 
 impl Vmlinux<'_> {

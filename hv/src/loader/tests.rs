@@ -56,7 +56,9 @@ fn bzimage(payload: &[u8]) -> Vec<u8> {
     file[0x248..0x24c].copy_from_slice(&0x30u32.to_le_bytes());
     file[0x24c..0x250].copy_from_slice(&(payload.len() as u32).to_le_bytes());
     file.extend(payload);
-    file.extend([0; 16]);
+    file.resize(file.len().next_multiple_of(16) + 64, 0);
+    let paragraphs = (file.len() as u32 - 1024) / 16;
+    file[0x1f4..0x1f8].copy_from_slice(&paragraphs.to_le_bytes());
     file
 }
 
@@ -131,8 +133,7 @@ fn bad_kernels_are_explained() {
     let elf = vmlinux();
     let packed = bzimage(&zstd(&elf));
     let mut damaged = packed.clone();
-    let end = damaged.len() - 40;
-    damaged[1024 + 0x30 + 20..end].fill(0xff);
+    damaged[1024 + 0x30 + 20..1024 + 0x30 + 40].fill(0xff);
     let mut huge = zstd(&elf);
     let size_at = huge.len() - 4;
     huge[size_at..].fill(0xff);
@@ -146,7 +147,7 @@ fn bad_kernels_are_explained() {
         (b"#!/bin/sh\n", "kernel", "is no kernel: neither"),
         (b"", "kernel", "is empty"),
         (&[0; 4096], "kernel", "is no kernel: neither"),
-        (&packed[..packed.len() - 20], "kernel", "is truncated: its payload ends at"),
+        (&packed[..packed.len() - 20], "kernel", "is truncated: it ends at byte"),
         (&packed[..0x210], "kernel", "is truncated"),
         (&bzimage(&[0x1f, 0x8b, 8, 0]), "kernel", "compressed with gzip"),
         (&bzimage(b"what is this"), "kernel", "begins with [77"),

@@ -298,8 +298,15 @@ impl Supervisor {
 
     fn take_over(&mut self, epoch: u64) -> Result<(), VmmError> {
         match &mut self.place {
-            // Said again.
-            Place::Owned(_) if epoch == self.epoch => Ok(()),
+            // It runs here already: said again, or under a newer epoch.
+            Place::Owned(_) => {
+                if epoch < self.epoch {
+                    let accepted = format!("{} or greater", self.epoch);
+                    return Err(FieldError::new("epoch", epoch, accepted).into());
+                }
+                self.set_epoch(epoch);
+                Ok(())
+            }
             Place::Destination(task) => Ok(task.control.take_over(epoch)?),
             Place::HandedOver { machine, to_epoch, succeeded: false } => {
                 if epoch <= *to_epoch {
