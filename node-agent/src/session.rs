@@ -27,13 +27,13 @@ pub const WRONG_CLUSTER: &str = "CLUSTER_ID_MISMATCH";
 
 const CONNECT_TIMEOUT: Duration = Duration::from_secs(3);
 /// From the call to Welcome.
-const WELCOME_TIMEOUT: Duration = Duration::from_secs(5);
+const WELCOME_TIMEOUT: Duration = Duration::from_secs(10);
 /// A leader that does not take a report for so long is not there.
 const SEND_TIMEOUT: Duration = Duration::from_secs(10);
 /// Changes within this time go into one report.
 const COALESCE: Duration = Duration::from_millis(20);
 const KEEP_ALIVE_INTERVAL: Duration = Duration::from_secs(2);
-const KEEP_ALIVE_TIMEOUT: Duration = Duration::from_secs(4);
+const KEEP_ALIVE_TIMEOUT: Duration = Duration::from_secs(6);
 const REPORT_INTERVAL_DEFAULT: Duration = Duration::from_secs(1);
 const REPORT_INTERVAL_MIN: Duration = Duration::from_millis(100);
 const REPORT_INTERVAL_MAX: Duration = Duration::from_secs(30);
