@@ -107,7 +107,6 @@ struct World {
     handed_over: bool,
     commit_sent: bool,
     cancelled: bool,
-    disk_failed: bool,
     moved: bool,
     trace: Vec<String>,
 }
@@ -138,7 +137,6 @@ impl World {
             handed_over: false,
             commit_sent: false,
             cancelled: false,
-            disk_failed: false,
             moved: false,
             trace: Vec::new(),
         }
@@ -314,7 +312,6 @@ impl World {
             let unclear = self.chance.one_in(2);
             // Unclear: the file may be there or not.
             self.handed_over = unclear && self.chance.one_in(2);
-            self.disk_failed = true;
             self.source_event(if unclear { SE::HandoverUnclear } else { SE::HandoverWithdrawn });
         } else {
             self.handed_over = true;

@@ -246,7 +246,7 @@ pub fn encode_reason(reason: &str) -> Vec<u8> {
         end -= 1;
     }
     let mut out = Encoder::new();
-    out.bytes(reason[..end].as_bytes());
+    out.bytes(&reason.as_bytes()[..end]);
     out.into_bytes()
 }
 

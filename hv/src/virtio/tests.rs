@@ -350,7 +350,7 @@ fn another_devices_state_is_refused() {
     let state = driver.state();
     let rng = TestDriver::new(Box::new(rng::Rng::new()));
     assert!(rng.device.restore(1, &state).is_err());
-    let mut cut = state.clone();
+    let mut cut = state;
     cut.sections.pop();
     let error = driver.device.restore(1, &cut).unwrap_err().to_string();
     assert_eq!(error, "state: section virtio-rng/1 is missing");

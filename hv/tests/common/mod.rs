@@ -38,9 +38,6 @@ impl Runners {
     fn leave(&self) {
         self.0.fetch_sub(1, Ordering::SeqCst);
     }
-    pub(crate) fn count(&self) -> i32 {
-        self.0.load(Ordering::SeqCst)
-    }
 }
 
 /// What the guest does all day.
