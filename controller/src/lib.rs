@@ -10,7 +10,7 @@
 //!              raft::node  one thread, owns Raft, log and tables
 //!                             │  entry on a majority's disks
 //!                             ▼
-//!              store::machine  applies it: same entry, same result, on every member
+//!              store::State  applies it: same entry, same result, on every member
 //!                             │
 //!                             ├──► the caller's answer
 //!                             └──► store::View, Store::watch ──► workflows, scheduler

@@ -9,21 +9,35 @@
 //! - the clients' histories are linearizable, key by key; what was acknowledged stays
 //! - once the faults stop, the group works again and all members become equal
 //!
-//! `DROVER_SIM_SEEDS=1000` runs more seeds, `DROVER_SIM_SEED=17` replays one and prints what
-//! happens.
+//! `DROVER_SIM_SEEDS=1000` (or `1000..2000`) runs more seeds, `DROVER_SIM_SEED=17` replays one
+//! and prints what happens.
 
 #![allow(clippy::unwrap_used)]
 
 mod sim;
 
+use std::ops::Range;
+
 use sim::Settings;
 use sim::world::{self, World};
 
-const SEEDS_DEFAULT: u64 = 50;
+const SEEDS_DEFAULT: Range<u64> = 0..50;
 
-fn number(variable: &str) -> Option<u64> {
-    let value = std::env::var(variable).ok()?;
-    Some(value.parse().unwrap_or_else(|_| panic!("{variable}={value}: not a number")))
+/// The seed to replay.
+fn seed_to_replay() -> Option<u64> {
+    let value = std::env::var("DROVER_SIM_SEED").ok()?;
+    Some(value.parse().unwrap_or_else(|_| panic!("DROVER_SIM_SEED={value}: not a number")))
+}
+
+/// The seeds to run: so many, or from one to (without) another.
+fn seeds() -> Range<u64> {
+    let Ok(value) = std::env::var("DROVER_SIM_SEEDS") else { return SEEDS_DEFAULT };
+    let (from, to) = value.split_once("..").unwrap_or(("0", &value));
+    let number = |text: &str| text.parse().ok();
+    match (number(from), number(to)) {
+        (Some(from), Some(to)) => from..to,
+        _ => panic!("DROVER_SIM_SEEDS={value}: give 1000, or 1000..2000"),
+    }
 }
 
 fn run(settings: Settings) -> Result<world::Summary, String> {
@@ -32,12 +46,12 @@ fn run(settings: Settings) -> Result<world::Summary, String> {
 
 #[test]
 fn faults_lose_nothing_and_end() {
-    if let Some(seed) = number("DROVER_SIM_SEED") {
+    if let Some(seed) = seed_to_replay() {
         let summary = run(Settings { trace: true, ..Settings::of(seed) });
         panic!("seed {seed} (a replay always ends here): {summary:#?}");
     }
     let mut sum = world::Summary::default();
-    for seed in 0..number("DROVER_SIM_SEEDS").unwrap_or(SEEDS_DEFAULT) {
+    for seed in seeds() {
         match run(Settings::of(seed)) {
             Ok(summary) => sum += summary,
             Err(what) => panic!(

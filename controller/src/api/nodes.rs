@@ -16,7 +16,7 @@ use super::service::{CALL_WAIT, Service};
 use super::{page, present, validate};
 use crate::model::{NodeId, NodeRecord, World};
 use crate::workflows::desired::duration;
-use crate::workflows::{Refusal, drain};
+use crate::workflows::{Refusal, drain, nodes};
 
 const DRAIN_DEFAULT: Duration = Duration::from_secs(3600);
 const DRAIN_MAX: Duration = Duration::from_secs(24 * 3600);
@@ -101,7 +101,7 @@ impl NodeService for Service {
         let request = request.into_inner();
         let id = validate::node("name", &request.name)?;
         self.decide(Instant::now() + CALL_WAIT, |cx, _| {
-            Ok((drain::delete_node(cx, &id, &request.etag)?, ()))
+            Ok((nodes::delete_node(cx, &id, &request.etag)?, ()))
         })
         .await?;
         Ok(Response::new(DeleteNodeResponse {}))
@@ -118,7 +118,7 @@ impl Service {
     }
 
     async fn set_cordon(&self, id: &NodeId, cordoned: bool) -> Result<Node, Fault> {
-        self.decide(Instant::now() + CALL_WAIT, |cx, _| Ok(drain::set_cordon(cx, id, cordoned)?))
+        self.decide(Instant::now() + CALL_WAIT, |cx, _| Ok(nodes::set_cordon(cx, id, cordoned)?))
             .await?;
         self.node(id).await
     }

@@ -22,7 +22,7 @@ use super::hub::{Hub, Lead, Seat};
 use crate::api::Service;
 use crate::api::errors::{Fault, not_leading};
 use crate::model::{NodeId, World};
-use crate::store::Revision;
+use crate::store::{Leadership, Revision};
 use crate::workflows::desired::{desired, duration};
 use crate::workflows::nodes;
 
@@ -102,6 +102,7 @@ impl SessionService for Sessions {
             node: node.clone(),
             term: leadership.term,
             silence_max: Duration::from_millis(settings.lease_ms),
+            leadership: self.service.store.leadership(),
             outbound,
             levels: Levels::default(),
         };
@@ -134,6 +135,8 @@ struct Session {
     term: u64,
     /// Longer without a report, and the session is taken to be dead.
     silence_max: Duration,
+    /// Watched here, too: the workflows may be busy when leadership moves.
+    leadership: watch::Receiver<Leadership>,
     outbound: mpsc::Sender<Result<ControllerMessage, Status>>,
     levels: Levels,
 }
@@ -146,10 +149,7 @@ impl Session {
         welcome: Welcome,
     ) {
         info!("opens");
-        let end = match self.serve(&mut inbound, &mut lead, welcome).await {
-            Ok(()) => None,
-            Err(status) => Some(status),
-        };
+        let end = self.serve(&mut inbound, &mut lead, welcome).await.err();
         info!(reason = end.as_ref().map_or("the agent has left", |s| s.message()), "ends");
         if let Some(status) = end {
             // The agent may be gone: then nobody needs to be told.
@@ -163,6 +163,7 @@ impl Session {
         lead: &mut watch::Receiver<Option<Lead>>,
         welcome: Welcome,
     ) -> Result<(), Status> {
+        self.check_leadership()?;
         self.send(controller_message::Message::Welcome(welcome)).await?;
         self.tell(lead).await?;
         let mut heard = Instant::now();
@@ -179,6 +180,10 @@ impl Session {
                     changed.map_err(|_| not_leading(None))?;
                     self.tell(lead).await?;
                 }
+                changed = self.leadership.changed() => {
+                    changed.map_err(|_| not_leading(None))?;
+                    self.check_leadership()?;
+                }
                 _ = self.seat.replaced.changed() => {
                     return Err(Status::aborted("a newer session of this node has taken over"));
                 }
@@ -187,6 +192,14 @@ impl Session {
                 }
             }
         }
+    }
+
+    fn check_leadership(&mut self) -> Result<(), Status> {
+        let held = self.leadership.borrow_and_update();
+        if held.is_leader && held.term == self.term {
+            return Ok(());
+        }
+        Err(not_leading(held.leader_address.as_deref()))
     }
 
     fn take(&mut self, message: AgentMessage) -> Result<(), Status> {

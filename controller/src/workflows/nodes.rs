@@ -1,11 +1,12 @@
-//! Nodes: registration, and whether they are heard.
+//! Nodes: registration, whether they are heard, cordons, and forgetting them.
 //!
 //! Heartbeats stay in the leader's memory; only a change is written. A new leader has heard
 //! nobody, so it waits a full lease before it calls any node lost.
 
 use drover_proto::agent::v1::Hello;
-use drover_proto::v1::{DomainState, EventSeverity, NodeState, PowerState};
+use drover_proto::v1::{DomainState, DrainState, EventSeverity, NodeState, PowerState};
 
+use super::begin::{check_etag, known_node};
 use super::refusal::Refusal;
 use super::step::{Context, Step, timestamp};
 use crate::model::{NodeId, NodeRecord};
@@ -135,4 +136,62 @@ fn restart_all(cx: &Context<'_>, id: &NodeId, boot_id: &str, mut txn: Txn) -> Tx
         txn = txn.unchanged(row).put(&domain).put(&event);
     }
     txn
+}
+
+/// Ends `drained`, an incomplete drain, and the cordon.
+///
+/// # Errors
+/// No such node, or a drain works on it.
+pub fn set_cordon(
+    cx: &Context<'_>,
+    id: &NodeId,
+    cordoned: bool,
+) -> Result<(Txn, NodeRecord), Refusal> {
+    let row = known_node(cx, id)?;
+    let mut node = row.value.clone();
+    node.cordoned = cordoned;
+    if !cordoned {
+        if !node.drain_operation.is_empty() {
+            return Err(Refusal::Busy { name: id.name(), operation: node.drain_operation });
+        }
+        node.set_drain_state(DrainState::Unspecified);
+    }
+    if node == row.value {
+        return Ok((Txn::new(), node));
+    }
+    let reason = if cordoned { "NODE_CORDONED" } else { "NODE_UNCORDONED" };
+    let event = cx.event(EventSeverity::Info, id.name(), reason, String::new());
+    let txn = Txn::new().term_is(cx.term).unchanged(row).put(&node).put(&event);
+    Ok((txn, node))
+}
+
+/// Forgets a node that holds nothing.
+///
+/// # Errors
+/// No such node, it has changed, or domains are on it or on their way.
+pub fn delete_node(cx: &Context<'_>, id: &NodeId, etag: &str) -> Result<Txn, Refusal> {
+    let row = known_node(cx, id)?;
+    check_etag(&id.name(), etag, row.mod_revision)?;
+    let refuse = |reason, message| Refusal::Precondition { subject: id.name(), reason, message };
+    let held: Vec<String> =
+        cx.world.concerning(id).map(|row| format!("domains/{}", row.value.id)).collect();
+    if !held.is_empty() {
+        let message = format!(
+            "{} holds {} domains: {}. Drain it first, or delete them",
+            id.name(),
+            held.len(),
+            held.join(", ")
+        );
+        return Err(refuse("NODE_NOT_EMPTY", message));
+    }
+    if cx.observed.nodes.get(id).is_some_and(|node| node.connected) {
+        let message = format!("{}'s agent is connected: stop drover-agent there first", id.name());
+        return Err(refuse("NODE_CONNECTED", message));
+    }
+    if !row.value.drain_operation.is_empty() {
+        let operation = row.value.drain_operation.clone();
+        return Err(Refusal::Busy { name: id.name(), operation });
+    }
+    let event = cx.event(EventSeverity::Info, id.name(), "NODE_DELETED", String::new());
+    Ok(Txn::new().term_is(cx.term).unchanged(row).delete::<NodeRecord>(id.as_str()).put(&event))
 }

@@ -66,6 +66,7 @@ fn absent(work: &mut Work<'_>) {
 fn present(work: &mut Work<'_>, domain: &ObservedDomain) {
     let wanted = work.domain.desired_power();
     let about_this_start = domain.epoch >= work.domain.epoch;
+    let knows = work.cx.observed.knows(&work.domain.node, work.row.mod_revision);
     match domain.state() {
         ObservedState::Running | ObservedState::Paused => runs(work, domain),
         ObservedState::Starting if wanted == PowerState::Running => {
@@ -74,19 +75,18 @@ fn present(work: &mut Work<'_>, domain: &ObservedDomain) {
         ObservedState::Starting | ObservedState::Stopping if wanted == PowerState::Stopped => {
             work.set_state(DomainState::Stopping, "");
         }
-        ObservedState::Stopped | ObservedState::Failed if wanted == PowerState::Stopped => {
-            if work.cx.observed.knows(&work.domain.node, work.row.mod_revision) {
-                stopped(work, Some(domain));
-            }
+        // One that does not know that it shall stop may be about to start.
+        ObservedState::Stopped | ObservedState::Failed
+            if wanted == PowerState::Stopped && knows =>
+        {
+            stopped(work, Some(domain));
         }
+        ObservedState::Stopped | ObservedState::Failed if wanted == PowerState::Stopped => {}
         ObservedState::Stopped | ObservedState::Failed if about_this_start => {
             ended_by_itself(work, domain);
         }
         // Its migration was settled in its favour, or given up unseen: say so under a new epoch.
-        ObservedState::HandedOver
-            if domain.epoch == work.domain.epoch
-                && work.cx.observed.knows(&work.domain.node, work.row.mod_revision) =>
-        {
+        ObservedState::HandedOver if domain.epoch == work.domain.epoch && knows => {
             work.domain.epoch = work.next_epoch();
             let message =
                 format!("nodes/{} runs it on, epoch {}", work.domain.node, work.domain.epoch);

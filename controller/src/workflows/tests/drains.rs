@@ -193,7 +193,7 @@ fn what_fits_nowhere_and_what_must_stay_is_said() {
     filler.spec.memory_bytes = 4000 * MIB;
     lab.with(|cx| begin::create_domain(cx, &filler).map(split)).unwrap();
     let here = ["big", "stay"].map(|id| lab.observed(id, 1, S::Running)).to_vec();
-    lab.report("a", here.clone());
+    lab.report("a", here);
     lab.report("b", vec![lab.observed("filler", 1, S::Running)]);
     lab.settle();
     let operation = drain(&mut lab, "a").unwrap();

@@ -7,7 +7,7 @@ use drover_proto::v1::{DomainState, ExitReason, NodeState, OperationState, Power
 use super::lab::{Lab, MIB, Observe, ended, hello, new_domain, split};
 use crate::model::{DomainId, DomainRecord, NodeId, OperationRecord};
 use crate::workflows::begin;
-use crate::workflows::drain::{delete_node, set_cordon};
+use crate::workflows::nodes::{delete_node, set_cordon};
 use crate::workflows::{Refusal, nodes};
 
 fn start(lab: &mut Lab, id: &str) -> Result<OperationRecord, Refusal> {
