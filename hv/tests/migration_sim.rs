@@ -14,6 +14,8 @@
 //!
 //! `SIM_SEED=n` replays one seed, `SIM_SEEDS=n` tries that many.
 
+#![allow(clippy::unwrap_used)] // helpers of tests are tests
+
 use std::collections::VecDeque;
 
 use drover_hv::migration::destination_machine::{
@@ -460,11 +462,10 @@ impl World {
             self.steps += 1;
             assert!(self.steps < 5000, "it does not end");
             self.fault();
-            let moved = if self.chance.one_in(2) {
-                self.step_source() || self.step_destination()
-            } else {
-                self.step_destination() || self.step_source()
-            };
+            let source_first = self.chance.one_in(2);
+            let moved = (source_first && self.step_source())
+                || self.step_destination()
+                || (!source_first && self.step_source());
             idle = if moved { 0 } else { idle + 1 };
             self.check();
         }

@@ -1,6 +1,8 @@
 //! The migration's shells over real TCP, with machines of plain memory: whatever happens to the
 //! link, the guest runs in one place at most, and its memory is whole.
 
+#![allow(clippy::unwrap_used)] // helpers of tests are tests
+
 mod common;
 
 use std::io::{Read, Write};

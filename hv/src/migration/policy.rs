@@ -2,8 +2,10 @@
 //!
 //! The copy ends when what is left fits the pause at the measured rate *and* another pass would
 //! not make it much smaller; a pass costs little then, and the pause is what a customer notices.
-//! It fails, and the guest goes on where it is, when a limit on passes, bytes or time is reached
-//! before that: a pause that is longer than was promised is not a way out.
+//! When a limit on passes, bytes or time is reached before that, a guest whose rest fits a few
+//! times the target still moves: an operator who empties a node is served better by a pause that
+//! is somewhat longer than by none. With more left than that the migration fails, and the guest
+//! goes on where it is: a long pause is not a way out.
 
 use std::time::Duration;
 
@@ -19,6 +21,8 @@ const TOTAL_TIME_MAX: Duration = Duration::from_secs(24 * 3600);
 /// Of the pause, what is not memory: stopping, device state, hand-over. At most half of the
 /// target is set aside for it.
 const STATE_TIME: Duration = Duration::from_millis(20);
+/// At a limit, the longest pause that is still taken, in multiples of the downtime target.
+const PAUSE_AT_LIMIT_FACTOR: u32 = 4;
 /// Less than this is sent in no time: no pass is spent on it.
 const SMALL_BYTES: u64 = 256 << 10;
 /// A round below this says nothing about the link's rate.
@@ -138,8 +142,8 @@ impl Stop {
 pub enum Decision {
     /// Another pass.
     Copy,
-    /// Pause now.
-    SwitchOver,
+    /// Pause now, for this reason.
+    SwitchOver(Stop),
     /// Give up: this limit is reached.
     GiveUp(Stop),
 }
@@ -155,12 +159,21 @@ pub fn decide(progress: &Progress, limits: &Limits) -> Decision {
         let shrinks =
             progress.remaining_before.is_none_or(|before| progress.remaining < before / 4 * 3);
         return if small || !shrinks || over.is_some() {
-            Decision::SwitchOver
+            Decision::SwitchOver(Stop::Converged)
         } else {
             Decision::Copy
         };
     }
-    over.map_or(Decision::Copy, Decision::GiveUp)
+    match over {
+        None => Decision::Copy,
+        Some(stop)
+            if progress.remaining
+                <= bytes_in(limits.downtime * PAUSE_AT_LIMIT_FACTOR, progress.rate) =>
+        {
+            Decision::SwitchOver(stop)
+        }
+        Some(stop) => Decision::GiveUp(stop),
+    }
 }
 
 fn limit_reached(progress: &Progress, limits: &Limits) -> Option<Stop> {
@@ -214,14 +227,18 @@ mod tests {
         assert_eq!(decide(&after(1, 20 << 20, None), &limits()), Decision::Copy);
         assert_eq!(decide(&after(2, 6 << 20, Some(20 << 20)), &limits()), Decision::Copy);
         assert_eq!(decide(&after(3, 2 << 20, Some(6 << 20)), &limits()), Decision::Copy);
-        assert_eq!(decide(&after(4, 2 << 20, Some(2 << 20)), &limits()), Decision::SwitchOver);
-        assert_eq!(decide(&after(1, 0, None), &limits()), Decision::SwitchOver);
-        assert_eq!(decide(&after(1, 4096, None), &limits()), Decision::SwitchOver);
+        assert_eq!(
+            decide(&after(4, 2 << 20, Some(2 << 20)), &limits()),
+            Decision::SwitchOver(Stop::Converged)
+        );
+        assert_eq!(decide(&after(1, 0, None), &limits()), Decision::SwitchOver(Stop::Converged));
+        assert_eq!(decide(&after(1, 4096, None), &limits()), Decision::SwitchOver(Stop::Converged));
     }
 
     #[test]
     fn a_limit_gives_up_rather_than_pausing_for_long() {
-        let much = 20 << 20;
+        // 400 ms at 100 MiB/s are 40 MiB.
+        let much = 60 << 20;
         let limits = Limits { rounds_max: 5, ..limits() };
         assert_eq!(decide(&after(4, much, Some(much)), &limits), Decision::GiveUp(Stop::Rounds));
         let mut progress = after(1, much, None);
@@ -230,8 +247,13 @@ mod tests {
         progress.sent = 0;
         progress.elapsed = limits.total_time;
         assert_eq!(decide(&progress, &limits), Decision::GiveUp(Stop::Time));
+        let some = Progress { remaining: 30 << 20, ..after(4, 0, Some(30 << 20)) };
+        assert_eq!(decide(&some, &limits), Decision::SwitchOver(Stop::Rounds));
         // What fits is sent even then.
-        assert_eq!(decide(&after(4, 2 << 20, Some(4 << 20)), &limits), Decision::SwitchOver);
+        assert_eq!(
+            decide(&after(4, 2 << 20, Some(4 << 20)), &limits),
+            Decision::SwitchOver(Stop::Converged)
+        );
     }
 
     /// Whatever a guest does, the passes come to an end.

@@ -260,8 +260,8 @@ impl Source<'_, '_> {
         tracing::debug!(?progress, "a pass is done");
         match policy::decide(&progress, &self.config.limits) {
             Decision::Copy => Ok(SourceEvent::RoundDone),
-            Decision::SwitchOver => {
-                self.report.stop_reason = Stop::Converged.name().to_owned();
+            Decision::SwitchOver(stop) => {
+                self.report.stop_reason = stop.name().to_owned();
                 Ok(SourceEvent::Converged)
             }
             Decision::GiveUp(stop) => {
