@@ -36,5 +36,4 @@ pub mod store {
 }
 
 /// The encoded `FileDescriptorSet` of all packages, for the reflection service.
-pub const FILE_DESCRIPTOR_SET: &[u8] =
-    include_bytes!(concat!(env!("OUT_DIR"), "/drover.fds"));
+pub const FILE_DESCRIPTOR_SET: &[u8] = include_bytes!(concat!(env!("OUT_DIR"), "/drover.fds"));
