@@ -9,7 +9,8 @@ use std::time::{Duration, Instant};
 use crate::{Error, Result};
 
 const INTERVAL: Duration = Duration::from_secs(1);
-const PATIENCE: Duration = Duration::from_secs(10);
+/// Longest wait for a page.
+pub(super) const PATIENCE: Duration = Duration::from_secs(10);
 const PAGE_BYTES_MAX: u64 = 64 << 10;
 
 /// What a guest's page said.
