@@ -160,7 +160,7 @@ impl Cluster {
 
     /// Installs the agent on a host, as a provider would: its unit, its settings, started at boot.
     fn install_agent(&self, host: &str) -> Result<()> {
-        let unit_path = paths::source_dir().join("node-agent/drover-agent.service");
+        let unit_path = paths::source_dir()?.join("node-agent/drover-agent.service");
         let unit = fs::read(&unit_path).map_err(Error::io("cannot read", &unit_path))?;
         let ssh = self.lab.ssh(host)?;
         let settings = format!(

@@ -19,10 +19,11 @@ pub struct RootImage {
 impl RootImage {
     /// The image of the present recipe; built first when the cache has none.
     pub fn ensure() -> Result<Self> {
-        let recipe = paths::source_dir().join("e2e/image");
+        let source = paths::source_dir()?;
+        let recipe = source.join("e2e/image");
         let cache = paths::cache_dir().join("lab");
         fs::create_dir_all(&cache).map_err(Error::io("cannot create", &cache))?;
-        let dir = cache.join(format!("root-{:016x}", hash_of_recipe(&recipe)?));
+        let dir = cache.join(format!("root-{:016x}", hash_of_recipe(&source)?));
         let _only_one = lock(&cache.join("root.lock"))?;
         if !dir.join("root.ext4").exists() {
             fs::create_dir_all(&dir).map_err(Error::io("cannot create", &dir))?;
@@ -67,7 +68,7 @@ pub fn make_initramfs(image: &RootImage, dir: &Path) -> Result<PathBuf> {
     // Static, with a target folder of its own: flags for the linker would otherwise make cargo
     // build everything else again.
     run(Command::new(cargo)
-        .current_dir(paths::source_dir())
+        .current_dir(paths::source_dir()?)
         .args(["rustc", "--quiet", "--package", "drover-guest", "--release"])
         .arg("--target-dir")
         .arg(&target)
@@ -111,14 +112,14 @@ fn copy(from: &Path, to: &Path) -> Result<()> {
 }
 
 /// Changes with each byte of the recipe's files.
-fn hash_of_recipe(folder: &Path) -> Result<u64> {
-    let mut files = vec![paths::source_dir().join("scripts/lib.sh")];
-    collect(folder, &mut files)?;
+fn hash_of_recipe(source: &Path) -> Result<u64> {
+    let mut files = vec![source.join("scripts/lib.sh")];
+    collect(&source.join("e2e/image"), &mut files)?;
     files.sort();
     let mut hash = Fnv::default();
     for path in files {
         let content = fs::read(&path).map_err(Error::io("cannot read", &path))?;
-        hash.add(path.strip_prefix(folder).unwrap_or(&path).as_os_str().as_encoded_bytes());
+        hash.add(path.strip_prefix(source).unwrap_or(&path).as_os_str().as_encoded_bytes());
         hash.add(&content);
     }
     Ok(hash.value())

@@ -2,6 +2,8 @@
 
 use std::path::{Path, PathBuf};
 
+use crate::{Error, Result};
+
 /// Files that are slow to make, kept outside the source tree: `$DROVER_CACHE`, or
 /// `~/.cache/drover`.
 pub fn cache_dir() -> PathBuf {
@@ -32,8 +34,19 @@ pub fn disk_dir(lab: &str) -> PathBuf {
     cache_dir().join("lab/disks").join(lab)
 }
 
-/// The source tree.
-pub fn source_dir() -> PathBuf {
-    let here = Path::new(env!("CARGO_MANIFEST_DIR"));
-    here.parent().unwrap_or(here).to_owned()
+/// The source tree: the one that cargo is at work in, or else the one around the current folder.
+/// (Not where this program was compiled: clones may share what cargo builds.)
+pub fn source_dir() -> Result<PathBuf> {
+    let start = std::env::var_os("CARGO_MANIFEST_DIR").map(PathBuf::from);
+    let start = match start {
+        Some(dir) => dir,
+        None => std::env::current_dir().map_err(Error::io("cannot find", "the current folder"))?,
+    };
+    let found = start.ancestors().find(|dir| dir.join("e2e/image/build-root").is_file());
+    found.map(Path::to_owned).ok_or_else(|| {
+        Error::other(format!(
+            "{}: expected to be run inside Drover's source tree",
+            start.display()
+        ))
+    })
 }
