@@ -25,8 +25,6 @@ pub struct Guest {
     pub dirty_interval_ms: u32,
     /// Memory filled with noise that must stay as it is, MiB.
     pub fill_mib: u32,
-    /// More flags of `vpsctl domain create`.
-    pub more: Vec<String>,
 }
 
 impl Guest {
@@ -40,7 +38,6 @@ impl Guest {
             dirty_mib: 2,
             dirty_interval_ms: 50,
             fill_mib: 16,
-            more: Vec::new(),
         }
     }
 
@@ -57,7 +54,7 @@ impl Guest {
     /// Its kernel's command line.
     pub fn command_line(&self) -> String {
         format!(
-            "console=ttyS0 panic=-1 drover.ip={}/24 drover.dirty_mib={} \
+            "console=ttyS0 quiet panic=-1 drover.ip={}/24 drover.dirty_mib={} \
              drover.dirty_interval_ms={} drover.fill_mib={}",
             self.address(),
             self.dirty_mib,
@@ -78,7 +75,6 @@ impl Guest {
         if let Some(node) = node {
             arguments.extend(["--node", node]);
         }
-        arguments.extend(self.more.iter().map(String::as_str));
         vpsctl.start(&arguments)
     }
 

@@ -108,7 +108,7 @@ pub fn start(
     let run_dir = paths::run_dir(lab);
     let append = format!(
         "console=ttyS0 quiet loglevel=4 panic=5 net.ifnames=0 mitigations=off tsc=reliable \
-         no_timer_check drover.root=/dev/vda drover.address={}/24 systemd.hostname={name}",
+         no_timer_check kvm.halt_poll_ns=0 drover.root=/dev/vda drover.address={}/24 systemd.hostname={name}",
         spec.address()
     );
     let mut command = Command::new("qemu-system-x86_64");

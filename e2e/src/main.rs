@@ -96,7 +96,7 @@ struct UpArgs {
     #[arg(long, default_value_t = 3)]
     hosts: usize,
     /// Emulated cores of each host.
-    #[arg(long, default_value_t = 2)]
+    #[arg(long, default_value_t = 1)]
     vcpus: usize,
     /// Memory of each host.
     #[arg(long, default_value_t = 3072)]

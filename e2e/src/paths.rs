@@ -44,9 +44,6 @@ pub fn source_dir() -> Result<PathBuf> {
     };
     let found = start.ancestors().find(|dir| dir.join("e2e/image/build-root").is_file());
     found.map(Path::to_owned).ok_or_else(|| {
-        Error::other(format!(
-            "{}: expected to be run inside Drover's source tree",
-            start.display()
-        ))
+        Error::other(format!("{}: expected to be run inside Drover's source tree", start.display()))
     })
 }

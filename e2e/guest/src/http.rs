@@ -3,35 +3,33 @@
 use std::io::{Read, Write};
 use std::net::{TcpListener, TcpStream};
 use std::sync::Arc;
-use std::sync::atomic::{AtomicUsize, Ordering::Relaxed};
+use std::sync::atomic::Ordering::Relaxed;
 use std::time::Duration;
 
-use crate::load::{Fill, Shared, clock_ns};
+use crate::load::{Fill, Shared};
 use crate::sys::{self, End};
 
-const CONNECTIONS_MAX: usize = 16;
+/// Each answers one connection at a time.
+const WORKERS: usize = 4;
 const REQUEST_BYTES_MAX: usize = 2048;
 const PATIENCE: Duration = Duration::from_secs(10);
 
-/// Serves on port 80, each connection in its own thread, at most [`CONNECTIONS_MAX`] at once.
-pub(crate) fn serve(shared: Arc<Shared>, fill: Arc<Fill>) -> Result<(), String> {
+/// Serves on port 80. The threads are there beforehand: one that had to be made while the guest's
+/// writes are logged would pay for each page of its stack.
+pub(crate) fn serve(shared: &Arc<Shared>, fill: &Arc<Fill>) -> Result<(), String> {
     let listener =
         TcpListener::bind(("0.0.0.0", 80)).map_err(|e| format!("cannot listen on port 80: {e}"))?;
-    std::thread::spawn(move || {
-        let open = Arc::new(AtomicUsize::new(0));
-        for stream in listener.incoming().flatten() {
-            if open.fetch_add(1, Relaxed) >= CONNECTIONS_MAX {
-                open.fetch_sub(1, Relaxed);
-                continue;
-            }
-            let (shared, fill, open) = (Arc::clone(&shared), Arc::clone(&fill), Arc::clone(&open));
-            std::thread::spawn(move || {
+    let listener = Arc::new(listener);
+    for _ in 0..WORKERS {
+        let (listener, shared, fill) =
+            (Arc::clone(&listener), Arc::clone(shared), Arc::clone(fill));
+        std::thread::spawn(move || {
+            for stream in listener.incoming().flatten() {
                 // A client that goes away is its own affair.
                 let _ = answer(stream, &shared, &fill);
-                open.fetch_sub(1, Relaxed);
-            });
-        }
-    });
+            }
+        });
+    }
     Ok(())
 }
 
@@ -73,7 +71,7 @@ fn page(shared: &Shared) -> String {
         shared.passes().load(Relaxed),
         shared.corrupt().load(Relaxed),
         shared.clock_back().load(Relaxed),
-        clock_ns(libc::CLOCK_REALTIME),
+        sys::clock_ns(libc::CLOCK_REALTIME),
     )
 }
 

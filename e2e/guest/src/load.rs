@@ -6,6 +6,8 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
 use std::time::Duration;
 
+use crate::sys::clock_ns;
+
 const PAGE: usize = 4096;
 const WORDS_PER_PAGE: usize = PAGE / 8;
 
@@ -80,6 +82,9 @@ pub(crate) fn start_dirtying(
     match unsafe { libc::fork() } {
         -1 => Err(format!("fork: {}", io::Error::last_os_error())),
         0 => {
+            // Work in the background, as a guest's batch job is: its server comes first.
+            // SAFETY: plain values.
+            unsafe { libc::setpriority(libc::PRIO_PROCESS, 0, 10) };
             // SAFETY: mapped above, `words` words long, and only this process's.
             let memory = unsafe { std::slice::from_raw_parts_mut(memory.cast::<u64>(), words) };
             dirty_for_ever(shared, memory, interval)
@@ -143,7 +148,7 @@ impl Fill {
     }
 }
 
-/// Watches that neither clock goes backwards.
+/// Watches that neither clock goes backwards by more than its interval.
 pub(crate) fn watch_clocks(shared: Arc<Shared>) {
     std::thread::spawn(move || {
         let mut last = [0; 2];
@@ -156,15 +161,7 @@ pub(crate) fn watch_clocks(shared: Arc<Shared>) {
                 }
                 *last = now;
             }
-            std::thread::sleep(Duration::from_millis(20));
+            std::thread::sleep(Duration::from_millis(50));
         }
     });
-}
-
-/// Nanoseconds on one of the kernel's clocks.
-pub(crate) fn clock_ns(clock: libc::clockid_t) -> i64 {
-    let mut time = libc::timespec { tv_sec: 0, tv_nsec: 0 };
-    // SAFETY: a valid place for the result.
-    unsafe { libc::clock_gettime(clock, &mut time) };
-    time.tv_sec * 1_000_000_000 + time.tv_nsec
 }

@@ -56,7 +56,7 @@ fn run() -> Result<(), String> {
     control::watch_power_button();
     control::watch_console(Arc::clone(&shared));
     if options.address.is_some() {
-        http::serve(Arc::clone(&shared), fill)?;
+        http::serve(&shared, &fill)?;
     }
     println!(
         "drover-guest: ready address={} uptime={} boot_id={}",
@@ -68,7 +68,7 @@ fn run() -> Result<(), String> {
     let start = Instant::now();
     let mut ticks = 0;
     loop {
-        std::thread::sleep(Duration::from_millis(100));
+        std::thread::sleep(Duration::from_millis(500));
         sys::reap_children();
         let due = start.elapsed().as_secs();
         shared.count(due.saturating_sub(ticks));

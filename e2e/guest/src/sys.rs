@@ -5,6 +5,7 @@ use std::fs::File;
 use std::io;
 use std::net::Ipv4Addr;
 use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
+use std::sync::OnceLock;
 
 /// Mounts /proc, /sys and /dev.
 pub(crate) fn mount_kernel_filesystems() -> Result<(), String> {
@@ -200,13 +201,24 @@ impl End {
     }
 }
 
-/// Seconds since the kernel started, as `/proc/uptime` says.
+/// Nanoseconds on one of the kernel's clocks.
+pub(crate) fn clock_ns(clock: libc::clockid_t) -> i64 {
+    let mut time = libc::timespec { tv_sec: 0, tv_nsec: 0 };
+    // SAFETY: a valid place for the result.
+    unsafe { libc::clock_gettime(clock, &mut time) };
+    time.tv_sec * 1_000_000_000 + time.tv_nsec
+}
+
+/// Seconds since the kernel started.
 pub(crate) fn uptime_seconds() -> String {
-    let text = std::fs::read_to_string("/proc/uptime").unwrap_or_default();
-    text.split_whitespace().next().unwrap_or("0").to_owned()
+    format!("{:.2}", clock_ns(libc::CLOCK_BOOTTIME) as f64 / 1e9)
 }
 
 /// Another one after each boot.
-pub(crate) fn boot_id() -> String {
-    std::fs::read_to_string("/proc/sys/kernel/random/boot_id").unwrap_or_default().trim().to_owned()
+pub(crate) fn boot_id() -> &'static str {
+    static ID: OnceLock<String> = OnceLock::new();
+    ID.get_or_init(|| {
+        let text = std::fs::read_to_string("/proc/sys/kernel/random/boot_id");
+        text.unwrap_or_default().trim().to_owned()
+    })
 }

@@ -110,7 +110,9 @@ fn in_lab(name: &str, args: &BenchArgs) -> Result<ExitCode> {
     let (lab, mine) = match Lab::open(name) {
         Ok(lab) if args.keep => (lab, false),
         _ => {
-            let options = LabOptions { name: name.to_owned(), hosts: 1, ..Default::default() };
+            // One core for the guest, one for who moves it.
+            let options =
+                LabOptions { name: name.to_owned(), hosts: 1, vcpus: 2, ..Default::default() };
             (Lab::up(&options, |line| println!("{line}"))?, !args.keep)
         }
     };

@@ -31,6 +31,7 @@
 //! page, and the log is switched off when one ends.
 
 mod control;
+mod courtesy;
 pub mod destination;
 pub mod destination_machine;
 mod features;

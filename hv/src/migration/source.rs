@@ -6,6 +6,7 @@ use std::time::{Duration, Instant};
 use drover_proto::agent::v1::{MigrationProgress, MigrationRole, ObservedMigration};
 use drover_proto::v1::{MigrationPhase, MigrationReport};
 
+use super::courtesy::Courtesy;
 use super::features::Shape;
 use super::handover::{Handover, Prepared, remove_handover};
 use super::link::{Link, buffer};
@@ -85,6 +86,7 @@ pub fn run(
         dirty: None,
         logging: false,
         pause: None,
+        courtesy: Courtesy::begin(),
         error: None,
         broken: false,
     };
@@ -105,6 +107,7 @@ struct Source<'a, 'o> {
     dirty: Option<DirtyPages>,
     logging: bool,
     pause: Option<Pause>,
+    courtesy: Courtesy,
     error: Option<MigrationError>,
     broken: bool,
 }
@@ -244,6 +247,9 @@ impl Source<'_, '_> {
         self.report.rate_bytes_per_second = self.copied.rate;
 
         if fresh {
+            // From here on it is a race against the guest's writes, and the rate that is seen
+            // must be the pause's.
+            self.courtesy.end();
             self.rehearse()?;
         }
         let dirty = self.vm.take_dirty()?;
