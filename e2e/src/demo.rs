@@ -104,8 +104,6 @@ fn create_guests(cluster: &Cluster, narrator: &Narrator) -> Result<Vec<Guest>> {
     let guests: Vec<Guest> = (1..=LAYOUT.len() as u8)
         .map(|n| Guest {
             vcpus: if n == 2 { 2 } else { 1 },
-            dirty_mib: 1,
-            dirty_interval_ms: 250,
             ..Guest::new(format!("web{n}"), 10 + n)
         })
         .collect();

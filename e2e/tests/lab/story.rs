@@ -114,7 +114,7 @@ fn start_again(world: &World, guest: &Guest) -> Result<()> {
 
 /// Who attaches late still reads what was said at boot, and what is typed reaches the guest.
 fn the_console_has_a_history(world: &mut World) -> Result<()> {
-    let guest = Guest::new("web1", 11);
+    let guest = Guest { kernel_messages: true, ..Guest::new("web1", 11) };
     world.domain_with_client(&guest, "host1")?.stop()?;
     let history = world.vpsctl().run(&["domain", "console", "web1", "--history-only"])?;
     ensure!(history.contains("Linux version"), "no boot in the history: {history}");
