@@ -10,6 +10,9 @@ use std::process::Command;
 use crate::process::run;
 use crate::{Error, Result, initramfs, paths};
 
+/// Root disks of other recipes are kept for labs that still run from them.
+const ROOTS_MAX: usize = 3;
+
 /// Debian for the hosts, made by `e2e/image/build-root`.
 #[derive(Debug, Clone)]
 pub struct RootImage {
@@ -36,6 +39,7 @@ impl RootImage {
                     "the hosts' root disk could not be built (build-root: {status})"
                 )));
             }
+            keep_newest(&cache, "root-", ROOTS_MAX)?;
         }
         Ok(Self { dir })
     }
@@ -152,6 +156,22 @@ fn collect(folder: &Path, files: &mut Vec<PathBuf>) -> Result<()> {
     for entry in entries.flatten() {
         let path = entry.path();
         if path.is_dir() { collect(&path, files)? } else { files.push(path) }
+    }
+    Ok(())
+}
+
+/// Removes the folders with this prefix but for the ones that were made or used last.
+pub(crate) fn keep_newest(folder: &Path, prefix: &str, max: usize) -> Result<()> {
+    let entries = fs::read_dir(folder).map_err(Error::io("cannot list", folder))?;
+    let mut all: Vec<_> = entries
+        .flatten()
+        .filter(|e| e.path().is_dir() && e.file_name().to_string_lossy().starts_with(prefix))
+        .filter_map(|e| Some((e.metadata().ok()?.modified().ok()?, e.path())))
+        .collect();
+    all.sort();
+    let surplus = all.len().saturating_sub(max);
+    for (_, path) in all.into_iter().take(surplus) {
+        fs::remove_dir_all(&path).map_err(Error::io("cannot remove", &path))?;
     }
     Ok(())
 }

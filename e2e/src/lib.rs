@@ -34,7 +34,7 @@ pub mod lab;
 pub mod netns;
 pub mod paths;
 pub mod process;
-pub mod qmp;
+mod qmp;
 pub(crate) mod snapshot;
 pub mod ssh;
 pub mod switch;

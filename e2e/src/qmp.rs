@@ -3,36 +3,44 @@
 use std::io::{BufRead as _, BufReader, Write as _};
 use std::os::unix::net::UnixStream;
 use std::path::Path;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use serde_json::{Value, json};
 
 use crate::process::wait_for;
 use crate::{Error, Result};
 
-const ANSWER_PATIENCE: Duration = Duration::from_secs(120);
 const POLL_INTERVAL: Duration = Duration::from_millis(50);
+const CONNECT_PATIENCE: Duration = Duration::from_secs(60);
+/// Also between two events: a move on a busy machine takes long.
+const ANSWER_PATIENCE: Duration = Duration::from_secs(300);
 
 /// An open connection.
-pub struct Qmp {
+pub(crate) struct Qmp {
     reader: BufReader<UnixStream>,
     writer: UnixStream,
+    /// Events that came while an answer was waited for.
+    events: Vec<Value>,
 }
 
 impl Qmp {
-    /// Connects to a QEMU that listens, and agrees on the protocol.
-    pub fn connect(path: &Path) -> Result<Self> {
-        let stream = UnixStream::connect(path).map_err(Error::io("cannot connect to", path))?;
+    /// Connects as soon as the socket is there, and agrees on the protocol; `still_runs` says
+    /// whether it is worth waiting.
+    pub(crate) fn connect(path: &Path, mut still_runs: impl FnMut() -> Result<()>) -> Result<Self> {
+        let stream = wait_for("QEMU's control socket", CONNECT_PATIENCE, || {
+            still_runs()?;
+            Ok(UnixStream::connect(path).ok())
+        })?;
         stream.set_read_timeout(Some(ANSWER_PATIENCE)).map_err(Error::io("cannot use", path))?;
         let writer = stream.try_clone().map_err(Error::io("cannot use", path))?;
-        let mut qmp = Self { reader: BufReader::new(stream), writer };
+        let mut qmp = Self { reader: BufReader::new(stream), writer, events: Vec::new() };
         qmp.read()?;
         qmp.execute("qmp_capabilities", Value::Null)?;
         Ok(qmp)
     }
 
     /// Runs a command; what it returns.
-    pub fn execute(&mut self, command: &str, arguments: Value) -> Result<Value> {
+    pub(crate) fn execute(&mut self, command: &str, arguments: Value) -> Result<Value> {
         let mut request = json!({ "execute": command });
         if !arguments.is_null() {
             request["arguments"] = arguments;
@@ -46,11 +54,33 @@ impl Qmp {
             if answer.get("return").is_some() {
                 return Ok(answer["return"].take());
             }
+            self.events.push(answer);
         }
     }
 
+    /// Waits for an event, those included that came since the last wait.
+    pub(crate) fn wait_event<T>(
+        &mut self,
+        patience: Duration,
+        mut wanted: impl FnMut(&Value) -> Result<Option<T>>,
+    ) -> Result<T> {
+        let start = Instant::now();
+        for event in std::mem::take(&mut self.events) {
+            if let Some(found) = wanted(&event)? {
+                return Ok(found);
+            }
+        }
+        while start.elapsed() < patience {
+            let event = self.read()?;
+            if let Some(found) = wanted(&event)? {
+                return Ok(found);
+            }
+        }
+        Err(Error::Timeout { what: "an event of QEMU".to_owned(), seconds: patience.as_secs() })
+    }
+
     /// Waits until a migration (to or from a file) is over.
-    pub fn wait_migration(&mut self, patience: Duration) -> Result<()> {
+    pub(crate) fn wait_migration(&mut self, patience: Duration) -> Result<()> {
         wait_for("the end of QEMU's migration", patience, || {
             let state = self.execute("query-migrate", Value::Null)?;
             match state["status"].as_str() {

@@ -13,7 +13,7 @@ use std::time::Duration;
 use serde_json::{Value, json};
 
 use crate::host::{CommonDisks, HostFiles, HostSpec};
-use crate::image::Fnv;
+use crate::image::{Fnv, keep_newest};
 use crate::process::{run, wait_for};
 use crate::qmp::Qmp;
 use crate::{Error, Result, paths};
@@ -62,7 +62,7 @@ impl Snapshot {
     /// Lets a host go on whose QEMU was started with the state: it was saved while stopped, and so
     /// it is when all is read.
     pub(crate) fn go_on(files: &HostFiles) -> Result<()> {
-        let mut qmp = Qmp::connect(&files.qmp)?;
+        let mut qmp = Qmp::connect(&files.qmp, || Ok(()))?;
         wait_for("a host's saved state", SAVE_PATIENCE, || {
             let status = qmp.execute("query-status", Value::Null)?;
             Ok((status["status"] != "inmigrate").then_some(()))
@@ -80,12 +80,12 @@ impl Snapshot {
             return saved;
         }
         fs::rename(&new, &self.dir).map_err(Error::io("cannot rename", &new))?;
-        forget_old()
+        keep_newest(&folder(), "", SNAPSHOTS_MAX)
     }
 }
 
 fn save_into(folder: &Path, files: &HostFiles) -> Result<()> {
-    let mut qmp = Qmp::connect(&files.qmp)?;
+    let mut qmp = Qmp::connect(&files.qmp, || Ok(()))?;
     qmp.execute("stop", Value::Null)?;
     qmp.execute("migrate-set-parameters", json!({ "max-bandwidth": BANDWIDTH_BYTES }))?;
     let uri = format!("file:{}", folder.join("state").display());
@@ -99,19 +99,4 @@ fn save_into(folder: &Path, files: &HostFiles) -> Result<()> {
 
 fn folder() -> PathBuf {
     paths::cache_dir().join("lab/booted")
-}
-
-fn forget_old() -> Result<()> {
-    let folder = folder();
-    let entries = fs::read_dir(&folder).map_err(Error::io("cannot list", &folder))?;
-    let mut all: Vec<_> = entries
-        .flatten()
-        .filter_map(|e| Some((e.metadata().ok()?.modified().ok()?, e.path())))
-        .collect();
-    all.sort();
-    let surplus = all.len().saturating_sub(SNAPSHOTS_MAX);
-    for (_, path) in all.into_iter().take(surplus) {
-        fs::remove_dir_all(&path).map_err(Error::io("cannot remove", &path))?;
-    }
-    Ok(())
 }

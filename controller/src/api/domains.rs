@@ -190,7 +190,7 @@ fn unsaved(begun: &Begun) -> Operation {
         kind: record.kind,
         target: record.target.clone(),
         state: OperationState::Succeeded.into(),
-        status_message: "valid: it would be placed; nothing was changed".into(),
+        status_message: format!("would be {}; nothing was changed", record.status_message),
         progress_percent: 100,
         create_time: record.create_time,
         ..Operation::default()

@@ -80,6 +80,7 @@ pub fn create_domain(cx: &Context<'_>, new: &NewDomain) -> Result<Begun, Refusal
 
     let mut operation = operation(cx, OperationKind::CreateDomain, new.id.name(), START_WAIT_MS);
     let message = format!("placed on {}", decision.node.name());
+    operation.status_message.clone_from(&message);
     let mut domain = DomainRecord {
         id: new.id.as_str().to_owned(),
         uid: cx.ids.uuid(),

@@ -21,7 +21,6 @@ mod guest;
 mod migration;
 mod probe;
 mod qemu;
-mod qmp;
 mod stage;
 mod stats;
 

@@ -8,9 +8,9 @@ use serde_json::{Value, json};
 
 use super::child::Owned;
 use super::migration::{DOWNTIME, Moved, Mover};
-use super::qmp::Qmp;
 use super::stage::{GUEST_MEMORY_MIB, Stage, Who};
 use crate::process::run;
+use crate::qmp::Qmp;
 use crate::{Error, Result};
 
 const PROGRAM: &str = "qemu-system-x86_64";
@@ -85,7 +85,7 @@ fn start(stage: &Stage, vhost: bool, end: usize, incoming: bool) -> Result<(Owne
     }
     command.stdout(Stdio::null());
     let mut process = Owned::start(command, &file(stage, end, "log"))?;
-    let qmp = Qmp::connect(&socket, &mut process)?;
+    let qmp = Qmp::connect(&socket, || process.still_runs())?;
     Ok((process, qmp))
 }
 
