@@ -16,6 +16,8 @@ pub const HISTORY_BYTES: usize = 256 << 10;
 const LINE_BYTES_MAX: usize = 400;
 /// How Linux' kernel says that it gives up (`kernel/panic.c`).
 const PANIC_TEXT: &str = "Kernel panic - not syncing: ";
+/// A kernel panics once. Texts beyond these are a user's, who would have each one reported.
+const PANICS_MAX: u32 = 8;
 /// How it says that it restarts in good order (`kernel/reboot.c`): whatever a panic's text was
 /// doing on the console, the kernel that says this has not panicked.
 const RESTART_TEXT: &str = "reboot: Restarting system";
@@ -40,6 +42,8 @@ struct Ring {
     end: u64,
     line: Vec<u8>,
     panic: Option<String>,
+    /// How often one was read since the kernel started.
+    panics: u32,
 }
 
 /// Some of what was said.
@@ -134,6 +138,7 @@ impl Console {
     pub fn forget_panic(&self) {
         let mut ring = self.ring();
         ring.panic = None;
+        ring.panics = 0;
         ring.line.clear();
     }
 }
@@ -145,8 +150,11 @@ impl Ring {
         if let Some(at) = line.find(PANIC_TEXT)
             && !line[..at].contains("[ end ")
         {
-            let text: String = line[at..].chars().filter(|c| !c.is_control()).collect();
-            self.panic = Some(text.trim_end().to_owned());
+            if self.panics < PANICS_MAX {
+                let text: String = line[at..].chars().filter(|c| !c.is_control()).collect();
+                self.panic = Some(text.trim_end().to_owned());
+                self.panics += 1;
+            }
         } else if line.contains(RESTART_TEXT) {
             self.panic = None;
         }
@@ -207,6 +215,24 @@ mod tests {
         assert_eq!(console.panic().as_deref(), Some(text));
         console.forget_panic();
         assert_eq!(console.panic(), None);
+    }
+
+    /// Each panic is news for the controller: a user who writes them to the console is not heard
+    /// for ever.
+    #[test]
+    fn panics_are_believed_a_few_times() {
+        let console = Console::default();
+        let mut news = 0;
+        for n in 0..1000 {
+            console.push(
+                format!("reboot: Restarting system\nKernel panic - not syncing: {n}\n").as_bytes(),
+            );
+            news += u32::from(console.panic().is_some());
+        }
+        assert_eq!(news, PANICS_MAX);
+        console.forget_panic();
+        console.push(b"Kernel panic - not syncing: hung\n");
+        assert!(console.panic().is_some());
     }
 
     /// Somebody reads a log on the console and reboots: that is no crash.

@@ -1,11 +1,12 @@
 //! AgentService: the console of a domain, passed through from its VMM's socket.
 
+use std::sync::Arc;
 use std::time::Duration;
 
 use drover_proto::agent::v1::agent_service_server::{AgentService, AgentServiceServer};
 use drover_proto::v1::{ConsoleInput, ConsoleOutput};
 use drover_proto::vmm::v1::vmm_service_client::VmmServiceClient;
-use tokio::sync::mpsc;
+use tokio::sync::{Semaphore, mpsc};
 use tokio_stream::wrappers::ReceiverStream;
 use tonic::{Request, Response, Status, Streaming};
 
@@ -17,18 +18,22 @@ use crate::wanted::is_uid;
 const ATTACH_TIMEOUT: Duration = Duration::from_secs(10);
 /// Pieces of text that wait for a slow reader; then its stream waits, and the guest does not.
 const PIECES_MAX: usize = 16;
+/// Readers at the same time, of all consoles of the node.
+const READERS_MAX: usize = 256;
 
 /// Serves the consoles of the domains of this node.
 #[derive(Debug, Clone)]
 pub struct Console {
     places: Places,
     node: String,
+    readers: Arc<Semaphore>,
 }
 
 impl Console {
     /// The service, for domains whose files lie in `places`.
     pub fn service(places: Places, node: String) -> AgentServiceServer<Self> {
-        AgentServiceServer::new(Self { places, node })
+        let readers = Arc::new(Semaphore::new(READERS_MAX));
+        AgentServiceServer::new(Self { places, node, readers })
     }
 }
 
@@ -40,6 +45,12 @@ impl AgentService for Console {
         &self,
         request: Request<Streaming<ConsoleInput>>,
     ) -> Result<Response<Self::AttachConsoleStream>, Status> {
+        let reader = Arc::clone(&self.readers).try_acquire_owned().map_err(|_| {
+            Status::resource_exhausted(format!(
+                "{READERS_MAX} consoles are open on node {}; close one",
+                self.node
+            ))
+        })?;
         let mut input = request.into_inner();
         let first = tokio::time::timeout(ATTACH_TIMEOUT, input.message())
             .await
@@ -73,6 +84,7 @@ impl AgentService for Console {
             to_vmm.closed().await;
         });
         tokio::spawn(async move {
+            let _until_it_ends = reader;
             loop {
                 let piece = tokio::select! {
                     piece = output.message() => piece,

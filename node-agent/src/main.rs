@@ -3,6 +3,7 @@
 use std::fs;
 use std::process::ExitCode;
 use std::sync::Arc;
+use std::time::Duration;
 
 use clap::Parser;
 use drover_agent::cli::Options;
@@ -92,6 +93,8 @@ async fn run(options: Options) -> Result<(), Error> {
     });
     let node = node::start(shared, home).await?;
     let server = Server::builder()
+        .http2_keepalive_interval(Some(KEEP_ALIVE))
+        .http2_keepalive_timeout(Some(KEEP_ALIVE))
         .add_service(Console::service(places, options.node))
         .serve_with_incoming(TcpListenerStream::new(listener));
     tokio::select! {
@@ -108,6 +111,10 @@ async fn run(options: Options) -> Result<(), Error> {
         }
     }
 }
+
+/// How often a silent controller that watches a console is asked whether it is there, and how
+/// long it may take to answer.
+const KEEP_ALIVE: Duration = Duration::from_secs(10);
 
 async fn told_to_end() {
     let (Ok(mut term), Ok(mut int)) =

@@ -262,6 +262,10 @@ impl Node {
                     name: assigned.name.clone(),
                     ..ObservedDomain::default()
                 },
+                // Nor is it wanted; that it is gone is not known before it was looked for.
+                (None, None) if !view.looked => {
+                    ObservedDomain { uid: uid.clone(), ..ObservedDomain::default() }
+                }
                 (None, None) => continue,
             };
             if let Some(pid) = view.pid {

@@ -7,6 +7,7 @@
 
 use std::time::Duration;
 
+use drover_proto::MESSAGE_BYTES_MAX;
 use drover_proto::agent::v1::session_service_client::SessionServiceClient;
 use drover_proto::agent::v1::{
     AgentMessage, ControllerMessage, Hello, Report, Welcome, agent_message, controller_message,
@@ -151,7 +152,8 @@ async fn open(
         .keep_alive_timeout(KEEP_ALIVE_TIMEOUT)
         .keep_alive_while_idle(true);
     let channel = endpoint.connect().await.map_err(|err| Ended::NotBegun(with_causes(&err)))?;
-    let mut client = SessionServiceClient::new(channel);
+    let mut client =
+        SessionServiceClient::new(channel).max_decoding_message_size(MESSAGE_BYTES_MAX);
     // The stream begins with Hello, before the answer is waited for.
     let first = AgentMessage { message: Some(agent_message::Message::Hello(hello.clone())) };
     let _ = outbox.try_send(first);

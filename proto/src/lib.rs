@@ -35,5 +35,9 @@ pub mod store {
     }
 }
 
+/// Largest message that a client takes: a page of large objects, or all that one node should run.
+/// (gRPC's default, 4 MiB, would let a tenant's long labels cut off a node.)
+pub const MESSAGE_BYTES_MAX: usize = 64 << 20;
+
 /// The encoded `FileDescriptorSet` of all packages, for the reflection service.
 pub const FILE_DESCRIPTOR_SET: &[u8] = include_bytes!(concat!(env!("OUT_DIR"), "/drover.fds"));

@@ -131,7 +131,7 @@ pub(crate) struct DrainArgs {
     #[command(flatten)]
     pub(crate) name: NodeName,
     /// Print the whole plan and change nothing
-    #[arg(long, conflicts_with = "detach")]
+    #[arg(long, conflicts_with_all = ["detach", "deadline", "Limits"])]
     pub(crate) dry_run: bool,
     /// The drain ends then, with what is left where it is [default: 1h]
     #[arg(long, value_name = "DURATION", value_parser = parse::duration)]
@@ -155,13 +155,14 @@ pub(crate) struct Limits {
     /// Longest pause of the guest to aim at [default: 100ms]
     #[arg(long, value_name = "DURATION", value_parser = parse::duration)]
     pub(crate) downtime: Option<Duration>,
-    /// Passes over memory before the guest is paused anyway [default: 30]
+    /// Passes over memory; then it moves within 4 times --downtime, or fails and stays
+    /// [default: 30]
     #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..))]
     pub(crate) rounds_max: Option<u32>,
-    /// Memory to send before the guest is paused anyway [default: 8 times its memory]
+    /// Memory to send; then as with --rounds-max [default: 8 times its memory]
     #[arg(long, value_name = "SIZE", value_parser = parse::size)]
     pub(crate) bytes_max: Option<u64>,
-    /// A migration fails, and its domain stays, after this long [default: 10m]
+    /// Time to copy; then as with --rounds-max [default: 10m]
     #[arg(long, value_name = "DURATION", value_parser = parse::duration)]
     pub(crate) time_max: Option<Duration>,
     /// Bytes a second, such as 100MiB [default: no limit]
@@ -364,7 +365,7 @@ pub(crate) enum OperationCommand {
         #[arg(long)]
         active: bool,
         /// Only those on this resource: domains/NAME, nodes/NAME or cluster
-        #[arg(long, value_name = "RESOURCE", value_parser = parse::subject)]
+        #[arg(long, value_name = "RESOURCE", value_parser = parse::target)]
         target: Option<String>,
     },
     /// Show one operation
@@ -378,8 +379,9 @@ The exit code is that of the operation: 0 when it succeeded, 6 when it is not do
     Wait(OperationName),
     /// Ask an operation to end, and wait until it has
     ///
-    /// A drain lets running migrations be cancelled too; what has moved stays where it is. Past
-    /// its point of no return an operation cannot be cancelled (exit code 4).
+    /// A drain starts no more moves and waits for those under way; what has moved stays where it
+    /// is. Stopping and deleting cannot be cancelled, nor an operation past its point of no return
+    /// (exit code 4).
     Cancel {
         #[command(flatten)]
         name: OperationName,
@@ -411,7 +413,7 @@ Examples:
 #[command(group = clap::ArgGroup::new("what").args(["dry_run", "apply"]).required(true))]
 pub(crate) struct BalanceArgs {
     /// Print the moves and change nothing
-    #[arg(long, conflicts_with = "detach")]
+    #[arg(long, conflicts_with_all = ["detach", "Limits"])]
     pub(crate) dry_run: bool,
     /// Make the moves
     #[arg(long)]

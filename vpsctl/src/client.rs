@@ -27,6 +27,8 @@ const ATTEMPT_TIME_MAX: Duration = Duration::from_secs(10);
 const CONNECT_TIME_MAX: Duration = Duration::from_secs(3);
 /// A silent connection is found dead after twice this.
 const KEEP_ALIVE: Duration = Duration::from_secs(5);
+pub(crate) use drover_proto::MESSAGE_BYTES_MAX;
+
 /// How long a call goes round the members before it gives up: longer than an election.
 const CALL_PATIENCE: Duration = Duration::from_secs(10);
 /// The same for what has been running for a while: it outlives a rolling restart.

@@ -27,6 +27,9 @@ pub(crate) fn size(text: &str) -> Result<u64, String> {
 }
 
 /// A duration, from `100ms`, `30s`, `10m`, `1h` or a sum such as `1h30m`.
+/// Longer ones are a slip of the hand, and do not fit the clock.
+const DURATION_MAX: Duration = Duration::from_secs(366 * 86_400);
+
 pub(crate) fn duration(text: &str) -> Result<Duration, String> {
     let refuse = || "use a number with ms, s, m or h, such as 100ms, 30s or 1h30m".to_owned();
     let mut rest = text.trim();
@@ -48,6 +51,9 @@ pub(crate) fn duration(text: &str) -> Result<Duration, String> {
         let part = Duration::try_from_secs_f64(number * seconds_each).map_err(|_| refuse())?;
         total = total.checked_add(part).ok_or_else(refuse)?;
         rest = &after[unit.len()..];
+    }
+    if total > DURATION_MAX {
+        return Err("at most 8784h (a year) is accepted".to_owned());
     }
     Ok(total)
 }
@@ -92,12 +98,19 @@ fn resource(collection: &str, example: &str, text: &str) -> Result<String, Strin
     }
 }
 
-/// What an event or an operation is about: `domains/…`, `nodes/…`, `operations/…` or `cluster`.
+/// What an operation is for: `domains/…`, `nodes/…` or `cluster`.
+pub(crate) fn target(text: &str) -> Result<String, String> {
+    if text == "cluster" {
+        return Ok(text.to_owned());
+    }
+    subject(text).map_err(|_| "domains/NAME, nodes/NAME or cluster is expected".to_owned())
+}
+
+/// What an event is about: `domains/…` or `nodes/…`.
 pub(crate) fn subject(text: &str) -> Result<String, String> {
     match text.split_once('/') {
-        None if text == "cluster" => Ok(text.to_owned()),
-        Some(("nodes" | "domains" | "operations", id)) if !id.is_empty() => Ok(text.to_owned()),
-        _ => Err("domains/NAME, nodes/NAME, operations/UUID or cluster is expected".to_owned()),
+        Some(("nodes" | "domains", id)) if !id.is_empty() => Ok(text.to_owned()),
+        _ => Err("domains/NAME or nodes/NAME is expected".to_owned()),
     }
 }
 
@@ -179,7 +192,7 @@ mod tests {
         assert_eq!(duration("1h30m"), Ok(Duration::from_secs(5400)));
         assert_eq!(duration("1.5s"), Ok(Duration::from_millis(1500)));
         assert_eq!(duration("2min"), Ok(Duration::from_secs(120)));
-        for bad in ["", "10", "10x", "s", "1h30", "-5s", "10sm", "99999999999999999999h"] {
+        for bad in ["", "10", "10x", "s", "1h30", "-5s", "10sm", "99999999999999999999h", "8785h"] {
             assert!(duration(bad).is_err(), "{bad}");
         }
     }
@@ -197,7 +210,8 @@ mod tests {
         assert_eq!(operation(&format!("operations/{uuid}")), Ok(format!("operations/{uuid}")));
         assert!(operation("web1").unwrap_err().contains("a UUID is expected"));
         assert!(operation("domains/web1").unwrap_err().starts_with("is one of domains"));
-        assert_eq!(subject("cluster"), Ok("cluster".to_owned()));
+        assert_eq!(subject("nodes/host1"), Ok("nodes/host1".to_owned()));
+        assert!(subject("cluster").is_err());
         assert!(subject("web1").is_err());
     }
 

@@ -10,6 +10,8 @@ use drover_proto::v1::{
 use tokio::signal::unix::{Signal, SignalKind, signal};
 use tokio_stream::StreamExt;
 
+use crate::client::MESSAGE_BYTES_MAX;
+
 use crate::{
     args::Detach,
     client::Cluster,
@@ -85,7 +87,13 @@ async fn watched(
         let mut changes = cluster
             .call_again(|rpc| {
                 let request = request.clone();
-                async move { OperationServiceClient::new(rpc).watch_operation(request).await }
+                async move {
+                    let client = OperationServiceClient::new(rpc);
+                    client
+                        .max_decoding_message_size(MESSAGE_BYTES_MAX)
+                        .watch_operation(request)
+                        .await
+                }
             })
             .await?;
         while let Some(change) = changes.next().await {

@@ -1,8 +1,8 @@
 //! Any member answers any call: one that does not lead sends it on, as it came.
 //!
 //! The HTTP/2 request goes to the leader's channel untouched (streams in both directions
-//! included) with one header added, so that it is sent on once at most. When no leader is
-//! known, the call waits a little for an election to end.
+//! included) with two headers: the trace it belongs to, and one for which it is sent on once at
+//! most. When no leader is known, the call waits a little for an election to end.
 
 use std::collections::BTreeMap;
 use std::convert::Infallible;
@@ -16,6 +16,7 @@ use tokio::time::timeout;
 use tonic::Status;
 use tonic::body::Body;
 use tonic::codegen::http::{HeaderValue, Request, Response};
+use tonic::metadata::MetadataMap;
 use tonic::server::NamedService;
 use tonic::transport::{Channel, Endpoint};
 use tower::{Service, ServiceExt};
@@ -104,6 +105,9 @@ impl Forwarder {
     }
 
     async fn send(&self, channel: Channel, mut request: Request<Body>) -> Response<Body> {
+        let mut metadata = MetadataMap::from_headers(std::mem::take(request.headers_mut()));
+        drover_telemetry::inject(&mut metadata);
+        *request.headers_mut() = metadata.into_headers();
         request.headers_mut().insert(FORWARDED_BY, HeaderValue::from(self.member));
         let sent = match ServiceExt::<Request<Body>>::ready_oneshot(channel).await {
             Ok(mut channel) => channel.call(request).await,

@@ -3,6 +3,7 @@
 use std::sync::Arc;
 use std::time::Duration;
 
+use drover_proto::MESSAGE_BYTES_MAX;
 use drover_proto::agent::v1::session_service_server::SessionServiceServer;
 use drover_proto::v1::cluster_service_server::ClusterServiceServer;
 use drover_proto::v1::domain_service_server::DomainServiceServer;
@@ -123,5 +124,8 @@ pub fn routes(service: &Service) -> tonic::service::Routes {
         .add_service(forwarder.wrap(OperationServiceServer::new(service.clone())))
         .add_service(forwarder.wrap(EventServiceServer::new(service.clone())))
         .add_service(forwarder.wrap(ClusterServiceServer::new(service.clone())))
-        .add_service(SessionServiceServer::new(Sessions::new(service.clone())))
+        .add_service(
+            SessionServiceServer::new(Sessions::new(service.clone()))
+                .max_decoding_message_size(MESSAGE_BYTES_MAX),
+        )
 }

@@ -1,8 +1,10 @@
 //! What a node shall run: derived from the rows each time, so that it cannot drift from them.
 
+use std::collections::HashMap;
+
 use drover_proto::agent::v1::assignment::Role;
 use drover_proto::agent::v1::{Assignment, Incoming, Outgoing, Owner};
-use drover_proto::v1::DomainState;
+use drover_proto::v1::{DomainSpec, DomainState};
 
 use crate::model::{DomainRecord, Migration, MigrationStage, NodeId, World};
 
@@ -59,11 +61,13 @@ fn outgoing(m: &Migration) -> Option<Outgoing> {
 }
 
 fn assign(domain: &DomainRecord, epoch: u64, role: Role, outgoing: Option<Outgoing>) -> Assignment {
+    // Labels are for people and billing: no node needs them.
+    let spec = domain.spec.clone().map(|spec| DomainSpec { labels: HashMap::new(), ..spec });
     Assignment {
         uid: domain.uid.clone(),
         name: format!("domains/{}", domain.id),
         epoch,
-        spec: domain.spec.clone(),
+        spec,
         outgoing,
         role: Some(role),
     }

@@ -91,6 +91,8 @@ pub(crate) struct Domain {
     refused: Option<String>,
     /// When the running VMM was first seen to answer, for the count of crashes.
     live_since: Option<Instant>,
+    /// When its log is looked at next: however much news there is.
+    log_due: Instant,
 }
 
 impl Domain {
@@ -112,6 +114,7 @@ impl Domain {
             record_damage: None,
             link: Link::gone(),
             progress: Progress::default(),
+            log_due: Instant::now() + TICK,
             trouble: None,
             refused: None,
             live_since: None,
@@ -177,6 +180,7 @@ impl Domain {
     async fn wait(&mut self, wake: Option<Instant>) -> bool {
         let tick = Instant::now() + if self.link.is_silent() { RECONNECT } else { TICK };
         let until = wake.map_or(tick, |wake| wake.min(tick));
+        self.bound_log().await;
         tokio::select! {
             changed = self.wanted_source.changed() => return changed.is_ok(),
             event = self.link.event() => {
@@ -186,16 +190,23 @@ impl Domain {
             () = tokio::time::sleep_until(until) => {
                 if self.link.is_silent() {
                     self.look_again().await;
-                } else if until == tick {
-                    let log = self.files.log.clone();
-                    if let Err(error) = blocking(move || files::bound_log(&log)).await {
-                        tracing::warn!(uid = self.uid, %error, "cannot bound the VMM's log");
-                    }
                 }
             }
         }
         self.learn().await;
         true
+    }
+
+    async fn bound_log(&mut self) {
+        let now = Instant::now();
+        if now < self.log_due {
+            return;
+        }
+        self.log_due = now + TICK;
+        let log = self.files.log.clone();
+        if let Err(error) = blocking(move || files::bound_log(&log)).await {
+            tracing::warn!(uid = self.uid, %error, "cannot bound the VMM's log");
+        }
     }
 
     fn note_exit(&mut self) {

@@ -150,8 +150,13 @@ pub fn remove_leftover_taps(uids: &[String]) -> Result<Vec<String>, Error> {
         let Some(part) = uid_part(&name) else { continue };
         let belongs = known.iter().any(|tap| uid_part(tap) == Some(part));
         if !belongs && attribute(&name, "tun_flags").exists() {
-            ioctl::remove_tap(&name).map_err(fail("remove the tap", &name))?;
-            removed.push(name);
+            // Somebody may hold it open; that is no reason for the node to be without an agent.
+            match ioctl::remove_tap(&name) {
+                Ok(()) => removed.push(name),
+                Err(error) => {
+                    tracing::warn!(tap = name, %error, "cannot remove a tap that belongs to no domain");
+                }
+            }
         }
     }
     Ok(removed)

@@ -98,6 +98,17 @@ impl<'a> Session<'a> {
         loop {
             let (output, typed) = match self.attach().await {
                 Ok(streams) => streams,
+                // It may be on its way: between two VMMs, or starting again.
+                Err(error)
+                    if self.attached_before
+                        && empty_streams + 1 < REATTACH_MAX
+                        && !self.ended().await? =>
+                {
+                    tracing::debug!(%error, "no console yet");
+                    empty_streams += 1;
+                    tokio::time::sleep(REATTACH_PAUSE).await;
+                    continue;
+                }
                 Err(error) => return Err(self.without_console(error).await),
             };
             if !self.attached_before {

@@ -42,7 +42,13 @@ macro_rules! all_pages {
                 .cluster
                 .call(|rpc| {
                     let request = request.clone();
-                    async move { $client::new(rpc).$method(request).await }
+                    async move {
+                        let client = $client::new(rpc);
+                        client
+                            .max_decoding_message_size($crate::client::MESSAGE_BYTES_MAX)
+                            .$method(request)
+                            .await
+                    }
                 })
                 .await?;
             items.extend(page.$items);
@@ -63,14 +69,20 @@ macro_rules! call {
             .cluster
             .call(|rpc| {
                 let request = request.clone();
-                async move { $client::new(rpc).$method(request).await }
+                async move {
+                    let client = $client::new(rpc);
+                    client
+                        .max_decoding_message_size($crate::client::MESSAGE_BYTES_MAX)
+                        .$method(request)
+                        .await
+                }
             })
             .await
     }};
 }
 pub(crate) use call;
 
-pub(crate) const PAGE_SIZE: u32 = 500;
+pub(crate) const PAGE_SIZE: u32 = 100;
 
 /// A mutation's id: sent again with each attempt, so that it is done once.
 pub(crate) fn request_id() -> String {
