@@ -1,6 +1,6 @@
 //! What a node shall run: derived from the rows each time, so that it cannot drift from them.
 
-use std::collections::HashMap;
+use std::collections::BTreeMap;
 
 use drover_proto::agent::v1::assignment::Role;
 use drover_proto::agent::v1::{Assignment, Incoming, Outgoing, Owner};
@@ -62,7 +62,7 @@ fn outgoing(m: &Migration) -> Option<Outgoing> {
 
 fn assign(domain: &DomainRecord, epoch: u64, role: Role, outgoing: Option<Outgoing>) -> Assignment {
     // Labels are for people and billing: no node needs them.
-    let spec = domain.spec.clone().map(|spec| DomainSpec { labels: HashMap::new(), ..spec });
+    let spec = domain.spec.clone().map(|spec| DomainSpec { labels: BTreeMap::new(), ..spec });
     Assignment {
         uid: domain.uid.clone(),
         name: format!("domains/{}", domain.id),
