@@ -408,7 +408,9 @@ fn source_says(work: &Work<'_>, m: &Migration) -> Source {
     if domain.state() == ObservedState::HandedOver {
         return Source::HandedOver { settled: false };
     }
-    if !observed.knows(&m.from, row.mod_revision) {
+    // A domain that its agent has not looked at yet (epoch 0), or whose record is damaged, vouches
+    // for nothing, whatever the agent was told.
+    if domain.epoch < m.from_epoch || !observed.knows(&m.from, row.mod_revision) {
         return Source::Silent;
     }
     match domain.state() {

@@ -253,6 +253,24 @@ fn a_source_that_never_began_answers_a_cancel_by_running() {
     case.stayed(OperationState::Cancelled, "CANCELLED");
 }
 
+/// I1: an agent that has just started names a domain before it has looked at it, and one whose
+/// record is damaged has no epoch. Neither says that the guest stays.
+#[test]
+fn a_source_that_has_not_looked_vouches_for_nothing() {
+    for state in [S::Unspecified, S::Running, S::Stopped] {
+        let mut case = Case::cancelling();
+        let unseen = case.lab.observed("vm", 0, state);
+        case.says("a", unseen);
+        assert_eq!(case.stage(), Some(Stage::Cancelling), "{state:?}");
+        assert!(case.lab.assignment("b", "vm").is_some(), "the destination may run it");
+        case.source(S::HandedOver, P::HandedOver);
+        assert_eq!(case.stage(), Some(Stage::HandedOver));
+        case.destination(S::Running, P::Succeeded);
+        case.source(S::HandedOver, P::Succeeded);
+        case.moved(2);
+    }
+}
+
 #[test]
 fn a_cancel_that_comes_too_late_goes_forward() {
     let mut case = Case::cancelling();
@@ -432,7 +450,8 @@ fn one_migration_at_a_time_and_never_to_where_it_is() {
     let mut case = Case::begun();
     let second = case.lab.migrate("vm", "b");
     let id = case.id.clone();
-    assert_eq!(second.unwrap_err(), Refusal::Busy { name: "domains/vm".into(), operation: id });
+    let busy = Refusal::Busy { name: "domains/vm".into(), operation: id, cancellable: true };
+    assert_eq!(second.unwrap_err(), busy);
     let mut lab = Lab::with_nodes(&["a", "b"]);
     lab.running("vm", "a");
     let refusal = lab.migrate("vm", "a").unwrap_err();
