@@ -24,6 +24,9 @@ const MOVE_OVERHEAD: Duration = Duration::from_secs(1);
 /// Pre-copy sends more than the memory once: this share on top, in percent.
 const RESENT_PERCENT: u64 = 20;
 
+/// A line that is blocked names so many nodes with their reasons: it is kept with each domain.
+const NODES_NAMED_MAX: usize = 5;
+
 /// What the operator chose.
 #[derive(Clone, Debug, Default)]
 pub struct DrainOptions {
@@ -155,19 +158,27 @@ fn plan_move(
             }
         }
         Err(none) => {
-            let others: Vec<_> = none
-                .rejected
-                .iter()
-                .filter(|r| r.node != *from)
-                .map(|r| format!("{}: {}", r.node, r.reason))
-                .collect();
-            let why = if others.is_empty() {
-                "there is no other node".into()
-            } else {
-                format!("no node fits ({})", others.join("; "))
+            let others = none.rejected.iter().filter(|r| r.node != *from);
+            let others = others.map(|r| format!("{}: {}", r.node, r.reason));
+            let why = match listed(others, NODES_NAMED_MAX, "; ") {
+                names if names.is_empty() => "there is no other node".into(),
+                names => format!("no node fits ({names})"),
             };
             blocked(format!("{why}; {}", what_would_help(room, domain.needs, &choice)))
         }
+    }
+}
+
+/// The first few for people, and how many more there are; empty when there are none.
+pub(crate) fn listed(
+    mut lines: impl Iterator<Item = String>,
+    lines_max: usize,
+    between: &str,
+) -> String {
+    let text = lines.by_ref().take(lines_max).collect::<Vec<_>>().join(between);
+    match lines.count() {
+        0 => text,
+        more => format!("{text} and {more} more"),
     }
 }
 

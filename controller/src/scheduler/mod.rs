@@ -19,10 +19,11 @@ mod tests;
 mod view;
 
 pub use balance::{BalanceMove, BalanceOptions, BalanceProposal, plan_balance};
+pub(crate) use drain::listed;
 pub use drain::{
     DrainOptions, DrainProposal, PARALLEL_MOVES_MAX, ProposedMove, RATE_FLOOR_BYTES_PER_SECOND,
     parallel_moves, plan_drain,
 };
-pub use place::{Decision, NoRoom, PlaceOptions, Rejection, Strategy, place};
+pub use place::{Decision, NoRoom, OTHER_NODE, PlaceOptions, Rejection, Strategy, place};
 pub(crate) use view::size;
 pub use view::{ClusterView, DomainView, LINK_BYTES_PER_SECOND, Mobility, NodeView, Resources};

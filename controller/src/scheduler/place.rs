@@ -5,6 +5,9 @@ use std::collections::BTreeMap;
 use super::view::{ClusterView, NodeView, Resources, size};
 use crate::model::NodeId;
 
+/// Why the nodes that the caller did not ask for were passed over.
+pub const OTHER_NODE: &str = "another node was asked for";
+
 /// How the nodes that have room are ranked.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub enum Strategy {
@@ -61,8 +64,15 @@ impl NoRoom {
         if self.rejected.is_empty() {
             return "the cluster has no nodes".into();
         }
-        let lines = self.rejected.iter().map(|r| format!("{}: {}", r.node, r.reason));
+        let lines = self.telling().into_iter().map(|r| format!("{}: {}", r.node, r.reason));
         lines.collect::<Vec<_>>().join("; ")
+    }
+
+    /// Without those that were not asked for, unless there are no others.
+    #[must_use]
+    pub fn telling(&self) -> Vec<&Rejection> {
+        let asked_for: Vec<_> = self.rejected.iter().filter(|r| r.reason != OTHER_NODE).collect();
+        if asked_for.is_empty() { self.rejected.iter().collect() } else { asked_for }
     }
 }
 
@@ -102,7 +112,7 @@ pub fn place(
 /// Why a node cannot take it; None when it can.
 fn unfit(id: &NodeId, node: &NodeView, needs: Resources, options: &PlaceOptions) -> Option<String> {
     if options.only.as_ref().is_some_and(|only| only != id) {
-        return Some("another node was asked for".into());
+        return Some(OTHER_NODE.into());
     }
     if let Some(reason) = options.excluded.get(id) {
         return Some(reason.clone());

@@ -14,6 +14,9 @@ pub type Revision = u64;
 
 /// The largest transaction, encoded.
 pub const TXN_BYTES_MAX: usize = 1 << 20;
+/// Where many rows may be put into one transaction, no more are added from here on: one row more
+/// and the operation's own still fit.
+pub const TXN_BYTES_ENOUGH: usize = TXN_BYTES_MAX / 2;
 
 /// Who leads, as this member knows.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]

@@ -30,7 +30,7 @@ mod watch;
 pub use engine::{Batch, Engine, EngineError, Family, KEY_END, KeyValue, Op};
 pub use handle::{
     CommitError, Leadership, MemberId, MemberStatus, ReadError, Request, Revision, Role, Shared,
-    Status, Store, TXN_BYTES_MAX,
+    Status, Store, TXN_BYTES_ENOUGH, TXN_BYTES_MAX,
 };
 pub use rocks::{OpenError, RocksEngine};
 pub use state::{Outcome, Row, State, View};

@@ -106,6 +106,18 @@ fn guards() {
 }
 
 #[test]
+fn a_transaction_is_never_larger_than_it_says() {
+    let mut txn = Txn::new().term_is(u64::MAX);
+    for n in 0..200 {
+        let key = "k".repeat(n);
+        let row = Versioned { value: thing(&key, 1), create_revision: 1, mod_revision: u64::MAX };
+        txn = txn.unchanged(&row).put(&thing(&key, u64::MAX)).delete::<Thing>(key);
+        assert!(txn.bytes() >= txn.encode().len());
+    }
+    assert!(txn.bytes() < 2 * txn.encode().len());
+}
+
+#[test]
 fn views_do_not_change() {
     let mut state = State::default();
     for key in ["b/1", "b/2", "b/3", "a", "c"] {

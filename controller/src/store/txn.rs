@@ -149,6 +149,25 @@ impl Txn {
         self.writes.is_empty()
     }
 
+    /// About as many bytes as [`Txn::encode`] gives, never fewer, without encoding: for whoever
+    /// fills a transaction up to a bound.
+    #[must_use]
+    pub fn bytes(&self) -> usize {
+        // Tags, lengths, numbers.
+        const OVERHEAD: usize = 48;
+        let guards = self.guards.iter().map(|guard| match guard {
+            Guard::Absent { key, .. }
+            | Guard::Present { key, .. }
+            | Guard::Revision { key, .. } => key.len() + OVERHEAD,
+            Guard::TermIs(_) => OVERHEAD,
+        });
+        let writes = self.writes.iter().map(|write| match write {
+            Write::Put { key, value, .. } => key.len() + value.len() + OVERHEAD,
+            Write::Delete { key, .. } => key.len() + OVERHEAD,
+        });
+        guards.sum::<usize>() + writes.sum::<usize>()
+    }
+
     /// The bytes that go into the log.
     #[must_use]
     pub fn encode(&self) -> Vec<u8> {

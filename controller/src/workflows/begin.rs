@@ -10,14 +10,17 @@ use drover_proto::v1::{
     DomainSpec, DomainState, EventSeverity, MigrationLimits, MigrationReport, NodeRejection,
     OperationError, OperationKind, OperationState, Placement, PowerState,
 };
+use prost::Message;
 
 use super::refusal::Refusal;
-use super::step::{Context, end, error, timestamp};
+use super::step::{Context, end, error, millis, timestamp};
 use crate::model::{
     DomainId, DomainRecord, EventRecord, Migration, MigrationStage, NodeId, NodeRecord,
-    OperationRecord, is_at_rest, needs,
+    OperationId, OperationRecord, is_at_rest, needs,
 };
-use crate::scheduler::{ClusterView, Decision, PlaceOptions, Resources, Strategy, place};
+use crate::scheduler::{
+    ClusterView, Decision, OTHER_NODE, PlaceOptions, Resources, Strategy, place,
+};
 use crate::store::{Txn, Versioned};
 
 /// Creating or starting: the VMM is up in seconds, a busy host needs longer.
@@ -28,6 +31,9 @@ const STOP_WAIT_MS: i64 = 60_000;
 const DELETE_WAIT_MS: i64 = 5 * 60_000;
 /// Beyond the time that the copying may take: preparing and switching over.
 const MIGRATE_WAIT_MS: i64 = 60_000;
+
+/// So many of the nodes that were passed over are kept with a domain's placement.
+const REJECTIONS_MAX: usize = 32;
 
 /// What was accepted.
 #[derive(Clone, Debug)]
@@ -63,7 +69,7 @@ pub fn create_domain(cx: &Context<'_>, new: &NewDomain) -> Result<Begun, Refusal
         // A create that is being taken back still holds the name.
         let held = row.value.operation.clone();
         return Err(match row.value.state() {
-            DomainState::Deleting if !held.is_empty() => Refusal::Busy { name, operation: held },
+            DomainState::Deleting if !held.is_empty() => busy(cx, name, &held),
             _ => Refusal::AlreadyExists { name },
         });
     }
@@ -146,11 +152,16 @@ pub fn start_domain(cx: &Context<'_>, id: &DomainId) -> Result<Begun, Refusal> {
     Ok(hold(cx, row, domain, operation))
 }
 
-/// Stops a running domain.
+/// Stops a running domain. A stop that is under way is hurried on by one without grace.
 ///
 /// # Errors
 /// There is none, it is held, or it is not known to run.
 pub fn stop_domain(cx: &Context<'_>, id: &DomainId, grace_ms: u64) -> Result<Begun, Refusal> {
+    if grace_ms == 0
+        && let Some(begun) = hurry_stop(cx, known_domain(cx, id)?)
+    {
+        return Ok(begun);
+    }
     let row = free_domain(cx, id)?;
     if !matches!(
         row.value.state(),
@@ -167,6 +178,28 @@ pub fn stop_domain(cx: &Context<'_>, id: &DomainId, grace_ms: u64) -> Result<Beg
     domain.set_state(DomainState::Stopping);
     domain.state_reason.clear();
     Ok(hold(cx, row, domain, operation))
+}
+
+/// The stop that holds the domain, without grace from now on; None when none does.
+fn hurry_stop(cx: &Context<'_>, row: &Versioned<DomainRecord>) -> Option<Begun> {
+    let held = cx.world.operations.get(&OperationId::trusted(&row.value.operation))?;
+    if held.value.kind() != OperationKind::StopDomain {
+        return None;
+    }
+    let mut operation = held.value.clone();
+    let mut txn = Txn::new();
+    if row.value.grace_ms > 0 {
+        let deadline = cx.now.wall_ms.saturating_add(STOP_WAIT_MS);
+        let sooner = operation.deadline.as_ref().is_none_or(|held| millis(held) > deadline);
+        if sooner {
+            operation.deadline = Some(timestamp(deadline));
+        }
+        operation.update_time = Some(timestamp(cx.now.wall_ms));
+        let mut domain = row.value.clone();
+        domain.grace_ms = 0;
+        txn = txn.term_is(cx.term).unchanged(row).put(&domain).unchanged(held).put(&operation);
+    }
+    Some(Begun { txn, operation })
 }
 
 /// Removes a domain from its node and then its row.
@@ -248,6 +281,7 @@ pub(super) struct Moving<'a> {
     operations: Vec<OperationRecord>,
     events: Vec<EventRecord>,
     destinations: BTreeMap<NodeId, &'a Versioned<NodeRecord>>,
+    bytes: usize,
 }
 
 impl<'a> Moving<'a> {
@@ -259,6 +293,7 @@ impl<'a> Moving<'a> {
             operations: Vec::new(),
             events: Vec::new(),
             destinations: BTreeMap::new(),
+            bytes: 0,
         }
     }
 
@@ -331,6 +366,8 @@ impl<'a> Moving<'a> {
                 message,
             ));
         }
+        // An event and the destination's row are small.
+        self.bytes += domain.encoded_len() + operation.encoded_len() + 1024;
         self.domains.push((row, domain));
         self.operations.push(operation.clone());
         Ok(operation)
@@ -338,6 +375,11 @@ impl<'a> Moving<'a> {
 
     pub(super) fn is_empty(&self) -> bool {
         self.domains.is_empty()
+    }
+
+    /// About the size of what has been added.
+    pub(super) fn bytes(&self) -> usize {
+        self.bytes
     }
 
     pub(super) fn finish(self, mut txn: Txn) -> Txn {
@@ -393,37 +435,46 @@ pub fn cancel_operation(
         let state = operation.state().as_str_name().trim_start_matches("OPERATION_STATE_");
         return Err(refuse("ALREADY_DONE", format!("it is {state} already")));
     }
+    if let Some((reason, why)) = why_not_cancelled(cx, &operation) {
+        return Err(refuse(reason, why.to_owned()));
+    }
+    operation.cancel_requested = true;
+    operation.update_time = Some(timestamp(cx.now.wall_ms));
+    let txn = Txn::new().term_is(cx.term).unchanged(row).put(&operation);
+    Ok(Begun { txn, operation })
+}
+
+/// Why an operation that runs cannot be cancelled, if so: a reason for programs, one for people.
+fn why_not_cancelled(
+    cx: &Context<'_>,
+    operation: &OperationRecord,
+) -> Option<(&'static str, &'static str)> {
     let domain = DomainId::from_name(&operation.target)
         .ok()
         .and_then(|id| cx.world.domains.get(&id))
         .map(|row| &row.value);
     match operation.kind() {
         OperationKind::StopDomain | OperationKind::DeleteDomain => {
-            return Err(refuse(
-                "NOT_CANCELLABLE",
-                "stopping and deleting cannot be taken back once begun".into(),
-            ));
+            Some(("NOT_CANCELLABLE", "stopping and deleting cannot be taken back once begun"))
+        }
+        OperationKind::CreateDomain
+            if domain.is_some_and(|domain| domain.state() == DomainState::Deleting) =>
+        {
+            Some(("NOT_CANCELLABLE", "it has failed already, and removes what it made"))
         }
         OperationKind::MigrateDomain => {
-            let stage = domain.and_then(|d| d.migration.as_ref()).map(|m| m.stage());
-            if matches!(
+            let stage = domain.and_then(|domain| domain.migration.as_ref()).map(|m| m.stage());
+            let handed_over = matches!(
                 stage,
                 Some(
                     MigrationStage::HandedOver | MigrationStage::Granted | MigrationStage::Settling
                 )
-            ) {
-                return Err(refuse(
-                    "POINT_OF_NO_RETURN",
-                    "the domain has been handed over: it can only go forward".into(),
-                ));
-            }
+            );
+            let why = "the domain has been handed over: it can only go forward";
+            handed_over.then_some(("POINT_OF_NO_RETURN", why))
         }
-        _ => {}
+        _ => None,
     }
-    operation.cancel_requested = true;
-    operation.update_time = Some(timestamp(cx.now.wall_ms));
-    let txn = Txn::new().term_is(cx.term).unchanged(row).put(&operation);
-    Ok(Begun { txn, operation })
 }
 
 /// The etag of a row.
@@ -465,7 +516,14 @@ fn free_domain<'a>(
     if row.value.operation.is_empty() {
         return Ok(row);
     }
-    Err(Refusal::Busy { name: id.name(), operation: row.value.operation.clone() })
+    Err(busy(cx, id.name(), &row.value.operation))
+}
+
+/// `name` is held by an operation, with what can be done about that.
+pub(super) fn busy(cx: &Context<'_>, name: String, operation: &str) -> Refusal {
+    let held = cx.world.operation(&OperationId::trusted(operation));
+    let cancellable = held.is_some_and(|held| why_not_cancelled(cx, held).is_none());
+    Refusal::Busy { name, operation: operation.to_owned(), cancellable }
 }
 
 fn wrong_state(id: &DomainId, domain: &DomainRecord, accepted: &str) -> Refusal {
@@ -501,11 +559,12 @@ fn reserve(txn: Txn, row: &Versioned<NodeRecord>) -> Txn {
 }
 
 fn placement(cx: &Context<'_>, decision: &Decision) -> Placement {
-    let rejected = decision.rejected.iter();
+    let rejected = decision.rejected.iter().filter(|r| r.reason != OTHER_NODE);
     Placement {
         node: decision.node.name(),
         score: decision.score,
         rejected: rejected
+            .take(REJECTIONS_MAX)
             .map(|r| NodeRejection { node: r.node.name(), reason: r.reason.clone() })
             .collect(),
         time: Some(timestamp(cx.now.wall_ms)),

@@ -11,25 +11,27 @@
 //! change, then the drain ends as INCOMPLETE and says what is left and what would help.
 
 use std::collections::{BTreeMap, BTreeSet};
+use std::sync::Arc;
 
 use drover_proto::v1::{
     DrainState, EventSeverity, MigrationLimits, MoveState, OperationError, OperationKind,
     OperationState, PlannedMove,
 };
+use prost::Message;
 
-use super::begin::{Begun, Moving, duration_ms, known_node, operation};
+use super::begin::{Begun, Moving, busy, duration_ms, known_node, operation};
 use super::desired::duration;
-use super::refusal::Refusal;
+use super::refusal::{Refusal, cut};
 use super::step::{Context, Step, end, error, is_overdue, millis, timestamp};
 use crate::model::{
-    CLUSTER_KEY, ClusterRecord, DomainId, MoveRecord, NodeId, NodeRecord, OperationId,
-    OperationRecord, is_active,
+    CLUSTER_KEY, ClusterRecord, DomainId, MoveRecord, NodeId, NodeObservation, NodeRecord,
+    OperationId, OperationRecord, is_active,
 };
 use crate::scheduler::{
     BalanceOptions, BalanceProposal, ClusterView, DrainOptions, DrainProposal, Mobility,
-    PlaceOptions, Strategy, parallel_moves, plan_balance, plan_drain,
+    PlaceOptions, Strategy, listed, parallel_moves, plan_balance, plan_drain,
 };
-use crate::store::{Txn, Versioned};
+use crate::store::{TXN_BYTES_ENOUGH, Txn, Versioned};
 
 /// A domain is tried so often before its move counts as failed.
 pub const ATTEMPTS_MAX: u32 = 3;
@@ -37,6 +39,12 @@ pub const ATTEMPTS_MAX: u32 = 3;
 pub const STALL_WAIT_MS: i64 = 20_000;
 /// Past its deadline a drain waits this long for the moves under way.
 const LAST_MOVES_WAIT_MS: i64 = 60_000;
+/// A drain's end names so many of the domains that are left.
+const LEFT_NAMED_MAX: usize = 20;
+/// What is kept of the reason for which a move failed, in bytes.
+const WHY_BYTES_MAX: usize = 500;
+/// And when there are very many.
+const WHY_BYTES_MIN: usize = 100;
 /// A balance moves a bounded number of domains.
 const BALANCE_WAIT_MS: i64 = 60 * 60_000;
 
@@ -69,14 +77,24 @@ pub fn begin_drain(
 ) -> Result<Begun, Refusal> {
     let row = known_node(cx, id)?;
     if !row.value.drain_operation.is_empty() {
-        let operation = row.value.drain_operation.clone();
-        return Err(Refusal::Busy { name: id.name(), operation });
+        return Err(busy(cx, id.name(), &row.value.drain_operation));
     }
     let proposal = propose_drain(cx, id, limits, strategy)?;
     let mut operation = operation(cx, OperationKind::DrainNode, id.name(), wait_ms);
     operation.limits = Some(*limits);
     operation.moves = rows(&proposal, id);
     operation.status_message = summary(&operation.moves);
+    if !fits(&mut operation) {
+        return Err(Refusal::Precondition {
+            subject: id.name(),
+            reason: "TOO_MANY_DOMAINS",
+            message: format!(
+                "{} holds {} domains, more than one drain can hold: move some of them first",
+                id.name(),
+                operation.moves.len()
+            ),
+        });
+    }
     let mut node = row.value.clone();
     node.cordoned = true;
     node.set_drain_state(DrainState::Draining);
@@ -106,7 +124,7 @@ pub fn begin_balance(
     let held = cx.world.cluster.as_ref();
     let running = held.map(|row| row.value.balance_operation.clone()).unwrap_or_default();
     if !running.is_empty() {
-        return Err(Refusal::Busy { name: CLUSTER_KEY.into(), operation: running });
+        return Err(busy(cx, CLUSTER_KEY.into(), &running));
     }
     let proposal = propose_balance(cx, moves_max);
     let mut operation =
@@ -271,6 +289,12 @@ impl<'a> Run<'a> {
         let deadline = self.operation.deadline.as_ref().map_or(i64::MAX, millis);
         let deadline = deadline.min(self.cx.now.wall_ms.saturating_add(wait));
         for index in 0..self.operation.moves.len() {
+            // The rest is begun in the next pass.
+            if !self.moving.is_empty()
+                && self.operation.encoded_len() + self.moving.bytes() > TXN_BYTES_ENOUGH
+            {
+                break;
+            }
             let Some(line) = self.operation.moves[index].r#move.clone() else { continue };
             let (Ok(id), Ok(to)) =
                 (DomainId::from_name(&line.domain), NodeId::from_name(&line.to_node))
@@ -343,20 +367,37 @@ impl<'a> Run<'a> {
     }
 
     fn conclude_drain(&mut self, node: &NodeId) {
+        let world = self.cx.world;
         let left: Vec<String> =
-            self.cx.world.owned(node).map(|row| format!("domains/{}", row.value.id)).collect();
-        if left.is_empty() {
-            let seen = self.cx.observed.nodes.get(node);
-            if seen.is_some_and(|seen| seen.reported && seen.domains.is_empty()) {
-                return self.end_drain(node, DrainState::Drained, OperationState::Succeeded, None);
-            }
-            self.operation.status_message =
-                format!("{}; waits for the agent to confirm", self.operation.status_message);
+            world.owned(node).map(|row| format!("domains/{}", row.value.id)).collect();
+        let is_free = left.is_empty();
+        // Between this node and another: it may come, and what has left is still to be dropped.
+        let between: Vec<String> = world
+            .concerning(node)
+            .filter(|row| row.value.node != node.as_str())
+            .map(|row| format!("domains/{}", row.value.id))
+            .collect();
+        let on_its_way = !between.is_empty();
+        if is_free && !on_its_way && self.is_confirmed(node) {
+            return self.end_drain(node, DrainState::Drained, OperationState::Succeeded, None);
         }
-        let what = if left.is_empty() {
+        if is_free {
+            let waits = if on_its_way {
+                "for what is still between it and another node"
+            } else {
+                "for the agent to confirm"
+            };
+            self.operation.status_message =
+                format!("{}; waits {waits}", self.operation.status_message);
+        }
+        let what = if is_free && on_its_way {
+            let names = listed(between.into_iter(), LEFT_NAMED_MAX, ", ");
+            format!("between {} and another node: {names}", node.name())
+        } else if is_free {
             format!("the agent of {} has not confirmed that nothing is left", node.name())
         } else {
-            format!("left on {}: {}", node.name(), self.what_is_left(&left))
+            let names = listed(left.into_iter(), LEFT_NAMED_MAX, ", ");
+            format!("left on {}: {names}; its moves say why", node.name())
         };
         if self.operation.cancel_requested {
             let why = error("CANCELLED", format!("cancelled on request; {what}"));
@@ -373,7 +414,7 @@ impl<'a> Run<'a> {
         }
         let open = |row: &MoveRecord| is(row, MoveState::Planned);
         let progress = self.operation.moves.iter().any(open) || !self.waiting.is_empty();
-        if left.is_empty() || progress {
+        if is_free || on_its_way || progress {
             self.operation.stalled_since = None;
             return;
         }
@@ -385,6 +426,14 @@ impl<'a> Run<'a> {
         }
     }
 
+    /// Its agent is there and says that nothing is left, in knowledge of how far the drain is.
+    fn is_confirmed(&self, node: &NodeId) -> bool {
+        let observed = self.cx.observed;
+        let empty = |seen: &Arc<NodeObservation>| seen.connected && seen.domains.is_empty();
+        observed.nodes.get(node).is_some_and(empty)
+            && observed.knows(node.as_str(), self.row.mod_revision)
+    }
+
     /// Only policies and failed moves are in the way, not room.
     fn nothing_can_change(&self) -> bool {
         self.operation.moves.iter().filter(|row| is(row, MoveState::Blocked)).all(|row| {
@@ -393,20 +442,6 @@ impl<'a> Run<'a> {
                 .and_then(|id| self.view().domains.get(&id))
                 .is_none_or(|domain| matches!(domain.mobility, Mobility::Fixed(_)))
         })
-    }
-
-    fn what_is_left(&self, left: &[String]) -> String {
-        let line = |name: &String| {
-            let row = self.operation.moves.iter().rev().find(|row| domain_of(row) == name);
-            let line = row.and_then(|row| row.r#move.as_ref());
-            let why = line.map_or("", |line| match line.state() {
-                MoveState::Failed => line.error.as_str(),
-                MoveState::Blocked => line.reason.as_str(),
-                _ => "",
-            });
-            if why.is_empty() { name.clone() } else { format!("{name} ({why})") }
-        };
-        left.iter().map(line).collect::<Vec<_>>().join("; ")
     }
 
     fn fail_drain(&mut self, node: &NodeId, why: OperationError) {
@@ -457,7 +492,8 @@ impl<'a> Run<'a> {
         self.done = true;
     }
 
-    fn finish(self) -> Option<Pass> {
+    fn finish(mut self) -> Option<Pass> {
+        fits(&mut self.operation);
         if self.operation == self.row.value && self.moving.is_empty() {
             return None;
         }
@@ -490,6 +526,18 @@ impl<'a> Run<'a> {
     }
 }
 
+/// Keeps the row well below what one transaction holds, by saying less with each move when there
+/// are very many; false when that is not enough.
+fn fits(operation: &mut OperationRecord) -> bool {
+    if operation.encoded_len() > TXN_BYTES_ENOUGH {
+        for line in operation.moves.iter_mut().filter_map(|row| row.r#move.as_mut()) {
+            line.reason = cut(&line.reason, WHY_BYTES_MIN);
+            line.error = cut(&line.error, WHY_BYTES_MIN);
+        }
+    }
+    operation.encoded_len() <= TXN_BYTES_ENOUGH
+}
+
 /// A move whose migration has ended.
 fn settle(row: &mut MoveRecord, child: Option<&OperationRecord>, last_try: bool) {
     let Some(line) = row.r#move.as_mut() else { return };
@@ -503,7 +551,10 @@ fn settle(row: &mut MoveRecord, child: Option<&OperationRecord>, last_try: bool)
         return;
     }
     let why = child.and_then(|child| child.error.as_ref());
-    line.error = why.map_or_else(|| "its migration is not known".into(), |e| e.message.clone());
+    line.error = match why {
+        Some(why) => cut(&why.message, WHY_BYTES_MAX),
+        None => "its migration is not known".into(),
+    };
     row.attempts += 1;
     if let Ok(node) = NodeId::from_name(&line.to_node) {
         row.failed_nodes.push(node.as_str().to_owned());

@@ -42,4 +42,5 @@ mod tests;
 
 pub use plan::plan;
 pub use refusal::Refusal;
+pub(crate) use refusal::cut;
 pub use step::{Context, Ids, Now, RandomIds, Settings, Step, error, millis, timestamp};

@@ -6,11 +6,15 @@
 use drover_proto::agent::v1::Hello;
 use drover_proto::v1::{DomainState, DrainState, EventSeverity, NodeState, PowerState};
 
-use super::begin::{check_etag, known_node};
+use super::begin::{busy, check_etag, known_node};
 use super::refusal::Refusal;
 use super::step::{Context, Step, timestamp};
 use crate::model::{NodeId, NodeRecord};
-use crate::store::{Txn, Versioned};
+use crate::scheduler::listed;
+use crate::store::{TXN_BYTES_ENOUGH, Txn, Versioned};
+
+/// A refusal names so many of the domains that are in the way.
+const NAMED_MAX: usize = 20;
 
 /// READY ↔ LOST, as the node is heard.
 pub(super) fn step(cx: &Context<'_>, id: &NodeId, row: &Versioned<NodeRecord>) -> Option<Step> {
@@ -112,6 +116,8 @@ pub fn register(cx: &Context<'_>, id: &NodeId, hello: &Hello) -> Result<Option<T
     Ok(Some(if rebooted { restart_all(cx, id, &node.boot_id, txn) } else { txn }))
 }
 
+/// As many as one transaction holds. The rest needs no new epoch to start again: its agent starts
+/// what its host's reboot ended, under the present one, and says so.
 fn restart_all(cx: &Context<'_>, id: &NodeId, boot_id: &str, mut txn: Txn) -> Txn {
     for row in cx.world.owned(id) {
         let mut domain = row.value.clone();
@@ -123,6 +129,9 @@ fn restart_all(cx: &Context<'_>, id: &NodeId, boot_id: &str, mut txn: Txn) -> Tx
         let shall_run = domain.desired_power() == PowerState::Running;
         if !ran || !shall_run || domain.migration.is_some() {
             continue;
+        }
+        if txn.bytes() > TXN_BYTES_ENOUGH {
+            break;
         }
         domain.epoch_max += 1;
         domain.epoch = domain.epoch_max;
@@ -152,7 +161,7 @@ pub fn set_cordon(
     node.cordoned = cordoned;
     if !cordoned {
         if !node.drain_operation.is_empty() {
-            return Err(Refusal::Busy { name: id.name(), operation: node.drain_operation });
+            return Err(busy(cx, id.name(), &node.drain_operation));
         }
         node.set_drain_state(DrainState::Unspecified);
     }
@@ -180,7 +189,7 @@ pub fn delete_node(cx: &Context<'_>, id: &NodeId, etag: &str) -> Result<Txn, Ref
             "{} holds {} domains: {}. Drain it first, or delete them",
             id.name(),
             held.len(),
-            held.join(", ")
+            listed(held.iter().cloned(), NAMED_MAX, ", ")
         );
         return Err(refuse("NODE_NOT_EMPTY", message));
     }
@@ -189,8 +198,7 @@ pub fn delete_node(cx: &Context<'_>, id: &NodeId, etag: &str) -> Result<Txn, Ref
         return Err(refuse("NODE_CONNECTED", message));
     }
     if !row.value.drain_operation.is_empty() {
-        let operation = row.value.drain_operation.clone();
-        return Err(Refusal::Busy { name: id.name(), operation });
+        return Err(busy(cx, id.name(), &row.value.drain_operation));
     }
     let event = cx.event(EventSeverity::Info, id.name(), "NODE_DELETED", String::new());
     Ok(Txn::new().term_is(cx.term).unchanged(row).delete::<NodeRecord>(id.as_str()).put(&event))

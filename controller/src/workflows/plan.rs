@@ -3,12 +3,13 @@
 use std::collections::BTreeSet;
 
 use drover_proto::v1::{OperationKind, OperationState};
+use prost::Message;
 
 use super::begin::orphaned;
 use super::step::{Context, Step, Work, end, timestamp};
 use super::{drain, migration, nodes, operation, power};
 use crate::model::{DomainId, DomainRecord, OperationRecord};
-use crate::store::{Txn, Versioned};
+use crate::store::{TXN_BYTES_ENOUGH, Txn, Versioned};
 
 /// Operations taken up in one transaction by a new leader.
 const TAKE_UP_MAX: usize = 200;
@@ -27,13 +28,7 @@ pub fn plan(cx: &Context<'_>) -> Vec<Step> {
         // Whether a node is lost is what most else depends on.
         return steps;
     }
-    let mut claimed = BTreeSet::new();
-    let moving = cx.world.operations.values().filter(|row| moves_many(&row.value));
-    // One at a time: two of them may want the same room.
-    if let Some(pass) = moving.filter_map(|row| drain::step(cx, row)).next() {
-        claimed = pass.claimed;
-        steps.push(pass.step);
-    }
+    let claimed = drains(cx, &mut steps);
     for (id, row) in &cx.world.domains {
         if !claimed.contains(id) {
             steps.extend(domain(cx, row));
@@ -42,6 +37,27 @@ pub fn plan(cx: &Context<'_>) -> Vec<Step> {
     let lost = cx.world.operations.values().filter(|row| is_orphan(cx, &row.value));
     steps.extend(lost.map(|row| end_orphan(cx, row)));
     steps
+}
+
+/// Drains and balances; the domains whose rows they write.
+///
+/// Only one of them begins moves in a pass: two may want the same room. It is the one whose turn
+/// was longest ago, so that none is starved by another that always has something to do. The
+/// others write their own rows.
+fn drains(cx: &Context<'_>, steps: &mut Vec<Step>) -> BTreeSet<DomainId> {
+    let mut rows: Vec<_> =
+        cx.world.operations.values().filter(|row| moves_many(&row.value)).collect();
+    rows.sort_by_key(|row| row.mod_revision);
+    let mut claimed = BTreeSet::new();
+    for pass in rows.into_iter().filter_map(|row| drain::step(cx, row)) {
+        if pass.claimed.is_empty() {
+            steps.push(pass.step);
+        } else if claimed.is_empty() {
+            claimed = pass.claimed;
+            steps.push(pass.step);
+        }
+    }
+    claimed
 }
 
 fn domain(cx: &Context<'_>, row: &Versioned<DomainRecord>) -> Option<Step> {
@@ -66,6 +82,9 @@ fn take_up(cx: &Context<'_>) -> Option<Step> {
         operation.term = cx.term;
         operation.resumed_count += 1;
         operation.update_time = Some(timestamp(cx.now.wall_ms));
+        if !txn.is_empty() && txn.bytes() + operation.encoded_len() > TXN_BYTES_ENOUGH {
+            break;
+        }
         txn = txn.unchanged(row).put(&operation);
     }
     (!txn.is_empty()).then(|| Step { subject: "operations".into(), txn })

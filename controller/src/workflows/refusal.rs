@@ -29,12 +29,17 @@ pub enum Refusal {
         name: String,
     },
     /// Another operation holds it.
-    #[error("operations/{operation} works on {name}: wait for it or cancel it")]
+    #[error(
+        "operations/{operation} works on {name}: wait for it{}",
+        if *cancellable { " or cancel it" } else { " (it cannot be cancelled)" }
+    )]
     Busy {
         /// What is held.
         name: String,
         /// By which operation (a bare uuid).
         operation: String,
+        /// A cancel would be accepted.
+        cancellable: bool,
     },
     /// The resource is not in a state for this.
     #[error("{message}")]
@@ -67,4 +72,15 @@ pub enum Refusal {
         /// Each node with its reason.
         no_room: NoRoom,
     },
+}
+
+/// At most so many bytes of a text, and a mark where it was cut.
+#[must_use]
+pub(crate) fn cut(text: &str, bytes_max: usize) -> String {
+    const MARK: &str = " … (cut)";
+    if text.len() <= bytes_max {
+        return text.to_owned();
+    }
+    let end = text.floor_char_boundary(bytes_max.saturating_sub(MARK.len()));
+    format!("{}{MARK}", &text[..end])
 }

@@ -1,13 +1,16 @@
 //! Drains and balances.
 
 use drover_proto::agent::v1::{MigrationProgress as P, MigrationRole, ObservedState as S};
-use drover_proto::v1::{DrainPolicy, DrainState, MoveState, OperationState, PlannedMove};
+use drover_proto::v1::{
+    DomainState, DrainPolicy, DrainState, MoveState, OperationState, PlannedMove, PowerState,
+};
 
 use super::lab::{Lab, MIB, Observe, ended, limits, new_domain, split};
 use crate::model::{NodeId, OperationRecord};
 use crate::scheduler::Strategy;
+use crate::store::Txn;
 use crate::workflows::drain::{ATTEMPTS_MAX, STALL_WAIT_MS, begin_balance, begin_drain};
-use crate::workflows::{Refusal, begin};
+use crate::workflows::{Refusal, begin, plan};
 
 fn drain(lab: &mut Lab, node: &str) -> Result<OperationRecord, Refusal> {
     let id = NodeId::trusted(node);
@@ -115,13 +118,160 @@ fn drained_is_not_said_while_something_is_left_on_the_host() {
     assert_eq!(lab.operation(&operation.id).state(), OperationState::Succeeded);
 }
 
+/// What comes to the node is as good as there.
+#[test]
+fn drained_is_not_said_while_a_domain_is_on_its_way_there() {
+    let mut lab = Lab::with_nodes(&["a", "b"]);
+    lab.running("vm", "a");
+    let migration = lab.migrate("vm", "b").unwrap();
+    let operation = drain(&mut lab, "b").unwrap();
+    lab.report("b", vec![]);
+    lab.settle();
+    // Its agent knows the rows, and has not begun.
+    lab.report("b", vec![]);
+    lab.settle();
+    let held = lab.operation(&operation.id);
+    assert_eq!(held.state(), OperationState::Running);
+    assert!(held.status_message.contains("between it and another node"), "{held:?}");
+    let after = u64::try_from(STALL_WAIT_MS).unwrap() + 1;
+    for _ in 0..2 {
+        lab.pass_time(after / 2);
+        lab.beat("a");
+        lab.beat("b");
+        lab.settle();
+    }
+    assert_eq!(lab.operation(&operation.id).state(), OperationState::Running, "it is progress");
+    lab.cancel(&migration.id).unwrap();
+    lab.settle();
+    lab.report("b", vec![]);
+    lab.settle();
+    assert_eq!(lab.operation(&operation.id).state(), OperationState::Succeeded);
+    assert_eq!(lab.node("b").drain_state(), DrainState::Drained);
+}
+
+/// What an agent said before the drain got so far, or one that is gone, confirms nothing.
+#[test]
+fn only_an_agent_that_is_there_confirms() {
+    let mut lab = Lab::with_nodes(&["a", "b"]);
+    let before = lab.state.revision();
+    let operation = drain(&mut lab, "a").unwrap();
+    lab.report_knowing("a", before, vec![]);
+    lab.settle();
+    assert_eq!(lab.operation(&operation.id).state(), OperationState::Running);
+    lab.report("a", vec![]);
+    let seen = lab.observed.nodes.get_mut(&NodeId::trusted("a")).unwrap();
+    std::sync::Arc::make_mut(seen).connected = false;
+    lab.settle();
+    assert_eq!(lab.operation(&operation.id).state(), OperationState::Running);
+    let seen = lab.observed.nodes.get_mut(&NodeId::trusted("a")).unwrap();
+    std::sync::Arc::make_mut(seen).connected = true;
+    lab.settle();
+    assert_eq!(lab.operation(&operation.id).state(), OperationState::Succeeded);
+}
+
+/// I3: what a drain writes about what it could not do stays small, however much that is.
+#[test]
+fn a_large_drain_that_is_blocked_ends() {
+    let done = blocked_drain(40, 2, 800);
+    let message = done.error.unwrap().message;
+    assert!(message.contains("and 780 more") && message.len() < 2_000, "{message}");
+    let reason = &done.moves[0].r#move.as_ref().unwrap().reason;
+    assert!(reason.contains("and 34 more") && reason.len() < 1_000, "{reason}");
+
+    let done = blocked_drain(40, 60, 1300);
+    assert_eq!(done.moves.len(), 1300);
+    let reason = &done.moves[0].r#move.as_ref().unwrap().reason;
+    assert!(reason.ends_with("(cut)"), "{reason}");
+}
+
+/// A drain of the first of these nodes, with domains that are too large for every other one.
+fn blocked_drain(nodes: usize, name_bytes: usize, domains: usize) -> OperationRecord {
+    let names: Vec<String> = (0..nodes).map(|n| format!("n{n:0name_bytes$}")).collect();
+    let names: Vec<&str> = names.iter().map(String::as_str).collect();
+    let mut lab = Lab::with_nodes(&names);
+    let id = NodeId::trusted(names[0]);
+    let ids: Vec<String> = (0..domains).map(|n| format!("{}-{n:04}", "d".repeat(58))).collect();
+    for id in &ids {
+        let mut row = crate::model::DomainRecord {
+            id: id.clone(),
+            uid: format!("uid-of-{id}"),
+            spec: Some(new_domain(id, None).spec),
+            node: names[0].to_owned(),
+            epoch: 1,
+            epoch_max: 1,
+            ..Default::default()
+        };
+        row.spec.as_mut().unwrap().memory_bytes = 8192 * MIB;
+        row.set_state(DomainState::Running);
+        row.set_desired_power(PowerState::Running);
+        assert!(lab.commit(&Txn::new().put(&row)));
+    }
+    let here: Vec<_> = ids.iter().map(|id| lab.observed(id, 1, S::Running)).collect();
+    lab.report(names[0], here);
+    lab.settle();
+    let operation =
+        lab.with(|cx| begin_drain(cx, &id, &limits(), 3_600_000, Strategy::BestFit).map(split));
+    let operation = operation.unwrap();
+    lab.settle();
+    lab.pass_time(u64::try_from(STALL_WAIT_MS).unwrap());
+    for name in &names {
+        lab.beat(name);
+    }
+    lab.settle();
+    let done = lab.operation(&operation.id);
+    assert_eq!(ended(&done), (OperationState::Failed, "BLOCKED".into()));
+    done
+}
+
+/// More than one row holds is refused at once, not begun and never ended.
+#[test]
+fn a_drain_that_no_row_holds_is_refused() {
+    let mut lab = Lab::with_nodes(&["a"]);
+    for n in 0..6_000 {
+        let mut row = crate::model::DomainRecord {
+            id: format!("{}-{n:04}", "d".repeat(58)),
+            node: "a".into(),
+            ..Default::default()
+        };
+        row.set_state(DomainState::Running);
+        assert!(lab.commit(&Txn::new().put(&row)));
+    }
+    let refusal = drain(&mut lab, "a").unwrap_err();
+    assert!(matches!(refusal, Refusal::Precondition { reason: "TOO_MANY_DOMAINS", .. }));
+}
+
+/// I3: rows as large as they may be are moved a few at a time, and another drain has its turn
+/// in between.
+#[test]
+fn a_drain_of_large_rows_lets_another_one_have_its_turn() {
+    let mut lab = Lab::with_nodes(&["a", "b", "c"]);
+    lab.running("vm", "b");
+    let ids = lab.large(60, "a", DomainState::Stopped);
+    let large = drain(&mut lab, "a").unwrap();
+    let small = drain(&mut lab, "b").unwrap();
+    for _ in 0..2 {
+        let world = lab.world();
+        for step in plan(&lab.context(&world)) {
+            assert!(lab.commit(&step.txn));
+        }
+    }
+    let begun = states(&lab, &large).iter().filter(|state| **state == MoveState::Moving).count();
+    assert!((1..60).contains(&begun), "{begun} at once");
+    assert_eq!(states(&lab, &small), [MoveState::Moving]);
+    lab.settle();
+    lab.report("a", vec![]);
+    lab.settle();
+    assert_eq!(lab.operation(&large.id).state(), OperationState::Succeeded);
+    assert!(ids.iter().all(|id| lab.domain(id).node == "c"));
+}
+
 #[test]
 fn a_second_drain_of_the_node_names_the_first() {
     let mut lab = lab();
     let first = drain(&mut lab, "a").unwrap();
     assert_eq!(
         drain(&mut lab, "a").unwrap_err(),
-        Refusal::Busy { name: "nodes/a".into(), operation: first.id }
+        Refusal::Busy { name: "nodes/a".into(), operation: first.id, cancellable: true }
     );
 }
 
@@ -176,7 +326,9 @@ fn a_domain_that_fails_everywhere_is_left_running_and_reported() {
     assert_eq!(ended(&done), (OperationState::Failed, "BLOCKED".into()));
     assert!(done.moves[0].attempts <= ATTEMPTS_MAX);
     let message = done.error.unwrap().message;
-    assert!(message.contains("domains/vm") && message.contains("connection broke"), "{message}");
+    assert!(message.contains("domains/vm"), "{message}");
+    let reason = &done.moves[0].r#move.as_ref().unwrap().reason;
+    assert!(reason.contains("connection broke"), "{reason}");
     let node = lab.node("a");
     assert!(node.cordoned && node.drain_state() == DrainState::Incomplete);
     assert_eq!(lab.domain("vm").node, "a");

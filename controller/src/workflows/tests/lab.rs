@@ -8,7 +8,8 @@ use drover_proto::agent::v1::{
     ObservedState,
 };
 use drover_proto::v1::{
-    Boot, DomainSpec, ExitReason, MigrationLimits, NodeCapacity, OperationState,
+    Boot, DomainSpec, DomainState, ExitReason, MigrationLimits, NodeCapacity, OperationState,
+    PowerState,
 };
 
 use crate::model::{
@@ -16,12 +17,13 @@ use crate::model::{
     OperationRecord, World,
 };
 use crate::scheduler::Strategy;
-use crate::store::{Outcome, State, Txn, View};
+use crate::store::{Outcome, State, TXN_BYTES_MAX, Txn, View};
 use crate::workflows::begin::{self, Begun, NewDomain};
 use crate::workflows::desired::desired;
 use crate::workflows::{Context, Ids, Now, Refusal, Settings, nodes, plan};
 
 pub(super) const MIB: u64 = 1 << 20;
+const LARGE_BYTES: usize = 31 << 10;
 
 /// Names in the order in which they are asked for.
 #[derive(Default)]
@@ -102,6 +104,8 @@ impl Lab {
 
     /// True when the guards held.
     pub(super) fn commit(&mut self, txn: &Txn) -> bool {
+        let bytes = txn.encode().len();
+        assert!(bytes <= TXN_BYTES_MAX, "a transaction of {bytes} bytes is never committed");
         matches!(self.state.apply(self.term, txn, |_, _| {}), Outcome::Committed { .. })
     }
 
@@ -171,6 +175,35 @@ impl Lab {
         let domain = self.observed(id, 1, ObservedState::Running);
         self.report(node, vec![domain]);
         self.settle();
+    }
+
+    /// As many domains as a test likes, each with a row nearly as large as the API accepts, in
+    /// this state, on `node`. They need next to nothing.
+    pub(super) fn large(&mut self, count: usize, node: &str, state: DomainState) -> Vec<String> {
+        let mut new = new_domain("any", Some(node)).spec;
+        (new.vcpus, new.memory_bytes) = (0, 1);
+        let text = "x".repeat(LARGE_BYTES);
+        new.labels.insert("text".into(), text);
+        let ids: Vec<String> = (0..count).map(|n| format!("{node}-{n:03}")).collect();
+        for id in &ids {
+            let mut row = DomainRecord {
+                id: id.clone(),
+                uid: format!("uid-of-{id}"),
+                spec: Some(new.clone()),
+                node: node.into(),
+                epoch: 1,
+                epoch_max: 1,
+                start_generation: 1,
+                ..DomainRecord::default()
+            };
+            row.set_state(state);
+            row.set_desired_power(match state {
+                DomainState::Stopped => PowerState::Stopped,
+                _ => PowerState::Running,
+            });
+            assert!(self.commit(&Txn::new().put(&row)));
+        }
+        ids
     }
 
     pub(super) fn migrate(&mut self, id: &str, to: &str) -> Result<OperationRecord, Refusal> {

@@ -6,6 +6,7 @@ use drover_proto::v1::{DomainState, ExitReason, NodeState, OperationState, Power
 
 use super::lab::{Lab, MIB, Observe, ended, hello, new_domain, split};
 use crate::model::{DomainId, DomainRecord, NodeId, OperationRecord};
+use crate::store::Txn;
 use crate::workflows::begin;
 use crate::workflows::nodes::{delete_node, set_cordon};
 use crate::workflows::{Refusal, nodes};
@@ -310,4 +311,100 @@ fn a_new_leader_takes_operations_up() {
     }
     lab.settle();
     assert_eq!(lab.operation(&create.id).resumed_count, 2, "once a leader");
+}
+
+/// I3: rows of drains are large; a new leader takes them up a few at a time.
+#[test]
+fn a_new_leader_takes_up_operations_of_any_size() {
+    let mut lab = Lab::new();
+    let large = "x".repeat(10_000);
+    for n in 0..200 {
+        let row = OperationRecord {
+            id: format!("00000000-0000-4000-9000-{n:012}"),
+            state: OperationState::Running.into(),
+            status_message: large.clone(),
+            ..OperationRecord::default()
+        };
+        assert!(lab.commit(&Txn::new().put(&row)));
+    }
+    lab.settle();
+    let rows: Vec<_> = lab.view().all::<OperationRecord>().collect();
+    assert_eq!(rows.len(), 200);
+    assert!(rows.iter().all(|row| row.value.resumed_count == 1 && row.value.term == 1));
+}
+
+/// I3: with many large rows the host must register all the same. What is not started again with
+/// it, its agent starts under the epoch that it had.
+#[test]
+fn a_host_with_many_large_rows_registers_after_a_reboot() {
+    let mut lab = Lab::with_nodes(&["a"]);
+    let ids = lab.large(40, "a", DomainState::Running);
+    lab.hello("a", "boot-2");
+    assert_eq!(lab.node("a").boot_id, "boot-2");
+    let epochs: Vec<u64> = ids.iter().map(|id| lab.domain(id).epoch).collect();
+    assert!(epochs.contains(&2) && epochs.contains(&1), "{epochs:?}");
+    let ended = |lab: &Lab, id: &String| {
+        lab.observed(id, 1, S::Stopped).because(ExitReason::Killed, "host a rebooted")
+    };
+    let report: Vec<_> = ids.iter().map(|id| ended(&lab, id)).collect();
+    lab.report("a", report);
+    lab.settle();
+    assert!(ids.iter().all(|id| lab.domain(id).state() == DomainState::Starting));
+    let report = ids.iter().zip(&epochs).map(|(id, epoch)| lab.observed(id, *epoch, S::Running));
+    let report = report.collect();
+    lab.report("a", report);
+    lab.settle();
+    for id in &ids {
+        let domain = lab.domain(id);
+        assert_eq!((domain.state(), domain.boot_id.as_str()), (DomainState::Running, "boot-2"));
+    }
+}
+
+#[test]
+fn a_placement_keeps_a_bounded_number_of_reasons() {
+    let names: Vec<String> = (0..60).map(|n| format!("n{n:02}")).collect();
+    let names: Vec<&str> = names.iter().map(String::as_str).collect();
+    let mut lab = Lab::with_nodes(&names);
+    lab.create("asked", "n59").unwrap();
+    assert_eq!(lab.domain("asked").placement.unwrap().rejected, []);
+    for name in &names[..59] {
+        let id = NodeId::trusted(name);
+        lab.with(|cx| set_cordon(cx, &id, true)).unwrap();
+    }
+    lab.with(|cx| begin::create_domain(cx, &new_domain("any", None)).map(split)).unwrap();
+    let placement = lab.domain("any").placement.unwrap();
+    assert_eq!((placement.node.as_str(), placement.rejected.len()), ("nodes/n59", 32));
+}
+
+/// Somebody who does not want to wait for the grace period any longer.
+#[test]
+fn a_stop_is_hurried_on() {
+    let mut lab = Lab::with_nodes(&["a"]);
+    lab.running("vm", "a");
+    let first = stop(&mut lab, "vm", 3_600_000).unwrap();
+    let grace = |lab: &Lab| {
+        let Some(Role::Owner(owner)) = lab.assignment("a", "vm").unwrap().role else { panic!() };
+        owner.grace_period.unwrap().seconds
+    };
+    assert_eq!(grace(&lab), 3600);
+    let refusal = stop(&mut lab, "vm", 5_000).unwrap_err();
+    assert!(refusal.to_string().contains("wait for it (it cannot be cancelled)"), "{refusal}");
+    let hurried = stop(&mut lab, "vm", 0).unwrap();
+    assert_eq!((hurried.id.as_str(), grace(&lab)), (first.id.as_str(), 0));
+    assert_eq!(stop(&mut lab, "vm", 0).unwrap().id, first.id, "once more changes nothing");
+    // Its wait is as short as that of any forced stop.
+    lab.pass_time(60_001);
+    lab.beat("a");
+    lab.settle();
+    assert_eq!(outcome(&lab, &first), (OperationState::Failed, "DEADLINE_EXCEEDED".into()));
+    lab.report("a", vec![lab.observed("vm", 1, S::Stopped)]);
+    lab.settle();
+    assert_eq!(lab.domain("vm").state(), DomainState::Stopped);
+
+    // Nothing else that holds a domain is taken over.
+    let begun = start(&mut lab, "vm").unwrap();
+    let refusal = stop(&mut lab, "vm", 0).unwrap_err();
+    let busy = Refusal::Busy { name: "domains/vm".into(), operation: begun.id, cancellable: true };
+    assert_eq!(refusal, busy);
+    assert!(refusal.to_string().contains("cancel it"), "{refusal}");
 }
