@@ -14,6 +14,7 @@ use drover_controller::workflows::{Settings, driver};
 use drover_telemetry::TraceServer;
 use tokio::signal::unix::{SignalKind, signal};
 use tokio::sync::oneshot;
+use tokio::task::{JoinError, JoinHandle};
 use tokio::time::timeout;
 use tonic::service::Routes;
 use tonic::transport::Server;
@@ -74,6 +75,8 @@ enum Error {
     Reflection(#[from] tonic_reflection::server::Error),
     #[error(transparent)]
     Failed(#[from] Failure),
+    #[error("the workflows: {0}")]
+    Workflows(JoinError),
 }
 
 async fn run(config: Config) -> Result<(), Error> {
@@ -106,7 +109,8 @@ async fn run(config: Config) -> Result<(), Error> {
         .register_encoded_file_descriptor_set(drover_proto::FILE_DESCRIPTOR_SET)
         .register_encoded_file_descriptor_set(tonic_health::pb::FILE_DESCRIPTOR_SET)
         .build_v1()?;
-    let routes = routes(&config, &running)
+    let (routes, mut workflows) = serve(&config, &running);
+    let routes = routes
         .add_service(running.server.clone())
         .add_service(health_service)
         .add_service(reflection);
@@ -129,6 +133,16 @@ async fn run(config: Config) -> Result<(), Error> {
             running.abandon().await;
             return Err(failure.into());
         }
+        ended = &mut workflows => {
+            // They end well when the store closes, for which there is a reason; otherwise this
+            // member would lead and do nothing.
+            let why = match ended {
+                Ok(()) => running.failed().await.into(),
+                Err(error) => Error::Workflows(error),
+            };
+            running.abandon().await;
+            return Err(why);
+        }
         served = &mut server => {
             return match served {
                 Ok(Err(error)) => Err(error.into()),
@@ -146,22 +160,22 @@ async fn run(config: Config) -> Result<(), Error> {
     Ok(())
 }
 
-/// The API and the agents' sessions; the workflows begin to run behind them.
-fn routes(config: &Config, running: &Running) -> Routes {
+/// The API and the agents' sessions, and the workflows, which begin to run behind them.
+fn serve(config: &Config, running: &Running) -> (Routes, JoinHandle<()>) {
     let millis = |time: Duration| u64::try_from(time.as_millis()).unwrap_or(u64::MAX);
     let settings = Settings {
         lease_ms: millis(config.node_lease),
         report_interval_ms: millis(config.report_interval),
     };
     let hub = Hub::new();
-    tokio::spawn(driver::run(running.store.clone(), hub.clone(), settings));
+    let workflows = tokio::spawn(driver::run(running.store.clone(), hub.clone(), settings));
     let options = ServiceOptions {
         cluster_id: config.cluster_id.clone(),
         member: config.id,
         settings,
         strategy: Strategy::default(),
     };
-    api::routes(&Service::new(running.store.clone(), hub, options))
+    (api::routes(&Service::new(running.store.clone(), hub, options)), workflows)
 }
 
 /// Serving while a leader is known: only then can anything be answered.

@@ -89,12 +89,13 @@ impl Leader<'_> {
                 ids: &RandomIds,
             };
             let steps = plan(&cx);
-            if !steps.is_empty() && self.commit(steps).await {
-                continue;
-            }
-            if tidied.elapsed() >= TIDY {
+            let written = !steps.is_empty() && self.commit(steps).await;
+            // Also when there is always something to do; while there is more, a batch a pass.
+            if tidied.elapsed() >= TIDY && !self.tidy().await {
                 tidied = Instant::now();
-                self.tidy().await;
+            }
+            if written {
+                continue;
             }
             tokio::select! {
                 set = changes.next() => world.apply(&set?),
@@ -149,13 +150,20 @@ impl Leader<'_> {
         written.contains(&true)
     }
 
-    async fn tidy(&self) {
+    /// True when there is more to be removed at once.
+    async fn tidy(&self) -> bool {
         let now = self.hub.now();
-        if let Some(txn) = housekeeping::tidy(&self.store.view(), self.term, now) {
-            let commit = self.store.commit(txn, Instant::now() + COMMIT_WAIT);
-            if let Ok(Err(error)) = timeout(COMMIT_WAIT, commit).await {
+        let Some(tidy) = housekeeping::tidy(&self.store.view(), self.term, now) else {
+            return false;
+        };
+        let commit = self.store.commit(tidy.txn, Instant::now() + COMMIT_WAIT);
+        match timeout(COMMIT_WAIT, commit).await {
+            Ok(Ok(_)) => tidy.more,
+            Ok(Err(error)) => {
                 debug!(%error, "tidying waits for the next time");
+                false
             }
+            Err(_) => false,
         }
     }
 }
