@@ -201,6 +201,10 @@ async fn events_are_watched_from_a_revision_without_a_gap() {
         seen.push(within("an event", watch.message()).await.unwrap().unwrap().reason);
     }
     assert_eq!(seen, ["DOMAIN_CREATED", "DOMAIN_STARTED"]);
+    let request = WatchEventsRequest { from_revision: 1 << 40, subject: String::new() };
+    let status = events.watch_events(request).await.unwrap_err();
+    assert_eq!(status.code(), Code::OutOfRange);
+    assert!(status.message().starts_with("from_revision: "), "{status}");
 }
 
 /// An agent that is not ours, or claims another's name, is told so and nothing is written.

@@ -20,7 +20,7 @@ use tonic::{Code, Status};
 use tonic_types::{ErrorDetails, StatusExt};
 
 use crate::store::{CommitError, ReadError};
-use crate::workflows::Refusal;
+use crate::workflows::{Refusal, cut};
 
 /// The `domain` of every `ErrorInfo`.
 pub const ERROR_DOMAIN: &str = "drover";
@@ -122,14 +122,44 @@ impl From<Fault> for Status {
     }
 }
 
+/// Errors travel in headers, of which a client takes 16 KiB in all; some texts more than once,
+/// and larger than they are. So all of them are bounded here, whoever wrote them.
+const MESSAGE_BYTES_MAX: usize = 1024;
+const VIOLATIONS_MAX: usize = 16;
+const VIOLATION_BYTES_MAX: usize = 200;
+
+/// What is shown of a long or odd value.
+pub(super) fn excerpt(text: &str) -> String {
+    const CHARS_MAX: usize = 80;
+    let mut shown: String = text.chars().take(CHARS_MAX).collect();
+    if text.chars().nth(CHARS_MAX).is_some() {
+        shown.push('…');
+    }
+    shown
+}
+
+/// What callers gave is echoed in part.
+fn excerpted(refusal: Refusal) -> Refusal {
+    match refusal {
+        Refusal::Invalid { field, value, expected } => {
+            Refusal::Invalid { field, value: excerpt(&value), expected }
+        }
+        Refusal::Changed { name, given, etag } => {
+            Refusal::Changed { name, given: excerpt(&given), etag }
+        }
+        other => other,
+    }
+}
+
 impl From<Refusal> for Status {
     fn from(refusal: Refusal) -> Self {
-        let message = refusal.to_string();
+        let refusal = excerpted(refusal);
+        let message = cut(&refusal.to_string(), MESSAGE_BYTES_MAX);
         let mut details = ErrorDetails::new();
         let (code, reason) = match &refusal {
             Refusal::Invalid { field, value, expected } => {
                 let text = format!("{value:?} is not accepted: {expected}");
-                details.add_bad_request_violation(field.clone(), text);
+                details.add_bad_request_violation(field.clone(), cut(&text, MESSAGE_BYTES_MAX));
                 (Code::InvalidArgument, "INVALID_FIELD")
             }
             Refusal::NotFound { name } => {
@@ -157,12 +187,17 @@ impl From<Refusal> for Status {
                 (Code::FailedPrecondition, *reason)
             }
             Refusal::NoRoom { no_room, .. } => {
-                for rejected in &no_room.rejected {
+                let rejected = no_room.telling();
+                for rejected in rejected.iter().take(VIOLATIONS_MAX) {
                     details.add_precondition_failure_violation(
                         "NO_ROOM",
                         rejected.node.name(),
-                        rejected.reason.clone(),
+                        cut(&rejected.reason, VIOLATION_BYTES_MAX),
                     );
+                }
+                if let Some(more @ 1..) = rejected.len().checked_sub(VIOLATIONS_MAX) {
+                    let text = format!("and {more} more nodes, each with its reason");
+                    details.add_precondition_failure_violation("NO_ROOM", "nodes", text);
                 }
                 (Code::ResourceExhausted, "NO_ROOM")
             }
@@ -179,6 +214,18 @@ impl From<Refusal> for Status {
 fn with(code: Code, message: String, reason: &str, mut details: ErrorDetails) -> Status {
     details.set_error_info(reason, ERROR_DOMAIN, HashMap::new());
     Status::with_error_details(code, message, details)
+}
+
+/// OUT_OF_RANGE for a watch that begins after what there is.
+#[must_use]
+pub fn ahead(from: u64, revision: u64) -> Status {
+    let message = format!(
+        "from_revision: {from} is not accepted: the present revision is {revision}; 0 begins there"
+    );
+    let mut details = ErrorDetails::new();
+    let info = HashMap::from([("revision".to_owned(), revision.to_string())]);
+    details.set_error_info("REVISION_IN_FUTURE", ERROR_DOMAIN, info);
+    Status::with_error_details(Code::OutOfRange, message, details)
 }
 
 /// OUT_OF_RANGE for a watch that begins before what is kept.
@@ -199,5 +246,79 @@ fn kind_of(name: &str) -> &'static str {
         Some("domains") => "drover.v1.Domain",
         Some("operations") => "drover.v1.Operation",
         _ => "drover.v1.Cluster",
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::model::NodeId;
+    use crate::scheduler::{NoRoom, OTHER_NODE, Rejection, Resources};
+
+    /// What hyper takes of all headers together, with room for the other ones.
+    const HEADERS_BYTES_MAX: usize = 15 << 10;
+
+    fn header_bytes(status: &Status) -> usize {
+        let headers = status.clone().into_http::<()>().into_parts().0.headers;
+        headers.iter().map(|(name, value)| name.as_str().len() + value.len() + 32).sum()
+    }
+
+    fn no_room(nodes: usize, reason: &str) -> Refusal {
+        let rejected =
+            |n| Rejection { node: NodeId::trusted(&format!("{n:063}")), reason: reason.to_owned() };
+        let no_room = NoRoom { rejected: (0..nodes).map(rejected).collect() };
+        Refusal::NoRoom { needs: Resources { vcpus: 1, memory_bytes: 1 << 20 }, no_room }
+    }
+
+    #[test]
+    fn what_is_refused_fits_into_headers() {
+        // A letter of three bytes is nine in a header.
+        let long = "€".repeat(100_000);
+        let precondition = Refusal::Precondition {
+            subject: "nodes/a".into(),
+            reason: "NODE_NOT_EMPTY",
+            message: long.clone(),
+        };
+        let changed =
+            Refusal::Changed { name: "nodes/a".into(), given: long.clone(), etag: "1".into() };
+        let odd = "\u{1}".repeat(100_000);
+        for refusal in [
+            no_room(1000, "needs 64.0 GiB of memory, 2048 MiB of 2048 MiB free"),
+            no_room(1000, &long),
+            invalid("page_token", &long, "the next_page_token of the same list"),
+            invalid("name", &odd, "nodes/{id}"),
+            precondition,
+            changed,
+        ] {
+            let status = Status::from(refusal);
+            let bytes = header_bytes(&status);
+            assert!(bytes < HEADERS_BYTES_MAX, "{bytes} bytes: {status}");
+        }
+    }
+
+    #[test]
+    fn it_is_said_that_something_was_left_out() {
+        let status = Status::from(no_room(60, "cordoned"));
+        assert!(status.message().ends_with("(cut)"), "{status}");
+        assert!(status.message().len() <= MESSAGE_BYTES_MAX);
+        let details = status.get_error_details();
+        let violations = &details.precondition_failure().unwrap().violations;
+        assert_eq!(violations.len(), VIOLATIONS_MAX + 1);
+        assert!(violations[VIOLATIONS_MAX].description.contains("44 more"));
+
+        let status = Status::from(no_room(16, "cordoned"));
+        let details = status.get_error_details();
+        assert_eq!(details.precondition_failure().unwrap().violations.len(), 16);
+    }
+
+    /// With many nodes, the one that was asked for must not be among those left out.
+    #[test]
+    fn the_node_that_was_asked_for_says_why() {
+        let Refusal::NoRoom { needs, mut no_room } = no_room(60, OTHER_NODE) else { panic!() };
+        no_room.rejected[59].reason = "cordoned".into();
+        let status = Status::from(Refusal::NoRoom { needs, no_room });
+        assert!(status.message().ends_with("59: cordoned"), "{status}");
+        let details = status.get_error_details();
+        assert_eq!(details.precondition_failure().unwrap().violations.len(), 1);
     }
 }

@@ -9,7 +9,7 @@ use tokio::sync::mpsc;
 use tokio_stream::wrappers::ReceiverStream;
 use tonic::{Request, Response, Status};
 
-use super::errors::compacted;
+use super::errors::{ahead, compacted};
 use super::service::Service;
 use super::{page, present, validate};
 use crate::model::{CLUSTER_KEY, ClusterRecord, EventRecord};
@@ -48,6 +48,9 @@ impl EventService for Service {
             .map_or(0, |row| row.value.events_dropped_revision);
         if from_revision != 0 && from_revision < dropped {
             return Err(compacted(from_revision, dropped));
+        }
+        if from_revision > view.revision() {
+            return Err(ahead(from_revision, view.revision()));
         }
         let backlog = match from_revision {
             0 => Vec::new(),

@@ -9,8 +9,8 @@ use drover_proto::v1::{
     Operation, OperationState, WaitOperationRequest,
 };
 use futures::Stream;
-use tokio::sync::mpsc;
-use tokio::time::{Instant, sleep, timeout_at};
+use tokio::sync::{mpsc, watch};
+use tokio::time::{Instant, sleep, timeout, timeout_at};
 use tokio_stream::wrappers::ReceiverStream;
 use tonic::{Request, Response, Status};
 
@@ -18,6 +18,7 @@ use super::errors::{Fault, not_leading};
 use super::service::{CALL_WAIT, Service};
 use super::{page, present, validate};
 use crate::model::{OperationId, OperationRecord, is_active};
+use crate::session::Lead;
 use crate::store::{Versioned, View};
 use crate::workflows::Refusal;
 use crate::workflows::begin::cancel_operation;
@@ -26,6 +27,8 @@ const WAIT_MAX: Duration = Duration::from_secs(600);
 /// Progress alone is sent no faster than this.
 const WATCH_PACE: Duration = Duration::from_millis(200);
 const WATCH_QUEUE: usize = 4;
+/// A new leader's workflows begin within this.
+const LEAD_WAIT: Duration = Duration::from_secs(5);
 
 type Updates = Pin<Box<dyn Stream<Item = Result<Operation, Status>> + Send>>;
 
@@ -78,8 +81,11 @@ impl OperationService for Service {
         let wait = validate::duration("timeout", given, WAIT_MAX, WAIT_MAX)?;
         let deadline = Instant::now() + wait;
         let mut lead = self.hub.lead();
+        led(&mut lead).await?;
         loop {
-            lead.borrow_and_update();
+            if lead.borrow_and_update().is_none() {
+                return Err(not_leading(None));
+            }
             let view = self.read().await?;
             let row = known(&view, &id)?;
             let now = present::operation(&row, &view, &self.hub.observed());
@@ -89,7 +95,6 @@ impl OperationService for Service {
             match timeout_at(deadline, lead.changed()).await {
                 Err(_) => return Ok(Response::new(now)),
                 Ok(Err(_)) => return Err(not_leading(None)),
-                Ok(Ok(())) if lead.borrow().is_none() => return Err(not_leading(None)),
                 Ok(Ok(())) => {}
             }
         }
@@ -140,8 +145,12 @@ impl Service {
     ) -> Result<(), Status> {
         let (mut lead, mut reports) = (self.hub.lead(), self.hub.reports());
         let mut sent: Option<Operation> = None;
+        led(&mut lead).await?;
         loop {
-            lead.borrow_and_update();
+            // Once it leads no more, nothing would ever change here again.
+            if lead.borrow_and_update().is_none() {
+                return Err(not_leading(None));
+            }
             reports.borrow_and_update();
             let view = self.store.view();
             let row = known(&view, id)?;
@@ -157,14 +166,19 @@ impl Service {
                 return Ok(());
             }
             tokio::select! {
-                changed = lead.changed() => {
-                    if changed.is_err() || lead.borrow().is_none() {
-                        return Err(not_leading(None));
-                    }
-                }
+                changed = lead.changed() => changed.map_err(|_| not_leading(None))?,
                 _ = reports.changed() => sleep(WATCH_PACE).await,
             }
         }
+    }
+}
+
+/// Waits for the workflows of a member that has just begun to lead.
+async fn led(lead: &mut watch::Receiver<Option<Lead>>) -> Result<(), Status> {
+    match timeout(LEAD_WAIT, lead.wait_for(Option::is_some)).await {
+        Ok(Ok(_)) => Ok(()),
+        // Another member leads, or soon will.
+        _ => Err(not_leading(None)),
     }
 }
 
@@ -179,4 +193,63 @@ fn order(row: &Versioned<OperationRecord>) -> String {
 
 fn is_done(operation: &Operation) -> bool {
     !matches!(operation.state(), OperationState::Pending | OperationState::Running)
+}
+
+#[cfg(test)]
+mod tests {
+    use std::sync::Arc;
+
+    use super::*;
+    use crate::api::ServiceOptions;
+    use crate::model::World;
+    use crate::scheduler::Strategy;
+    use crate::session::Hub;
+    use crate::store::{Leadership, RocksEngine, Shared, State, Store, Txn};
+    use crate::workflows::Settings;
+
+    const ID: &str = "11111111-2222-4333-8444-555555555555";
+
+    /// Leadership has moved between the first read and the watch: its end must be told, or the
+    /// caller waits for ever.
+    #[tokio::test]
+    async fn a_watch_that_begins_when_leadership_has_moved_ends() {
+        let dir = tempfile::tempdir().unwrap();
+        let mut running = OperationRecord { id: ID.into(), ..OperationRecord::default() };
+        running.set_state(OperationState::Running);
+        let mut state = State::default();
+        state.apply(1, &Txn::new().put(&running), |_, _| {});
+        let (_state, state) = watch::channel(state);
+        let (_leadership, leadership) = watch::channel(Leadership::default());
+        let (_status, status) = watch::channel(crate::store::Status::default());
+        let (requests, _requests) = mpsc::channel(1);
+        let engine = Arc::new(RocksEngine::open(dir.path()).unwrap());
+        let store = Store::new(Shared { engine, state, leadership, status, requests });
+        let options = ServiceOptions {
+            cluster_id: "test".into(),
+            member: 1,
+            settings: Settings::default(),
+            strategy: Strategy::default(),
+        };
+        let hub = Hub::new();
+        let service = Service::new(store, hub.clone(), options);
+        let id = OperationId::trusted(ID);
+        let (updates, mut stream) = mpsc::channel(4);
+
+        let patience = LEAD_WAIT * 4;
+        let end = timeout(patience, service.follow(&id, &updates)).await.expect("it ends");
+        assert_eq!(end.unwrap_err().code(), tonic::Code::Unavailable);
+
+        // It begins to lead a little later, and then stops.
+        let lead = async {
+            hub.publish(1, &World::default());
+            let update = stream.recv().await.unwrap().unwrap();
+            assert_eq!(update.state(), OperationState::Running);
+            hub.rest();
+        };
+        let (end, ()) =
+            timeout(patience, async { tokio::join!(service.follow(&id, &updates), lead) })
+                .await
+                .expect("it ends");
+        assert_eq!(end.unwrap_err().code(), tonic::Code::Unavailable);
+    }
 }

@@ -18,9 +18,7 @@ pub(super) fn after(token: &str, filter: &str) -> Result<String, Refusal> {
         return Ok(String::new());
     }
     let read = || {
-        let bytes = (0..token.len())
-            .step_by(2)
-            .map(|at| token.get(at..at + 2).and_then(|pair| u8::from_str_radix(pair, 16).ok()));
+        let bytes = (0..token.len()).step_by(2).map(|at| token.get(at..at + 2).and_then(hex_byte));
         let text = String::from_utf8(bytes.collect::<Option<Vec<u8>>>()?).ok()?;
         let (its_filter, key) = text.rsplit_once('\n')?;
         (its_filter == filter).then(|| key.to_owned())
@@ -29,6 +27,12 @@ pub(super) fn after(token: &str, filter: &str) -> Result<String, Refusal> {
         let expected = "the next_page_token of the same list with the same filter";
         invalid("page_token", token, expected)
     })
+}
+
+/// Two hex digits, and nothing else: integers may also begin with a sign.
+pub(super) fn hex_byte(pair: &str) -> Option<u8> {
+    let digits = pair.len() == 2 && pair.bytes().all(|byte| byte.is_ascii_hexdigit());
+    digits.then(|| u8::from_str_radix(pair, 16).ok()).flatten()
 }
 
 /// One page of `rows` (which begin behind `after`), and the next page's token.
@@ -59,6 +63,9 @@ mod tests {
         assert!(after(&token, "on=host2").is_err());
         assert!(after("zz", "on=host1").is_err());
         assert!(after("é", "").is_err());
+        // "\n+" would read as "\n\u{b}".
+        assert!(after("0a+b", "").is_err());
+        assert_eq!(after("0a0b", "").unwrap(), "\u{b}");
         let (page, token) = cut(vec!["c"], 2, "on=host1", |key| (*key).to_owned());
         assert_eq!((page, token), (vec!["c"], String::new()));
     }

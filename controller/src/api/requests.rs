@@ -37,7 +37,9 @@ impl Service {
                     return Ok((Txn::new(), held));
                 }
                 let Begun { mut txn, operation } = begin(cx)?;
-                begun = Some(OperationId::trusted(&operation.id));
+                // What runs already and is only changed by this does not tell whether it was.
+                let is_new = view.get::<OperationRecord>(&operation.id).is_none();
+                begun = is_new.then(|| OperationId::trusted(&operation.id));
                 if !request_id.is_empty() {
                     let row = RequestRecord {
                         id: request_id.to_owned(),
@@ -82,7 +84,18 @@ fn answered(
         let expected = "a new UUID: this one was used for another request";
         return Err(invalid("request_id", request_id, expected));
     }
-    Ok(view.get::<OperationRecord>(&row.value.operation).map(|row| row.value))
+    match view.get::<OperationRecord>(&row.value.operation) {
+        Some(operation) => Ok(Some(operation.value)),
+        None => Err(Refusal::Precondition {
+            subject: format!("operations/{}", row.value.operation),
+            reason: "REQUEST_DONE",
+            message: format!(
+                "request_id: it was accepted as operations/{}, which has ended and is no longer \
+                 kept: look at the resource",
+                row.value.operation
+            ),
+        }),
+    }
 }
 
 /// FNV-1a, 128 bits: it tells a caller's mistake, and keeps nobody out.
@@ -91,4 +104,38 @@ fn digest(method: &str, request: &[u8]) -> [u8; 16] {
     const PRIME: u128 = 0x0000_0000_0100_0000_0000_0000_0000_013b;
     let bytes = method.bytes().chain([0]).chain(request.iter().copied());
     bytes.fold(BASIS, |hash, byte| (hash ^ u128::from(byte)).wrapping_mul(PRIME)).to_be_bytes()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::store::State;
+
+    const ID: &str = "11111111-2222-4333-8444-555555555555";
+
+    #[test]
+    fn a_request_whose_operation_is_no_longer_kept_is_not_carried_out_again() {
+        let digest = digest("CreateDomain", b"web");
+        let request = RequestRecord {
+            id: ID.into(),
+            digest: digest.to_vec().into(),
+            operation: "op".into(),
+            ..RequestRecord::default()
+        };
+        let operation = OperationRecord { id: "op".into(), ..OperationRecord::default() };
+        let mut state = State::default();
+        state.apply(1, &Txn::new().put(&request).put(&operation), |_, _| {});
+        let view = View::from(state.clone());
+        assert_eq!(answered(&view, ID, &digest).unwrap(), Some(operation));
+        assert_eq!(answered(&view, "", &digest).unwrap(), None);
+
+        state.apply(1, &Txn::new().delete::<OperationRecord>("op"), |_, _| {});
+        let view = View::from(state);
+        let refusal = answered(&view, ID, &digest).unwrap_err();
+        assert!(matches!(refusal, Refusal::Precondition { reason: "REQUEST_DONE", .. }));
+        assert!(refusal.to_string().starts_with("request_id: "), "{refusal}");
+        assert!(refusal.to_string().contains("operations/op"), "{refusal}");
+        let other = answered(&view, ID, b"another request").unwrap_err();
+        assert!(matches!(other, Refusal::Invalid { .. }));
+    }
 }

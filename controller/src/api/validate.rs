@@ -8,7 +8,8 @@ use drover_proto::v1::{
     Boot, DomainSpec, DrainPolicy, MigrationLimits, NetworkInterface, RestartPolicy,
 };
 
-use super::errors::invalid;
+use super::errors::{excerpt, invalid};
+use super::page::hex_byte;
 use crate::model::{BadId, DomainId, NodeId, OperationId, World};
 use crate::workflows::desired::duration as proto_duration;
 use crate::workflows::{Context, Refusal};
@@ -191,10 +192,7 @@ fn macs_in_use(world: &World) -> BTreeSet<String> {
 }
 
 fn mac(field: &str, text: &str) -> Result<String, Refusal> {
-    let bytes: Option<Vec<u8>> = text
-        .split(':')
-        .map(|pair| (pair.len() == 2).then(|| u8::from_str_radix(pair, 16).ok()).flatten())
-        .collect();
+    let bytes: Option<Vec<u8>> = text.split(':').map(hex_byte).collect();
     match bytes {
         Some(bytes)
             if bytes.len() == 6 && bytes[0] & 1 == 0 && bytes.iter().any(|byte| *byte != 0) =>
@@ -274,12 +272,17 @@ fn to_proto(duration: Duration) -> prost_types::Duration {
     proto_duration(ms(duration).max(1))
 }
 
-/// What is shown of a long or odd value.
-fn excerpt(text: &str) -> String {
-    const CHARS_MAX: usize = 80;
-    let mut shown: String = text.chars().take(CHARS_MAX).collect();
-    if text.chars().nth(CHARS_MAX).is_some() {
-        shown.push('…');
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn an_address_is_made_of_hex_digits_alone() {
+        assert_eq!(mac("mac", "52:54:00:AB:00:01").unwrap(), "52:54:00:ab:00:01");
+        for bad in
+            ["52:54:00:+1:00:01", "52:54:00:-1:00:01", "52:54:00:é:00:01", "52:54:00:1:00:01"]
+        {
+            assert!(mac("mac", bad).is_err(), "{bad}");
+        }
     }
-    shown
 }
