@@ -18,7 +18,12 @@ const LOG_BLOCK_BYTES_MAX: u32 = 6;
 /// Most block groups: 64 TiB in groups of 128 MiB.
 const GROUPS_MAX: u64 = 1 << 19;
 const INODE_BYTES_MIN: u16 = 128;
+const FEATURES_INCOMPATIBLE: usize = 0x60;
 const FEATURE_64_BIT: u32 = 0x80;
+/// The journal has what the filesystem has not.
+const FEATURE_RECOVER: u8 = 4;
+const FEATURES_READ_ONLY: usize = 0x64;
+const FEATURE_CHECKSUMS: u32 = 0x400;
 const DESCRIPTOR_BYTES_64_BIT_MIN: u16 = 64;
 
 /// A mounted filesystem.
@@ -27,13 +32,26 @@ pub(super) struct Ext4 {
     bytes: u64,
 }
 
-impl Ext4Read for Window {
+/// The filesystem as the crate reads it.
+struct Reader {
+    volume: Window,
+    /// Says that there is nothing in the journal.
+    without_journal: bool,
+}
+
+impl Ext4Read for Reader {
     fn read(
         &mut self,
         start_byte: u64,
         target: &mut [u8],
     ) -> Result<(), Box<dyn std::error::Error + Send + Sync + 'static>> {
-        Ok(Self::read(self, start_byte, target)?)
+        self.volume.read(start_byte, target)?;
+        let flags = SUPERBLOCK_START + FEATURES_INCOMPATIBLE as u64;
+        let flags = flags.checked_sub(start_byte).and_then(|at| target.get_mut(at as usize));
+        if let Some(flags) = flags.filter(|_| self.without_journal) {
+            *flags &= !FEATURE_RECOVER;
+        }
+        Ok(())
     }
 }
 
@@ -45,8 +63,19 @@ pub(super) fn is_ext4(volume: &Window) -> bool {
 
 impl Ext4 {
     pub(super) fn open(volume: &Window) -> Result<Self, FsError> {
-        check_superblock(&volume.array(SUPERBLOCK_START)?)?;
-        Ok(Self { view: View::load(Box::new(volume.clone()))?, bytes: volume.size() })
+        let superblock = volume.array(SUPERBLOCK_START)?;
+        check_superblock(&superblock)?;
+        let load = |without_journal: bool| {
+            View::load(Box::new(Reader { volume: volume.clone(), without_journal }))
+        };
+        let has_checksums = Fields(&superblock).u32(FEATURES_READ_ONLY) & FEATURE_CHECKSUMS != 0;
+        let view = match load(false) {
+            // Filesystems of long ago have journals that the crate does not know. Boot loaders
+            // read none at all, and neither is it read here then.
+            Err(Ext4Error::Incompatible(_)) if !has_checksums => load(true)?,
+            loaded => loaded?,
+        };
+        Ok(Self { view, bytes: volume.size() })
     }
 
     pub(super) fn uuid(&self) -> String {
@@ -168,7 +197,7 @@ fn check_superblock(superblock: &[u8; 1024]) -> Result<(), FsError> {
     let block_bytes = 1024u32 << log_block_bytes;
     let group_blocks = fields.u32(0x20);
     check((1..=block_bytes * 8).contains(&group_blocks), "size of block groups")?;
-    let is_64_bit = fields.u32(0x60) & FEATURE_64_BIT != 0;
+    let is_64_bit = fields.u32(FEATURES_INCOMPATIBLE) & FEATURE_64_BIT != 0;
     let high = if is_64_bit { fields.u32(0x150) } else { 0 };
     let blocks = u64::from(high) << 32 | u64::from(fields.u32(4));
     check(blocks.div_ceil(group_blocks.into()) <= GROUPS_MAX, "size")?;

@@ -130,9 +130,9 @@ fn damaged_ext2() {
 /// A journal that must be read, as a guest that was switched off leaves it.
 #[test]
 fn damaged_journal() {
-    let mut disk = ext4(&debian_root().options("has_journal,^metadata_csum"));
-    // The feature "needs recovery".
-    disk[1024 + 0x60] |= 4;
+    let kernel = "/boot/vmlinuz-6.1.0-40-cloud-amd64";
+    let disk = ext4(&debian_root().options("has_journal,64bit,metadata_csum"));
+    let disk = with_journalled_write(&disk, kernel, b"kernel 41");
     damage("journal", disk);
 }
 

@@ -64,17 +64,46 @@ pub(super) fn ext4(image: &Ext4Image) -> Vec<u8> {
     for (path, target) in &image.links {
         symlink(target, tree.join(path)).unwrap();
     }
+    let mut mke2fs = e2fsprogs("mke2fs");
+    mke2fs.args(["-q", "-F", "-t", "ext4", "-b", "1024", "-U", &image.uuid, "-O", &image.options]);
+    said(mke2fs.arg("-d").args([&tree, &file]).arg("4M"));
+    std::fs::read(file).unwrap()
+}
+
+/// Puts a transaction into the journal, as a guest leaves it that was switched off: the first
+/// block of a file has new content there, and only there.
+pub(super) fn with_journalled_write(image: &[u8], path: &str, content: &[u8]) -> Vec<u8> {
+    let dir = tempfile::tempdir().unwrap();
+    let (file, block) = (dir.path().join("image"), dir.path().join("block"));
+    std::fs::write(&file, image).unwrap();
+    let mut bytes = content.to_vec();
+    bytes.resize(1024, 0);
+    std::fs::write(&block, bytes).unwrap();
+    let number = said(e2fsprogs("debugfs").args(["-R", &format!("bmap {path} 0")]).arg(&file));
+    let commands = dir.path().join("commands");
+    let text = format!(
+        "journal_open -c -v 3\njournal_write -b {} {}\njournal_close\n",
+        number.trim(),
+        block.display()
+    );
+    std::fs::write(&commands, text).unwrap();
+    said(e2fsprogs("debugfs").args(["-w", "-f"]).args([&commands, &file]));
+    std::fs::read(file).unwrap()
+}
+
+fn e2fsprogs(program: &str) -> Command {
+    let mut command = Command::new(program);
     // Not in everyone's PATH.
     let path = format!("{}:/usr/sbin:/sbin", std::env::var("PATH").unwrap_or_default());
-    let output = Command::new("mke2fs")
-        .env("PATH", path)
-        .args(["-q", "-F", "-t", "ext4", "-U", &image.uuid, "-O", &image.options, "-d"])
-        .args([&tree, &file])
-        .arg("4M")
-        .output()
-        .expect("mke2fs comes with e2fsprogs, which scripts/setup installs");
+    command.env("PATH", path);
+    command
+}
+
+/// Runs a program; answers what it says.
+fn said(command: &mut Command) -> String {
+    let output = command.output().expect("e2fsprogs, which scripts/setup installs");
     assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
-    std::fs::read(file).unwrap()
+    String::from_utf8(output.stdout).unwrap()
 }
 
 pub(super) fn vfat(mebibytes: usize, files: &[(&str, &[u8])]) -> Vec<u8> {

@@ -6,7 +6,7 @@ mod images;
 mod scripts;
 
 use super::*;
-use images::{Ext4Image, ROOT_UUID, ext4, gpt, mbr, vfat};
+use images::{Ext4Image, ROOT_UUID, ext4, gpt, mbr, vfat, with_journalled_write};
 
 const LIMITS: Limits = Limits { kernel_bytes_max: 1 << 20, initrd_bytes_max: 1 << 20 };
 
@@ -186,6 +186,21 @@ fn links_are_the_last_resort() {
     let boot = boot(&ext4(&image)).unwrap();
     assert_eq!((&boot.kernel[..], boot.initrd), (&b"kernel"[..], None));
     assert_eq!(boot.command_line, format!("root=UUID={ROOT_UUID} ro console=ttyS0"));
+}
+
+/// A guest that was switched off has its newest files in the journal; they count.
+#[test]
+fn the_journal_is_read() {
+    let image = ext4(&debian_root().options("has_journal,64bit,metadata_csum"));
+    let kernel = "/boot/vmlinuz-6.1.0-40-cloud-amd64";
+    let written = with_journalled_write(&image, kernel, b"kernel 41");
+    assert_ne!(written[1024 + 0x60] & 4, 0, "needs recovery");
+    assert_eq!(boot(&image).unwrap().kernel, b"kernel 40");
+    assert_eq!(boot(&written).unwrap().kernel, b"kernel 41");
+    // A journal of long ago is passed over, as boot loaders do.
+    let mut image = ext4(&debian_root().options("has_journal,^64bit,^metadata_csum"));
+    image[1024 + 0x60] |= 4;
+    assert_eq!(boot(&image).unwrap().kernel, b"kernel 40");
 }
 
 /// All tables lead to the same filesystem; a damaged GPT is mended from its copy.
