@@ -11,6 +11,10 @@ use super::grub::Variables;
 pub(super) const ENTRIES_MAX: usize = 256;
 /// Largest entry, bytes.
 pub(super) const ENTRY_BYTES_MAX: u64 = 64 << 10;
+/// Lines of options are put together up to about this, bytes; no kernel takes as much.
+const OPTIONS_BYTES_MAX: usize = 8 << 10;
+/// Most initrds of one entry.
+pub(super) const INITRDS_MAX: usize = 16;
 
 /// An entry that boots Linux.
 #[derive(Debug, Clone, PartialEq, Eq, Default)]
@@ -43,11 +47,12 @@ impl BlsEntry {
                 "machine-id" => value.clone_into(&mut entry.machine_id),
                 "sort-key" => value.clone_into(&mut entry.sort_key),
                 "linux" => entry.linux = variables.expand(value),
-                "initrd" => {
+                "initrd" if entry.initrds.len() < INITRDS_MAX => {
                     let names = variables.expand(value);
-                    entry.initrds.extend(names.split_whitespace().map(str::to_owned));
+                    let names = names.split_whitespace().take(INITRDS_MAX);
+                    entry.initrds.extend(names.map(str::to_owned));
                 }
-                "options" => {
+                "options" if entry.options.len() < OPTIONS_BYTES_MAX => {
                     let options = variables.expand(value);
                     if !entry.options.is_empty() {
                         entry.options.push(' ');

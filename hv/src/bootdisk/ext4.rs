@@ -198,10 +198,10 @@ fn check_superblock(superblock: &[u8; 1024]) -> Result<(), FsError> {
     let group_blocks = fields.u32(0x20);
     check((1..=block_bytes * 8).contains(&group_blocks), "size of block groups")?;
     let is_64_bit = fields.u32(FEATURES_INCOMPATIBLE) & FEATURE_64_BIT != 0;
-    let high = if is_64_bit { fields.u32(0x150) } else { 0 };
-    let blocks = u64::from(high) << 32 | u64::from(fields.u32(4));
+    // The crate takes the upper half whether or not the filesystem has 64 bits.
+    let blocks = u64::from(fields.u32(0x150)) << 32 | u64::from(fields.u32(4));
     check(blocks.div_ceil(group_blocks.into()) <= GROUPS_MAX, "size")?;
-    let inode_bytes = if fields.u32(0x4c) == 0 { INODE_BYTES_MIN } else { fields.u16(0x58) };
+    let inode_bytes = fields.u16(0x58);
     let inode_fits = inode_bytes >= INODE_BYTES_MIN && u32::from(inode_bytes) <= block_bytes;
     check(inode_fits, "size of inodes")?;
     let descriptor_bytes = fields.u16(0xfe);

@@ -93,9 +93,9 @@ impl Fat {
         let clusters = u32::try_from(clusters).ok().filter(|n| *n > 0 && *n < 0x0fff_fff5)?;
         // FAT32 has no count of 16 bits; a volume is told to be one by its number of clusters.
         let bits = match clusters {
-            ..CLUSTERS_12_BITS => 12,
-            ..CLUSTERS_16_BITS => 16,
-            _ => 32,
+            0..CLUSTERS_12_BITS => 12,
+            CLUSTERS_12_BITS..CLUSTERS_16_BITS => 16,
+            CLUSTERS_16_BITS.. => 32,
         };
         if fat_sectors == 0 || (bits == 32) != (fields.u16(22) == 0 && root_entries == 0) {
             return None;

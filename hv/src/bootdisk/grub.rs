@@ -6,18 +6,24 @@
 use std::collections::BTreeMap;
 
 /// Largest `grub.cfg`, bytes.
-pub(super) const CONFIG_BYTES_MAX: u64 = 1 << 20;
+pub(super) const CONFIG_BYTES_MAX: u64 = 256 << 10;
+/// Most words and ends of statements in one: a tree takes many times the memory of its text.
+const TOKENS_MAX: usize = 1 << 16;
 /// GRUB's environment block has exactly so many bytes; more than a few blocks is none.
 pub(super) const ENVIRONMENT_BYTES_MAX: u64 = 64 << 10;
 /// Deepest nesting of blocks.
 const DEPTH_MAX: u32 = 16;
-/// Most variables, and longest value, bytes.
+/// Most variables, longest value, and all values and names together, bytes.
 const VARIABLES_MAX: usize = 1024;
 const VALUE_BYTES_MAX: usize = 4096;
+const VARIABLES_BYTES_MAX: usize = 64 << 10;
 
-/// GRUB's variables.
+/// GRUB's variables. One that would be too much is not set.
 #[derive(Debug, Clone, Default)]
-pub(super) struct Variables(BTreeMap<String, String>);
+pub(super) struct Variables {
+    values: BTreeMap<String, String>,
+    bytes: usize,
+}
 
 impl Variables {
     /// Of an environment block: `name=value` lines after a first line that begins with `#`.
@@ -34,20 +40,24 @@ impl Variables {
     }
 
     pub(super) fn get(&self, name: &str) -> &str {
-        self.0.get(name).map_or("", String::as_str)
+        self.values.get(name).map_or("", String::as_str)
     }
 
     pub(super) fn set(&mut self, name: &str, value: impl Into<String>) {
         let value = value.into();
+        let old = self.values.get(name).map_or(0, |old| name.len() + old.len());
+        let bytes = self.bytes - old + name.len() + value.len();
         if value.len() <= VALUE_BYTES_MAX
-            && (self.0.len() < VARIABLES_MAX || self.0.contains_key(name))
+            && bytes <= VARIABLES_BYTES_MAX
+            && (self.values.len() < VARIABLES_MAX || self.values.contains_key(name))
         {
-            self.0.insert(name.to_owned(), value);
+            self.bytes = bytes;
+            self.values.insert(name.to_owned(), value);
         }
     }
 
     pub(super) fn iter(&self) -> impl Iterator<Item = (&str, &str)> {
-        self.0.iter().map(|(name, value)| (name.as_str(), value.as_str()))
+        self.values.iter().map(|(name, value)| (name.as_str(), value.as_str()))
     }
 
     /// Puts values in place of `$name` and `${name}`; a variable that is not set is empty. The
@@ -150,6 +160,9 @@ impl Lexer<'_> {
     fn tokens(mut self) -> Result<Vec<Token>, SyntaxError> {
         let mut tokens = Vec::new();
         while let Some(next) = self.text.peek().copied() {
+            if tokens.len() == TOKENS_MAX {
+                return Err(self.error("the script is too long"));
+            }
             match next {
                 '\n' | ';' => {
                     self.advance();

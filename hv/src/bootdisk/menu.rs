@@ -9,7 +9,7 @@
 //! `initrdfail` is set from the start, so that they boot with their initrd.
 
 use super::Volume;
-use super::bls;
+use super::bls::{self, INITRDS_MAX};
 use super::grub::{self, Node, Piece, Variables, Word};
 
 /// Most entries of a menu.
@@ -18,8 +18,6 @@ const ITEMS_MAX: usize = bls::ENTRIES_MAX;
 const SUBMENUS_MAX: u32 = 4;
 /// Longest command with its values put in, bytes.
 const COMMAND_BYTES_MAX: usize = 64 << 10;
-/// Most initrds of one entry.
-pub(super) const INITRDS_MAX: usize = 16;
 
 /// What the script could not be run for.
 pub(super) const COMMAND_TOO_LONG: &str = "a command is too long";

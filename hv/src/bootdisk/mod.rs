@@ -46,6 +46,8 @@ const LINKS: [(&str, &str); 3] = [
     ("/boot/vmlinuz", "/boot/initrd.img"),
     ("/boot/vmlinuz-linux", "/boot/initramfs-linux.img"),
 ];
+/// Most filesystems that are looked into, the first ones.
+const VOLUMES_MAX: usize = 16;
 /// Longest title in a message, characters.
 const TITLE_CHARS_MAX: usize = 50;
 
@@ -189,6 +191,9 @@ fn mount(disk: &Window) -> Result<(Vec<Volume>, Option<BootDiskError>), BootDisk
     };
     let (mut volumes, mut others, mut problem) = (Vec::new(), Vec::new(), None);
     for (number, window) in parts {
+        if volumes.len() == VOLUMES_MAX {
+            break;
+        }
         match Filesystem::open(&window) {
             Ok(Content::Readable(filesystem)) => volumes.push(Volume { number, filesystem }),
             Ok(Content::Other(name)) => others.push(format!("{name} on {}", place(number))),
@@ -339,7 +344,7 @@ fn choose_bls(
             source: format!("{volume}, {directory}/{}.conf", entry.id),
             entry: entry.name().to_owned(),
             kernel: whole(&entry.linux),
-            initrds: entry.initrds.iter().take(menu::INITRDS_MAX).map(whole).collect(),
+            initrds: entry.initrds.iter().take(bls::INITRDS_MAX).map(whole).collect(),
             command_line: entry.options.clone(),
         }));
     }

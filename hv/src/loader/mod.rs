@@ -82,15 +82,19 @@ pub fn load(
             tracing::info!(disk = %path.display(), chosen = boot.description, "boots from disk");
             let wrong = |what: String| {
                 let chosen = &boot.description;
-                let value = format!("{}: what it boots {what} ({chosen})", path.display());
+                let value = format!("{}: its {what} ({chosen})", path.display());
                 FieldError::new("boot_disk", value, KERNEL_ACCEPTED)
             };
-            let loaded = load_kernel(memory, &boot.kernel, &wrong)?;
+            let wrong_kernel = |what: String| wrong(format!("kernel {what}"));
+            let wrong_initrd = |what: String| wrong(format!("initrd {what}"));
+            let loaded = load_kernel(memory, &boot.kernel, &wrong_kernel)?;
             let initramfs = boot.initrd.as_deref().filter(|bytes| !bytes.is_empty());
             let initramfs = initramfs.map(|bytes| {
                 let length = bytes.len() as u64;
-                let start = initramfs_start(memory, length, loaded.end).map_err(&wrong)?;
-                memory.write_slice(bytes, start).map_err(|error| wrong(error.to_string()))?;
+                let start = initramfs_start(memory, length, loaded.end).map_err(wrong_initrd)?;
+                memory
+                    .write_slice(bytes, start)
+                    .map_err(|error| wrong_initrd(error.to_string()))?;
                 Ok((start, length))
             });
             (loaded, initramfs.transpose()?, boot.command_line)

@@ -69,10 +69,9 @@ impl ReadAt for Damaged {
         self.disk.read_at(offset, target)?;
         for (at, bytes) in &self.changes {
             for (index, byte) in bytes.iter().enumerate() {
-                if let Some(place) = (at + index).checked_sub(offset as usize) {
-                    if let Some(target) = target.get_mut(place) {
-                        *target = *byte;
-                    }
+                let place = (at + index).checked_sub(offset as usize);
+                if let Some(target) = place.and_then(|place| target.get_mut(place)) {
+                    *target = *byte;
                 }
             }
         }
