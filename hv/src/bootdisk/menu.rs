@@ -72,7 +72,9 @@ impl<'a> Run<'a> {
             variables.set(name, value);
         }
         variables.set("root", device(home));
-        variables.set("prefix", format!("({}){directory}", device(home)));
+        for name in ["prefix", "config_directory"] {
+            variables.set(name, format!("({}){directory}", device(home)));
+        }
         let mut run = Self::with(volumes, home, directory, variables);
         run.block(script)?;
         Ok(run)

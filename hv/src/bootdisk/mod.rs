@@ -165,20 +165,32 @@ pub fn find(
     limits: Limits,
     command_line: &str,
 ) -> Result<Boot, BootDiskError> {
-    let (volumes, first_problem) = mount(&Window::whole(disk))?;
+    let Mounted { volumes, others, problem } = mount(&Window::whole(disk))?;
     match choose(&volumes) {
         Ok(Some(choice)) => load(&volumes, &choice, limits, command_line),
         // A damaged filesystem is the likeliest reason why no entry was found.
-        Ok(None) => Err(first_problem.unwrap_or_else(|| {
+        Ok(None) => Err(problem.unwrap_or_else(|| {
             let places: Vec<String> = volumes.iter().map(Volume::to_string).collect();
-            BootDiskError::NoEntry(places.join(", "))
+            let unread = match others.is_empty() {
+                true => String::new(),
+                false => format!("; what cannot be read here: {}", others.join(", ")),
+            };
+            BootDiskError::NoEntry(places.join(", ") + &unread)
         })),
         Err(error) => Err(error),
     }
 }
 
-/// All filesystems that can be read, and the first that should have been.
-fn mount(disk: &Window) -> Result<(Vec<Volume>, Option<BootDiskError>), BootDiskError> {
+/// What lies on a disk.
+struct Mounted {
+    volumes: Vec<Volume>,
+    /// What is known but cannot be read, and where, for people.
+    others: Vec<String>,
+    /// Why the first filesystem that should have been read was not.
+    problem: Option<BootDiskError>,
+}
+
+fn mount(disk: &Window) -> Result<Mounted, BootDiskError> {
     let table = partitions::partitions(disk).map_err(|error| match error {
         partitions::TableError::Gpt => BootDiskError::Table(error.to_string()),
         partitions::TableError::Read(error) => BootDiskError::Read(error.to_string()),
@@ -212,7 +224,7 @@ fn mount(disk: &Window) -> Result<(Vec<Volume>, Option<BootDiskError>), BootDisk
             (None, _) => BootDiskError::NoFilesystem(others.join(", ")),
         });
     }
-    Ok((volumes, problem))
+    Ok(Mounted { volumes, others, problem })
 }
 
 /// What GRUB's configuration on a volume says.

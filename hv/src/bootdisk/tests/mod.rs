@@ -243,6 +243,7 @@ fn disks_that_make_no_sense_are_explained() {
     damaged[1024 + 0x18] = 99;
     let mut xfs = vec![0; 1 << 20];
     xfs[..4].copy_from_slice(b"XFSB");
+    let rocky = gpt(&[vfat(2, &[("EFI/x", b"")]), xfs.clone()]);
     let circle = Ext4Image::new().link("vmlinuz", "initrd.img").link("initrd.img", "vmlinuz");
     let large = debian_root().file("boot/vmlinuz-6.1.0-40-cloud-amd64", &vec![7; (1 << 20) + 1]);
     let script = debian_root().file("boot/grub/grub.cfg", b"menuentry 'x' {\n");
@@ -280,6 +281,7 @@ fn disks_that_make_no_sense_are_explained() {
             gpt(&[xfs]),
             "no partition has a filesystem that can be read (ext4, vfat); there is: XFS on partition 1",
         ),
+        ("rocky", rocky, "on partition 1 (vfat); what cannot be read here: XFS on partition 2"),
         ("circle", ext4(&circle), "/vmlinuz: lies too deep"),
         ("large", ext4(&large), "has 1048577 bytes, more than 1048576"),
         ("script", ext4(&script), "/boot/grub/grub.cfg: line 1: a block has no end"),
