@@ -111,12 +111,19 @@ pub struct DomainConfig {
     pub vcpus: u32,
     /// A multiple of [`MEMORY_BYTES_STEP`], at least [`MEMORY_BYTES_MIN`].
     pub memory_bytes: u64,
-    /// The kernel: a bzImage or an ELF `vmlinux`. Not read with `--incoming`.
-    pub kernel: PathBuf,
-    /// The initramfs, if any. Not read with `--incoming`.
+    /// The kernel: a bzImage or an ELF `vmlinux`. This or `boot_disk`, not both. Not read with
+    /// `--incoming`.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub kernel: Option<PathBuf>,
+    /// The initramfs for `kernel`, if any. Not read with `--incoming`.
     #[serde(default)]
     pub initramfs: Option<PathBuf>,
-    /// The kernel's command line, at most [`COMMAND_LINE_BYTES_MAX`] bytes.
+    /// A disk whose own boot loader entries say which of its kernels boots. It is read again each
+    /// time the domain starts. Not read with `--incoming`.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub boot_disk: Option<BootDiskConfig>,
+    /// The kernel's command line, at most [`COMMAND_LINE_BYTES_MAX`] bytes; with `boot_disk`,
+    /// what goes behind the entry's own.
     #[serde(default)]
     pub command_line: String,
     /// At most [`INTERFACES_MAX`], in the order in which the guest finds them.
@@ -125,6 +132,14 @@ pub struct DomainConfig {
     /// What a reboot by the guest does.
     #[serde(default)]
     pub on_reboot: OnReboot,
+}
+
+/// A disk that the domain boots from.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct BootDiskConfig {
+    /// A raw image or a block device.
+    pub path: PathBuf,
 }
 
 /// One network interface.
@@ -185,10 +200,7 @@ impl DomainConfig {
                 ),
             ));
         }
-        validate_path("kernel", &self.kernel)?;
-        if let Some(initramfs) = &self.initramfs {
-            validate_path("initramfs", initramfs)?;
-        }
+        self.validate_boot()?;
         if self.command_line.len() > COMMAND_LINE_BYTES_MAX {
             return Err(FieldError::new(
                 "command_line",
@@ -229,6 +241,36 @@ impl DomainConfig {
             }
         }
         Ok(())
+    }
+
+    /// Exactly one source of the kernel.
+    fn validate_boot(&self) -> Result<(), FieldError> {
+        match (&self.kernel, &self.boot_disk) {
+            (Some(kernel), None) => {
+                validate_path("kernel", kernel)?;
+                self.initramfs.iter().try_for_each(|path| validate_path("initramfs", path))
+            }
+            (None, Some(disk)) => {
+                if let Some(initramfs) = &self.initramfs {
+                    return Err(FieldError::new(
+                        "initramfs",
+                        initramfs.display(),
+                        "none with boot_disk: the disk has its own",
+                    ));
+                }
+                validate_path("boot_disk.path", &disk.path)
+            }
+            (Some(_), Some(_)) => Err(FieldError::new(
+                "boot_disk",
+                "given together with kernel",
+                "one of the two: kernel, or boot_disk",
+            )),
+            (None, None) => Err(FieldError::new(
+                "kernel",
+                "neither kernel nor boot_disk is given",
+                "one of the two: kernel, or boot_disk",
+            )),
+        }
     }
 }
 
@@ -366,8 +408,9 @@ mod tests {
             epoch: 1,
             vcpus: 1,
             memory_bytes: 128 << 20,
-            kernel: "/boot/vmlinuz".into(),
+            kernel: Some("/boot/vmlinuz".into()),
             initramfs: Some("/boot/initramfs.img".into()),
+            boot_disk: None,
             command_line: "console=ttyS0".into(),
             interfaces: vec![InterfaceConfig {
                 mac: "52:54:00:12:34:56".into(),
@@ -395,7 +438,17 @@ mod tests {
             ("memory_bytes", |c| c.memory_bytes = 31 << 20),
             ("memory_bytes", |c| c.memory_bytes = (64 << 20) + 4096),
             ("memory_bytes", |c| c.memory_bytes = 1 << 40),
-            ("kernel", |c| c.kernel = "vmlinuz".into()),
+            ("kernel", |c| c.kernel = Some("vmlinuz".into())),
+            ("kernel", |c| c.kernel = None),
+            ("boot_disk", |c| c.boot_disk = Some(BootDiskConfig { path: "/dev/vg/root".into() })),
+            ("initramfs", |c| {
+                c.kernel = None;
+                c.boot_disk = Some(BootDiskConfig { path: "/dev/vg/root".into() });
+            }),
+            ("boot_disk.path", |c| {
+                (c.kernel, c.initramfs) = (None, None);
+                c.boot_disk = Some(BootDiskConfig { path: "root.img".into() });
+            }),
             ("initramfs", |c| c.initramfs = Some("".into())),
             ("command_line", |c| c.command_line = "x".repeat(2048)),
             ("command_line", |c| c.command_line = "a\nb".into()),
@@ -430,6 +483,10 @@ mod tests {
             "memory_bytes":134217728,"kernel":"/k"}"#;
         let config: DomainConfig = serde_json::from_str(minimal).unwrap();
         assert_eq!(config.on_reboot, OnReboot::Restart);
+        let from_disk = minimal.replace(r#""kernel":"/k""#, r#""boot_disk":{"path":"/d"}"#);
+        let config: DomainConfig = serde_json::from_str(&from_disk).unwrap();
+        config.validate().unwrap();
+        assert_eq!(config.boot_disk, Some(BootDiskConfig { path: "/d".into() }));
         let unknown = minimal.replace("\"epoch\"", "\"cpu\":1,\"epoch\"");
         let error = serde_json::from_str::<DomainConfig>(&unknown).unwrap_err();
         assert!(error.to_string().contains("cpu"), "{error}");

@@ -10,6 +10,7 @@
 //! [`migratable`]: machine::migratable
 
 pub mod acpi;
+pub mod bootdisk;
 pub mod config;
 pub mod console;
 pub mod loader;

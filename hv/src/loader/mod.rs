@@ -6,8 +6,10 @@
 //! and [`pvh`] writes the structures that the kernel's PVH entry expects in EBX. The guest starts
 //! in 32-bit protected mode without paging and without a decompressor of its own.
 //!
-//! Everything here reads files that an operator named: each error names the field (`kernel` or
-//! `initramfs`), the file, what is wrong, and what would be accepted. All sizes are bounded.
+//! The kernel comes from files that an operator named, or from a disk of the domain
+//! ([`crate::bootdisk`]), which is read anew each time. Each error names the field (`kernel`,
+//! `initramfs` or `boot_disk`), the file, what is wrong, and what would be accepted. All sizes
+//! are bounded.
 
 mod elf;
 mod image;
@@ -18,10 +20,13 @@ mod tests;
 use std::fs::File;
 use std::io::Read;
 use std::os::unix::fs::OpenOptionsExt;
-use std::path::Path;
+use std::path::{Path, PathBuf};
+use std::sync::mpsc::{RecvTimeoutError, sync_channel};
+use std::time::Duration;
 
 use vm_memory::{Bytes, GuestAddress, GuestMemoryBackend};
 
+use crate::bootdisk::{self, Boot, BootDiskError, DiskFile, Limits};
 use crate::config::{DomainConfig, FieldError};
 use crate::memory::{GuestMemory, LOW_RAM_END, PAGE_BYTES};
 
@@ -31,6 +36,14 @@ pub const KERNEL_FILE_BYTES_MAX: u64 = 128 << 20;
 pub const KERNEL_IMAGE_BYTES_MAX: u64 = 512 << 20;
 /// Kernel segments lie at or above this guest-physical address; below are our structures.
 pub(crate) const KERNEL_START_MIN: u64 = 1 << 20;
+
+/// Largest initrd inside of a disk, bytes, and never more than the domain has memory: its bytes are
+/// the VMM's own while they are read. Debian's have 10 to 60 MiB.
+pub const DISK_INITRD_BYTES_MAX: u64 = 512 << 20;
+/// Longest time to read kernel and initrd from a disk: shorter than a reset may take.
+const DISK_TIMEOUT: Duration = Duration::from_secs(45);
+/// Stack of the thread that does it.
+const DISK_STACK_BYTES: usize = 1 << 20;
 
 /// What a kernel may be, for messages.
 const KERNEL_ACCEPTED: &str =
@@ -56,17 +69,94 @@ pub fn load(
     config: &DomainConfig,
     rsdp: GuestAddress,
 ) -> Result<LoadedKernel, FieldError> {
-    let loaded = load_kernel(memory, &config.kernel)?;
-    let initramfs = match &config.initramfs {
-        Some(path) => Some(load_initramfs(memory, path, loaded.end)?),
-        None => None,
+    let source = source(config)?;
+    let (loaded, initramfs, command_line) = match source {
+        Source::Files { kernel, initramfs } => {
+            let loaded = load_kernel_file(memory, kernel)?;
+            let initramfs =
+                initramfs.map(|path| load_initramfs(memory, path, loaded.end)).transpose()?;
+            (loaded, initramfs, config.command_line.clone())
+        }
+        Source::Disk(path) => {
+            let boot = read_disk(path, config)?;
+            tracing::info!(disk = %path.display(), chosen = boot.description, "boots from disk");
+            let wrong = |what: String| {
+                let chosen = &boot.description;
+                let value = format!("{}: its {what} ({chosen})", path.display());
+                FieldError::new("boot_disk", value, KERNEL_ACCEPTED)
+            };
+            let wrong_kernel = |what: String| wrong(format!("kernel {what}"));
+            let wrong_initrd = |what: String| wrong(format!("initrd {what}"));
+            let loaded = load_kernel(memory, &boot.kernel, &wrong_kernel)?;
+            let initramfs = boot.initrd.as_deref().filter(|bytes| !bytes.is_empty());
+            let initramfs = initramfs.map(|bytes| {
+                let length = bytes.len() as u64;
+                let start = initramfs_start(memory, length, loaded.end).map_err(wrong_initrd)?;
+                memory
+                    .write_slice(bytes, start)
+                    .map_err(|error| wrong_initrd(error.to_string()))?;
+                Ok((start, length))
+            });
+            (loaded, initramfs.transpose()?, boot.command_line)
+        }
     };
-    let start_info = pvh::write(memory, &config.command_line, initramfs, rsdp)
+    let start_info = pvh::write(memory, &command_line, initramfs, rsdp)
         .map_err(|error| FieldError::new("memory_bytes", error, "room for the boot structures"))?;
     Ok(LoadedKernel { entry: loaded.entry, start_info })
 }
 
-fn load_kernel(memory: &GuestMemory, path: &Path) -> Result<elf::LoadedElf, FieldError> {
+/// Where the kernel comes from.
+enum Source<'a> {
+    Files { kernel: &'a Path, initramfs: Option<&'a Path> },
+    Disk(&'a Path),
+}
+
+fn source(config: &DomainConfig) -> Result<Source<'_>, FieldError> {
+    match (&config.kernel, &config.boot_disk) {
+        (_, Some(disk)) => Ok(Source::Disk(&disk.path)),
+        (Some(kernel), None) => {
+            Ok(Source::Files { kernel, initramfs: config.initramfs.as_deref() })
+        }
+        (None, None) => Err(FieldError::new("kernel", "", KERNEL_ACCEPTED)),
+    }
+}
+
+/// Reads what a disk boots, as it is now: a kernel that was upgraded inside of the guest is the
+/// one that the next boot finds.
+///
+/// It is done by a thread of its own, so that a disk that is damaged on purpose can at most end
+/// this start of this domain, by an error.
+fn read_disk(path: &Path, config: &DomainConfig) -> Result<Boot, FieldError> {
+    let wrong = |what: String| {
+        let value = format!("{}: {what}", path.display());
+        FieldError::new("boot_disk", value, "a disk with a Linux system that boots")
+    };
+    let limits = Limits {
+        kernel_bytes_max: KERNEL_FILE_BYTES_MAX.min(config.memory_bytes),
+        initrd_bytes_max: DISK_INITRD_BYTES_MAX.min(config.memory_bytes),
+    };
+    let (send, receive) = sync_channel(1);
+    let (disk, command_line): (PathBuf, _) = (path.to_owned(), config.command_line.clone());
+    let thread = std::thread::Builder::new().name("boot-disk".into()).stack_size(DISK_STACK_BYTES);
+    thread
+        .spawn(move || {
+            let boot = DiskFile::open(&disk)
+                .map_err(|error| BootDiskError::Read(error.to_string()))
+                .and_then(|disk| bootdisk::find(Box::new(disk), limits, &command_line));
+            // Whoever asked may have given up.
+            let _ = send.send(boot);
+        })
+        .map_err(|error| wrong(format!("no thread to read it: {error}")))?;
+    match receive.recv_timeout(DISK_TIMEOUT) {
+        Ok(boot) => boot.map_err(|error| wrong(error.to_string())),
+        Err(RecvTimeoutError::Timeout) => Err(wrong("reading it takes too long".into())),
+        Err(RecvTimeoutError::Disconnected) => {
+            Err(wrong("it is damaged in a way that cannot be read".into()))
+        }
+    }
+}
+
+fn load_kernel_file(memory: &GuestMemory, path: &Path) -> Result<elf::LoadedElf, FieldError> {
     let wrong = |reason: String| {
         FieldError::new("kernel", format!("{}: {reason}", path.display()), KERNEL_ACCEPTED)
     };
@@ -76,18 +166,27 @@ fn load_kernel(memory: &GuestMemory, path: &Path) -> Result<elf::LoadedElf, Fiel
     if bytes.len() as u64 != length {
         return Err(wrong("changed while it was read".into()));
     }
-    let mut vmlinux = image::vmlinux(&bytes).map_err(|error| wrong(error.to_string()))?;
+    load_kernel(memory, &bytes, &wrong)
+}
+
+/// Unpacks a kernel into memory; `wrong` makes the error of a reason.
+fn load_kernel(
+    memory: &GuestMemory,
+    bytes: &[u8],
+    wrong: &dyn Fn(String) -> FieldError,
+) -> Result<elf::LoadedElf, FieldError> {
+    let mut vmlinux = image::vmlinux(bytes).map_err(|error| wrong(error.to_string()))?;
     let loaded = elf::load(&mut vmlinux, memory).and_then(|loaded| {
         // What follows is not needed, but a checksum at its end covers all.
         std::io::copy(&mut vmlinux, &mut std::io::sink()).map_err(elf::ElfError::Read)?;
         Ok(loaded)
     });
     loaded.map_err(|error| match error {
-        elf::ElfError::OutsideMemory { .. } => FieldError::new(
-            "memory_bytes",
-            format!("{}: {error}", path.display()),
-            "enough memory for the kernel",
-        ),
+        elf::ElfError::OutsideMemory { .. } => FieldError {
+            field: "memory_bytes".into(),
+            accepted: "enough memory for the kernel".into(),
+            ..wrong(error.to_string())
+        },
         other => wrong(vmlinux.explain(&other)),
     })
 }
@@ -102,17 +201,26 @@ fn load_initramfs(
         FieldError::new("initramfs", format!("{}: {reason}", path.display()), INITRAMFS_ACCEPTED)
     };
     let (mut file, length) = open(path, LOW_RAM_END).map_err(wrong)?;
-    let ram_end = memory.iter().map(vm_memory::GuestMemoryRegion::len).next().unwrap_or(0);
-    let start = ram_end.checked_sub(length).map(|start| start & !(PAGE_BYTES - 1));
-    let Some(start) = start.filter(|start| *start >= kernel_end) else {
-        let room = ram_end.saturating_sub(kernel_end);
-        return Err(wrong(format!("has {length} bytes, {room} are free above the kernel")));
-    };
+    let start = initramfs_start(memory, length, kernel_end).map_err(wrong)?;
     let bytes = usize::try_from(length).map_err(|error| wrong(error.to_string()))?;
     memory
-        .read_exact_volatile_from(GuestAddress(start), &mut file, bytes)
+        .read_exact_volatile_from(start, &mut file, bytes)
         .map_err(|error| wrong(format!("cannot be read: {error}")))?;
-    Ok((GuestAddress(start), length))
+    Ok((start, length))
+}
+
+/// Where an initramfs of so many bytes goes; else the reason why it does not fit.
+fn initramfs_start(
+    memory: &GuestMemory,
+    length: u64,
+    kernel_end: u64,
+) -> Result<GuestAddress, String> {
+    let ram_end = memory.iter().map(vm_memory::GuestMemoryRegion::len).next().unwrap_or(0);
+    let start = ram_end.checked_sub(length).map(|start| start & !(PAGE_BYTES - 1));
+    start.filter(|start| *start >= kernel_end).map(GuestAddress).ok_or_else(|| {
+        let room = ram_end.saturating_sub(kernel_end);
+        format!("has {length} bytes, {room} are free above the kernel")
+    })
 }
 
 /// Opens a regular, non-empty file of at most so many bytes.

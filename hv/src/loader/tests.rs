@@ -5,7 +5,7 @@ use std::path::PathBuf;
 use tempfile::NamedTempFile;
 
 use super::*;
-use crate::config::OnReboot;
+use crate::config::{BootDiskConfig, OnReboot};
 use crate::memory;
 
 const LOAD_ADDRESS: u64 = 0x100_0000;
@@ -98,8 +98,9 @@ fn config(kernel: PathBuf, initramfs: Option<PathBuf>) -> DomainConfig {
         epoch: 1,
         vcpus: 1,
         memory_bytes: 64 << 20,
-        kernel,
+        kernel: Some(kernel),
         initramfs,
+        boot_disk: None,
         command_line: "console=ttyS0".into(),
         interfaces: Vec::new(),
         on_reboot: OnReboot::Restart,
@@ -182,6 +183,69 @@ fn files_that_are_not_there() {
     let error = load(&memory, &both, GuestAddress(0)).unwrap_err();
     assert_eq!(error.field, "initramfs");
     assert!(error.to_string().contains("are free above the kernel"), "{error}");
+}
+
+/// A disk without partitions, with a kernel under the links that Debian keeps.
+fn disk(kernel: &[u8], initrd: &[u8]) -> NamedTempFile {
+    let mut image = std::io::Cursor::new(vec![0; 4 << 20]);
+    fatfs::format_volume(&mut image, fatfs::FormatVolumeOptions::new()).unwrap();
+    image.set_position(0);
+    {
+        let filesystem = fatfs::FileSystem::new(&mut image, fatfs::FsOptions::new()).unwrap();
+        let entry = b"linux /k\ninitrd /i\noptions root=/dev/vda quiet\n";
+        let directory = filesystem.root_dir().create_dir("loader").unwrap();
+        let entries = directory.create_dir("entries").unwrap();
+        for (mut file, bytes) in [
+            (entries.create_file("a.conf").unwrap(), &entry[..]),
+            (filesystem.root_dir().create_file("k").unwrap(), kernel),
+            (filesystem.root_dir().create_file("i").unwrap(), initrd),
+        ] {
+            std::io::Write::write_all(&mut file, bytes).unwrap();
+        }
+    }
+    file(&image.into_inner())
+}
+
+/// The domain's command line goes behind the entry's, and each start reads the disk anew: a kernel
+/// that was upgraded in between is the one that starts.
+#[test]
+fn a_disk_boots_its_own_kernel_and_is_read_anew() {
+    let disk_file = disk(&bzimage(&zstd(&vmlinux())), b"initrd of the disk");
+    let mut config = config(PathBuf::new(), None);
+    let path = disk_file.path().to_owned();
+    (config.kernel, config.boot_disk) = (None, Some(BootDiskConfig { path: path.clone() }));
+    let start = || {
+        let memory = memory::create(64 << 20).unwrap();
+        load(&memory, &config, GuestAddress(0xe0000)).map(|loaded| (memory, loaded))
+    };
+    let (memory, loaded) = start().unwrap();
+    assert_eq!(loaded.entry, GuestAddress(ENTRY.into()));
+    let long = |at: u64| memory.read_obj::<u64>(GuestAddress(at)).unwrap();
+    let module = long(loaded.start_info.0 + 16);
+    let mut text = vec![0; long(module + 8) as usize];
+    memory.read_slice(&mut text, GuestAddress(long(module))).unwrap();
+    assert_eq!(text, b"initrd of the disk");
+    let mut text = [0; 36];
+    memory.read_slice(&mut text, GuestAddress(long(loaded.start_info.0 + 24))).unwrap();
+    assert_eq!(&text, b"root=/dev/vda quiet console=ttyS0\0\0\0");
+
+    let mut upgraded = vmlinux();
+    upgraded[SEGMENT_OFFSET + 0x2000] = 0x77;
+    std::fs::copy(disk(&upgraded, b"").path(), &path).unwrap();
+    let (memory, _) = start().unwrap();
+    let byte = memory.read_obj::<u8>(GuestAddress(LOAD_ADDRESS + 0x2000)).unwrap();
+    assert_eq!(byte, 0x77, "the kernel that lies there now");
+
+    std::fs::copy(disk(b"no kernel at all", b"").path(), &path).unwrap();
+    let error = start().map(|_| ()).unwrap_err();
+    assert_eq!(error.field, "boot_disk");
+    assert!(error.value.contains("is no kernel: neither a bzImage"), "{error}");
+    std::fs::write(&path, vec![0; 1 << 20]).unwrap();
+    let error = start().map(|_| ()).unwrap_err();
+    assert!(error.to_string().contains("neither a partition table nor a filesystem"), "{error}");
+    std::fs::remove_file(&path).unwrap();
+    let error = start().map(|_| ()).unwrap_err();
+    assert!(error.to_string().contains("the disk cannot be read: No such file"), "{error}");
 }
 
 /// The start info points at everything, and the memory map leaves out what is not RAM.

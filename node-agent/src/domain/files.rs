@@ -89,8 +89,9 @@ pub(crate) fn domain_config(
         epoch,
         vcpus: spec.vcpus,
         memory_bytes: spec.memory_bytes,
-        kernel: boot.kernel.into(),
+        kernel: Some(boot.kernel.into()),
         initramfs: (!boot.initramfs.is_empty()).then(|| boot.initramfs.into()),
+        boot_disk: None,
         command_line: boot.command_line,
         interfaces: interfaces.collect(),
         on_reboot: match spec.on_reboot() {
@@ -104,7 +105,9 @@ pub(crate) fn domain_config(
 
 /// The files that a domain boots from, looked at early for a clear message.
 pub(crate) fn check_boot_files(config: &DomainConfig, node: &str) -> Result<(), Error> {
-    check_boot_file("boot.kernel", &config.kernel, node)?;
+    if let Some(kernel) = &config.kernel {
+        check_boot_file("boot.kernel", kernel, node)?;
+    }
     match &config.initramfs {
         Some(initramfs) => check_boot_file("boot.initramfs", initramfs, node),
         None => Ok(()),
