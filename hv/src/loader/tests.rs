@@ -102,6 +102,7 @@ fn config(kernel: PathBuf, initramfs: Option<PathBuf>) -> DomainConfig {
         initramfs,
         command_line: "console=ttyS0".into(),
         interfaces: Vec::new(),
+        disks: Vec::new(),
         on_reboot: OnReboot::Restart,
     }
 }

@@ -93,6 +93,7 @@ pub(crate) fn domain_config(
         initramfs: (!boot.initramfs.is_empty()).then(|| boot.initramfs.into()),
         command_line: boot.command_line,
         interfaces: interfaces.collect(),
+        disks: Vec::new(),
         on_reboot: match spec.on_reboot() {
             RestartPolicy::Stop => OnReboot::Stop,
             RestartPolicy::Restart | RestartPolicy::Unspecified => OnReboot::Restart,
