@@ -118,7 +118,9 @@ impl Core {
 
     /// When this returns, the device touches neither memory nor its host side.
     pub(super) fn pause(&self) {
-        self.lock().paused = true;
+        let mut inner = self.lock();
+        inner.paused = true;
+        inner.settle(self);
     }
 
     /// Lets the device run, and has it look at every queue: a notification may have been lost
@@ -167,6 +169,15 @@ impl Inner {
                 self.needs_reset(core, &violation);
                 Progress::Done
             }
+        }
+    }
+
+    /// Waits for what the device has begun.
+    fn settle(&mut self, core: &Core) {
+        let live = self.is_live();
+        let (device, mut turn) = self.split(core, Instant::now());
+        if let Err(violation) = device.settle(live.then_some(&mut turn)) {
+            self.needs_reset(core, &violation);
         }
     }
 

@@ -7,7 +7,7 @@
 //! timer; one lock is held for each turn, and pausing a device is taking that lock.
 //!
 //! ```text
-//!   vCPU ── MMIO ──► VirtioPci ─┐                  ┌─► VirtioDevice ──► tap, getrandom …
+//!   vCPU ── MMIO ──► VirtioPci ─┐                  ┌─► VirtioDevice ──► tap, volume …
 //!   vCPU ── ioeventfd ─► worker ┴─ lock ─► Inner ──┴─► queues in guest memory
 //!                                                  └─► MSI-X ── irqfd ──► guest
 //! ```
@@ -17,6 +17,7 @@
 //! reset. All that a device writes into guest memory goes through `vm-memory`, or is marked in
 //! its bitmap, so that live migration sees it.
 
+mod buffers;
 mod core;
 mod interrupt;
 pub mod net;
@@ -98,7 +99,7 @@ pub trait VirtioDevice: Send {
     fn read_config(&self, offset: u64, data: &mut [u8]);
     /// The driver is ready; `features` are those that it took.
     fn activate(&mut self, features: u64);
-    /// The driver has reset the device.
+    /// The driver has reset the device: when this returns, it touches no guest memory.
     fn reset(&mut self);
     /// One turn, bounded in time whatever the guest does.
     fn run(&mut self, turn: &mut Turn<'_>, event: Event) -> Result<Progress, Violation>;
@@ -117,6 +118,13 @@ pub trait VirtioDevice: Send {
     }
     /// The machine has moved here: tell whoever needs to know. The device is not paused.
     fn announce(&mut self, _turn: &mut Turn<'_>) {}
+
+    /// The device is about to be paused: when this returns, nothing that it began is under way.
+    /// What is finished goes to the driver; there is no `turn` when the driver has lost the
+    /// device, and then it is dropped.
+    fn settle(&mut self, _turn: Option<&mut Turn<'_>>) -> Result<(), Violation> {
+        Ok(())
+    }
 
     /// Writes the device's own state, in the newest version.
     fn save(&self, out: &mut Encoder);
