@@ -17,6 +17,7 @@
 //! reset. All that a device writes into guest memory goes through `vm-memory`, or is marked in
 //! its bitmap, so that live migration sees it.
 
+pub mod blk;
 mod buffers;
 mod core;
 mod interrupt;
