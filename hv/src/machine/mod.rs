@@ -39,6 +39,7 @@ use crate::migration::{Shape, cpu_features};
 use crate::pci::{KvmWiring, PciBus, RestoreError, Wiring};
 use crate::serial::SerialPort;
 use crate::state::{self, kind};
+use crate::virtio::blk::{Blk, Volume};
 use crate::virtio::net::{MacAddress, Net, NetCounters, Tap};
 use crate::virtio::rng::Rng;
 use crate::virtio::{VirtioDevice, VirtioPci};
@@ -184,7 +185,7 @@ impl Machine {
     /// Makes a machine that stands still, with empty memory.
     ///
     /// # Errors
-    /// When KVM, memory or a tap is not to be had; nothing is left behind.
+    /// When KVM, memory, a tap or a disk is not to be had; nothing is left behind.
     pub fn new(
         config: &DomainConfig,
         console: Arc<Console>,
@@ -234,6 +235,15 @@ impl Machine {
             let net = Net::new(Box::new(tap), MacAddress(mac.bytes()), interface.ip_addresses());
             counters.push(net.counters());
             add(Box::new(net), format!("interfaces[{index}]"))?;
+        }
+        for (index, disk) in config.disks.iter().enumerate() {
+            let volume = Volume::open(&disk.path, disk.read_only).map_err(|error| {
+                FieldError::new(format!("disks[{index}].path"), &error, error.accepted())
+            })?;
+            let device = || format!("disks[{index}]");
+            let blk = Blk::new(volume, &disk.serial, config.vcpus, memory.clone())
+                .map_err(|source| MachineError::Device { device: device(), source })?;
+            add(Box::new(blk), device())?;
         }
         add(Box::new(Rng::new()), "the entropy device".into())?;
         let devices = Arc::new(Devices { serial, power, pci });
