@@ -216,11 +216,11 @@ impl Machine {
         let mut virtio = Vec::new();
         let mut counters = Vec::new();
         let mut add = |device: Box<dyn VirtioDevice>, name: String| {
-            let function =
-                VirtioPci::new(device, pci.next_slot(), memory.clone(), Arc::clone(&wiring))
-                    .map_err(|source| MachineError::Device { device: name, source })?;
+            let made = VirtioPci::new(device, pci.next_slot(), memory.clone(), Arc::clone(&wiring));
             // The machine stands still.
-            function.pause();
+            let function = made
+                .and_then(|function| function.pause().map_err(io::Error::other).map(|()| function))
+                .map_err(|source| MachineError::Device { device: name, source })?;
             let function = Arc::new(function);
             pci.add(Arc::clone(&function) as _);
             virtio.push(function);
@@ -274,6 +274,22 @@ impl Machine {
         let rsdp = acpi::write(&self.memory, self.config.vcpus)?;
         let kernel = loader::load(&self.memory, &self.config, rsdp)?;
         self.vcpus[0].set_entry(kernel).wait()??;
+        Ok(())
+    }
+
+    /// Stops the devices. When one does not stop, the machine runs on as if nothing had been asked.
+    fn pause_devices(&self) -> Result<(), MigratableError> {
+        for (index, function) in self.virtio.iter().enumerate() {
+            if let Err(error) = function.pause() {
+                for paused in &self.virtio[..index] {
+                    paused.resume();
+                }
+                if !self.ended.load(Ordering::SeqCst) {
+                    self.vcpus.iter().for_each(Vcpu::run);
+                }
+                return Err(step("pausing the guest", error));
+            }
+        }
         Ok(())
     }
 
@@ -414,9 +430,7 @@ impl MigratableVm for Machine {
         for vcpu in parking {
             vcpu.wait()?;
         }
-        for function in &self.virtio {
-            function.pause();
-        }
+        self.pause_devices()?;
         self.paused = true;
         if self.ended.load(Ordering::SeqCst) {
             // What it has just told the machine is in no register: elsewhere it would go on.

@@ -30,7 +30,7 @@ mod transport;
 mod worker;
 
 use std::os::fd::RawFd;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 pub use interrupt::Interrupt;
 pub use queue::{GuestQueue, Segment, Violation};
@@ -79,6 +79,18 @@ pub struct Turn<'a> {
     pub now: Instant,
 }
 
+/// A device could not be paused, and goes on.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+#[error("{device}: {under_way} requests are still under way after {waited:?}")]
+pub struct Unsettled {
+    /// Its name.
+    pub device: &'static str,
+    /// Requests that the host has not done.
+    pub under_way: usize,
+    /// How long they were waited for.
+    pub waited: Duration,
+}
+
 /// Whether a turn ended because there was nothing more, or because it was long enough.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Progress {
@@ -120,11 +132,15 @@ pub trait VirtioDevice: Send {
     /// The machine has moved here: tell whoever needs to know. The device is not paused.
     fn announce(&mut self, _turn: &mut Turn<'_>) {}
 
-    /// The device is about to be paused: when this returns, nothing that it began is under way.
-    /// What is finished goes to the driver; there is no `turn` when the driver has lost the
-    /// device, and then it is dropped.
-    fn settle(&mut self, _turn: Option<&mut Turn<'_>>) -> Result<(), Violation> {
-        Ok(())
+    /// The device is about to be paused: waits until nothing that it began is under way, or until
+    /// the deadline, and answers how much still is. What is finished goes to the driver; there is
+    /// no `turn` when the driver has lost the device, and then it is dropped.
+    fn settle(
+        &mut self,
+        _turn: Option<&mut Turn<'_>>,
+        _deadline: Instant,
+    ) -> Result<usize, Violation> {
+        Ok(0)
     }
 
     /// Writes the device's own state, in the newest version.

@@ -257,20 +257,25 @@ impl Blk {
         Status::IoError
     }
 
-    /// Waits for all that is under way.
-    fn drain(&mut self, mut turn: Option<&mut Turn<'_>>) -> Result<(), Violation> {
-        let mut result = Ok(());
+    /// Waits for all that is under way, or until the deadline. Answers how much still is.
+    fn drain(
+        &mut self,
+        mut turn: Option<&mut Turn<'_>>,
+        deadline: Option<Instant>,
+    ) -> Result<usize, Violation> {
         while self.backend.in_flight() > 0 {
-            self.submit(Instant::now());
-            let timeout_ms = if self.retry.is_some() { RETRY.as_millis() as i32 } else { -1 };
-            backend::wait_readable(self.backend.fd(), timeout_ms);
-            // A driver that has broken the rules meanwhile is told nothing more.
-            let told = if result.is_ok() { turn.as_deref_mut() } else { None };
-            let finished = self.finish(told);
-            result = result.and(finished);
+            let now = Instant::now();
+            if deadline.is_some_and(|deadline| now >= deadline) {
+                return Ok(self.backend.in_flight());
+            }
+            self.submit(now);
+            let until = [self.retry, deadline].into_iter().flatten().min();
+            let left = until.map(|until| until.saturating_duration_since(now));
+            backend::wait_readable(self.backend.fd(), left);
+            self.finish(turn.as_deref_mut())?;
         }
         self.retry = None;
-        result
+        Ok(0)
     }
 }
 
@@ -375,7 +380,7 @@ impl VirtioDevice for Blk {
 
     fn reset(&mut self) {
         // Without a driver there is nobody to tell, and nothing that could go wrong.
-        let _ = self.drain(None);
+        let _ = self.drain(None, None);
         self.features = 0;
     }
 
@@ -407,8 +412,12 @@ impl VirtioDevice for Blk {
         self.retry
     }
 
-    fn settle(&mut self, turn: Option<&mut Turn<'_>>) -> Result<(), Violation> {
-        self.drain(turn)
+    fn settle(
+        &mut self,
+        turn: Option<&mut Turn<'_>>,
+        deadline: Instant,
+    ) -> Result<usize, Violation> {
+        self.drain(turn, Some(deadline))
     }
 
     /// Requests under way are no part of it: a paused device has none.

@@ -5,6 +5,7 @@ use std::io::{Read, Seek, SeekFrom, Write};
 use std::os::fd::{AsRawFd, RawFd};
 use std::path::Path;
 use std::sync::{Arc, Mutex};
+use std::time::Duration;
 
 use proptest::prelude::*;
 use tempfile::NamedTempFile;
@@ -685,7 +686,7 @@ fn a_pause_waits_for_what_is_under_way() {
     let mut calls = gate.calls();
     std::thread::scope(|scope| {
         scope.spawn(|| {
-            bench.driver.device.pause();
+            bench.driver.device.pause().unwrap();
             *done.lock().unwrap() = true;
         });
         for _ in 0..3 {
@@ -706,6 +707,20 @@ fn a_pause_waits_for_what_is_under_way() {
     wait_until("it goes on", || gate.held() == 1);
     gate.release_all();
     bench.driver.wait_used(0);
+}
+
+/// A disk of the node that hangs does not hang the pause: it fails, and the device goes on.
+#[test]
+fn a_pause_does_not_wait_for_ever() {
+    let (mut bench, gate) = gated();
+    bench.put(0, 0, Ask { kind: IN, room: 512, ..Ask::default() });
+    bench.driver.kick(0);
+    wait_until("it is under way", || gate.submitted() == 1);
+    let error = bench.driver.device.pause_within(Duration::from_millis(20)).unwrap_err();
+    assert_eq!(error.to_string(), "virtio-blk: 1 requests are still under way after 20ms");
+    gate.release_all();
+    assert_eq!(bench.driver.wait_used(0), (0, 513));
+    bench.driver.device.pause().unwrap();
 }
 
 /// A reset waits too: afterwards the guest may use its memory for something else.
@@ -766,7 +781,7 @@ fn state_travels_between_volumes_of_one_size() {
     for which in backends() {
         let mut bench = Bench::new(which);
         bench.read(0, 1);
-        bench.driver.device.pause();
+        bench.driver.device.pause().unwrap();
         bench.put(1, 2, Ask { kind: IN, sector: 7, room: 512, ..Ask::default() });
         let state = bench.driver.state();
 
@@ -776,7 +791,7 @@ fn state_travels_between_volumes_of_one_size() {
             Bench::unstarted(file(sectors), read_only, make, Some(memory.clone()))
         };
         let mut moved = new(SECTORS, false);
-        moved.driver.device.pause();
+        moved.driver.device.pause().unwrap();
         moved.driver.device.restore(1, &state).unwrap();
         assert_eq!(moved.driver.state(), state);
         moved.driver.seen = bench.driver.seen.clone();

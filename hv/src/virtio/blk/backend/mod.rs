@@ -10,6 +10,7 @@ mod uring;
 use std::io;
 use std::os::fd::RawFd;
 use std::sync::Arc;
+use std::time::Duration;
 
 use vm_memory::GuestAddress;
 use vmm_sys_util::eventfd::EventFd;
@@ -149,7 +150,11 @@ fn eventfd() -> io::Result<EventFd> {
 }
 
 /// Waits until this is readable, or for so long; a signal ends it too.
-pub(super) fn wait_readable(fd: RawFd, timeout_ms: i32) {
+pub(super) fn wait_readable(fd: RawFd, timeout: Option<Duration>) {
+    // Rounded up, so that the time has passed when poll returns.
+    let timeout_ms = timeout.map_or(-1, |timeout| {
+        (timeout + Duration::from_micros(999)).as_millis().try_into().unwrap_or(i32::MAX)
+    });
     let mut poll = libc::pollfd { fd, events: libc::POLLIN, revents: 0 };
     // SAFETY: one pollfd, borrowed mutably. What it answers does not matter: the caller looks.
     unsafe { libc::poll(&raw mut poll, 1, timeout_ms) };

@@ -8,6 +8,7 @@ use std::collections::VecDeque;
 use std::io;
 use std::os::fd::{AsRawFd, RawFd};
 use std::sync::Arc;
+use std::time::Duration;
 
 use io_uring::{IoUring, opcode, squeue, types};
 use vmm_sys_util::eventfd::EventFd;
@@ -23,7 +24,7 @@ const KERNEL_WORKERS_MAX: [u32; 2] = [8, 8];
 /// Times that one job is tried again because the kernel was interrupted or short of memory.
 const RETRIES_MAX: u32 = 16;
 /// Between looks, while the system has no room for more.
-const RETRY_MS: i32 = 10;
+const RETRY: Duration = Duration::from_millis(10);
 
 /// The ring of one volume.
 pub(in crate::virtio::blk) struct Uring {
@@ -213,7 +214,7 @@ impl Drop for Uring {
             if self.held() <= unsubmitted {
                 return;
             }
-            wait_readable(self.event.as_raw_fd(), RETRY_MS);
+            wait_readable(self.event.as_raw_fd(), Some(RETRY));
             self.finished(&mut done);
         }
     }
