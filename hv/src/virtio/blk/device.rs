@@ -32,6 +32,9 @@ const SEGMENTS_MAX: u32 = QUEUE_SIZE as u32 - 2;
 /// within the turn.
 const TURN_REQUESTS_MAX: usize = 64;
 const TURN_BYTES_MAX: u64 = 16 << 20;
+/// Bytes that may be under way before the queues are left alone: what a pause or a reset may have
+/// to wait for. One more request may go beyond it.
+pub(super) const UNDER_WAY_BYTES_MAX: u64 = 256 << 20;
 /// When the system had no room for requests, they are tried again so much later.
 const RETRY: Duration = Duration::from_millis(10);
 /// Errors of the volume that are logged in the machine's life: a guest must not fill a log.
@@ -48,6 +51,10 @@ pub struct Blk {
     features: u64,
     /// Requests that are under way, queue by queue.
     in_flight: [u16; QUEUES_MAX],
+    /// Their bytes.
+    bytes_under_way: u64,
+    /// Queues that were left alone because of these, one bit each.
+    left_alone: u8,
     /// The system had no room for all that was begun; then it is tried again.
     retry: Option<Instant>,
     segments: Vec<Segment>,
@@ -94,6 +101,8 @@ impl Blk {
             queues,
             features: 0,
             in_flight: [0; QUEUES_MAX],
+            bytes_under_way: 0,
+            left_alone: 0,
             retry: None,
             segments: Vec::new(),
             done: Vec::new(),
@@ -128,6 +137,11 @@ impl Blk {
         let mut bytes = 0;
         turn.queues[index].disable_kicks(turn.memory)?;
         for _ in 0..TURN_REQUESTS_MAX {
+            if self.bytes_under_way >= UNDER_WAY_BYTES_MAX {
+                // Looked at again when some of them are done.
+                self.left_alone |= 1 << index;
+                return Ok(Progress::Done);
+            }
             let queue = &mut turn.queues[index];
             let Some(head) = queue.pop(turn.memory, &mut self.segments)? else {
                 if queue.enable_kicks(turn.memory)? {
@@ -147,6 +161,19 @@ impl Blk {
         Ok(Progress::More)
     }
 
+    /// Looks again at the queues that were left alone.
+    fn take_again(&mut self, turn: &mut Turn<'_>) -> Result<Progress, Violation> {
+        let left_alone = std::mem::take(&mut self.left_alone);
+        let mut progress = Progress::Done;
+        for index in (0..self.queues).filter(|index| left_alone & 1 << index != 0) {
+            if self.take(turn, index)? == Progress::More {
+                self.left_alone |= 1 << index;
+                progress = Progress::More;
+            }
+        }
+        Ok(progress)
+    }
+
     /// Begins the request whose buffers are in `segments`, or answers it at once. Answers how
     /// many bytes it moves.
     fn begin(
@@ -164,6 +191,7 @@ impl Blk {
             status: parsed.status,
             room_bytes: parsed.room_bytes,
             answer_bytes: 0,
+            moved_bytes: 0,
             written: Vec::new(),
         };
         let durable = !self.has(VIRTIO_BLK_F_FLUSH);
@@ -191,12 +219,17 @@ impl Blk {
             }
             Ok(Request::Flush) => (Work::Flush, 0),
             Ok(Request::Discard(spans)) => (Work::Discard { spans, durable }, 0),
-            Ok(Request::WriteZeroes(spans)) => (Work::Zero { spans, durable }, 0),
+            Ok(Request::WriteZeroes(spans)) => {
+                let bytes = spans.iter().map(|span| span.bytes).sum();
+                (Work::Zero { spans, durable }, bytes)
+            }
         };
         if work.is_nothing() {
             return answer(turn, &reply, Status::Ok).map(|()| 0);
         }
         self.in_flight[index] += 1;
+        self.bytes_under_way += bytes;
+        reply.moved_bytes = bytes;
         // SAFETY: `buffers` made the pointers from slices of guest memory. `self.memory` keeps it
         // mapped for longer than the backend exists; nothing here holds a reference into it.
         unsafe { self.backend.start(Job { work, reply }) };
@@ -232,6 +265,7 @@ impl Blk {
             // The kernel wrote past `vm-memory`, by part even when it failed.
             mark_written(&self.memory, reply.written.iter(), usize::MAX);
             self.in_flight[reply.queue] -= 1;
+            self.bytes_under_way -= reply.moved_bytes;
             if let (Some(turn), true) = (&mut turn, result.is_ok()) {
                 result = answer(turn, &reply, status);
             }
@@ -381,6 +415,7 @@ impl VirtioDevice for Blk {
     fn reset(&mut self) {
         // Without a driver there is nobody to tell, and nothing that could go wrong.
         let _ = self.drain(None, None);
+        self.left_alone = 0;
         self.features = 0;
     }
 
@@ -391,7 +426,7 @@ impl VirtioDevice for Blk {
                 self.finish(Some(&mut *turn))?;
                 // What the kernel did by part goes on.
                 self.submit(turn.now);
-                Ok(Progress::Done)
+                self.take_again(turn)
             }
             Event::Timer => {
                 self.submit(turn.now);

@@ -17,6 +17,7 @@ use vm_memory::{Bytes, GuestAddress, GuestMemoryBackend};
 use vmm_sys_util::eventfd::EventFd;
 
 use super::backend::{self, Backend, Done, Job, Threads, Uring, Work};
+use super::device::UNDER_WAY_BYTES_MAX;
 use super::requests::{DISCARD_SECTORS_MAX, REQUEST_BYTES_MAX, Span, ZERO_SECTORS_MAX};
 use super::*;
 use crate::memory::{self, GuestMemory};
@@ -240,6 +241,7 @@ struct GateState {
     submitted: usize,
     /// Calls of `submit`; each round of waiting for all begins with one.
     calls: usize,
+    held_max: usize,
 }
 
 impl Gate {
@@ -288,7 +290,9 @@ impl Backend for Gate {
         state.held.len() + state.done.len()
     }
     unsafe fn start(&mut self, job: Job) {
-        self.state.lock().unwrap().held.push(job);
+        let mut state = self.state.lock().unwrap();
+        state.held.push(job);
+        state.held_max = state.held_max.max(state.held.len());
     }
     fn submit(&mut self) -> bool {
         let mut state = self.state.lock().unwrap();

@@ -57,6 +57,8 @@ pub(super) struct Reply {
     pub(super) room_bytes: u64,
     /// How many of them are, when all goes well.
     pub(super) answer_bytes: u64,
+    /// Bytes that the job moves.
+    pub(super) moved_bytes: u64,
     /// Guest memory that the kernel writes.
     pub(super) written: Vec<Segment>,
 }

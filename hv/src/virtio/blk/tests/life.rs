@@ -184,3 +184,40 @@ fn a_full_queue_is_answered() {
         assert_eq!(bench.room(0, 4096), contents(8));
     }
 }
+
+/// A guest cannot make a pause wait for all that its queues could ask for: the bytes under way
+/// have a bound, and what waits behind it has its turn.
+#[test]
+fn the_bytes_under_way_have_a_bound() {
+    let file = NamedTempFile::new().unwrap();
+    file.as_file().set_len(REQUEST_BYTES_MAX).unwrap();
+    let gate = Gate::new();
+    let backend = gate.clone();
+    let mut bench = Bench::with(file, false, |_| Box::new(backend));
+    // The same buffer again and again, and the same chain.
+    let part = 1 << 20;
+    let parts = (REQUEST_BYTES_MAX / part) as u16;
+    for queue in 0..2 {
+        bench.put(queue, 0, Ask { kind: IN, ..Ask::default() });
+        for index in 1..=parts {
+            let buffer = (BUFFERS + 0x8_0000, part as u32, WRITE | NEXT, index + 1);
+            bench.driver.descriptor(queue, index, buffer);
+        }
+        bench.driver.descriptor(queue, parts + 1, (BUFFERS + STATUS, 1, WRITE, 0));
+        for _ in 1..10 {
+            bench.driver.offer(queue, 0);
+        }
+        bench.driver.kick(queue);
+    }
+    for _ in 0..20 {
+        wait_until("another is under way", || gate.held() > 0);
+        gate.release(0, Ok(()));
+    }
+    for queue in 0..2 {
+        for _ in 0..10 {
+            bench.driver.wait_used(queue);
+        }
+    }
+    let bound = (UNDER_WAY_BYTES_MAX / REQUEST_BYTES_MAX) as usize;
+    assert!(gate.state.lock().unwrap().held_max <= bound);
+}
