@@ -17,7 +17,7 @@
 //! A job owns pointers into guest memory from its start until it comes back. Nothing drops a job
 //! that the kernel may still work on: resetting and dropping the device wait for all of them, as
 //! long as it takes, and pausing waits for a while and then fails. How long depends on the host's
-//! disk alone, as a request's size is bounded.
+//! disk alone, as the bytes under way are bounded.
 
 mod backend;
 mod device;
