@@ -21,6 +21,10 @@ pub const MEMORY_BYTES_MAX: u64 = 1 << 39;
 pub const MEMORY_BYTES_STEP: u64 = 1 << 20;
 /// Most network interfaces.
 pub const INTERFACES_MAX: usize = 4;
+/// Most disks.
+pub const DISKS_MAX: usize = 8;
+/// Longest serial number of a disk, bytes: VIRTIO_BLK_ID_BYTES.
+pub const SERIAL_BYTES_MAX: usize = 20;
 /// Most addresses that are announced for one interface.
 pub const ADDRESSES_MAX: usize = 16;
 /// Longest kernel command line, bytes: x86's COMMAND_LINE_SIZE without the final zero.
@@ -129,6 +133,9 @@ pub struct DomainConfig {
     /// At most [`INTERFACES_MAX`], in the order in which the guest finds them.
     #[serde(default)]
     pub interfaces: Vec<InterfaceConfig>,
+    /// At most [`DISKS_MAX`], in the order in which the guest finds them.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub disks: Vec<DiskConfig>,
     /// What a reboot by the guest does.
     #[serde(default)]
     pub on_reboot: OnReboot,
@@ -153,6 +160,21 @@ pub struct InterfaceConfig {
     /// IP addresses that are announced after a migration.
     #[serde(default)]
     pub addresses: Vec<String>,
+}
+
+/// One disk.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct DiskConfig {
+    /// A raw file (a multiple of 512 bytes long) or a block device. It is locked while the domain
+    /// has it open.
+    pub path: PathBuf,
+    /// The guest can read it only.
+    #[serde(default)]
+    pub read_only: bool,
+    /// What the guest finds as the disk's serial number; empty for none.
+    #[serde(default)]
+    pub serial: String,
 }
 
 impl DomainConfig {
@@ -240,6 +262,26 @@ impl DomainConfig {
                 ));
             }
         }
+        self.validate_disks()
+    }
+
+    fn validate_disks(&self) -> Result<(), FieldError> {
+        if self.disks.len() > DISKS_MAX {
+            let accepted = format!("at most {DISKS_MAX}");
+            return Err(FieldError::new("disks", self.disks.len(), accepted));
+        }
+        for (index, disk) in self.disks.iter().enumerate() {
+            let at = format!("disks[{index}]");
+            disk.validate(&at)?;
+            let others = &self.disks[..index];
+            let accepted = "one that no other disk of the domain has";
+            if others.iter().any(|other| other.path == disk.path) {
+                return Err(FieldError::new(format!("{at}.path"), disk.path.display(), accepted));
+            }
+            if !disk.serial.is_empty() && others.iter().any(|other| other.serial == disk.serial) {
+                return Err(FieldError::new(format!("{at}.serial"), &disk.serial, accepted));
+            }
+        }
         Ok(())
     }
 
@@ -321,6 +363,22 @@ impl InterfaceConfig {
             }
         }
         Ok(())
+    }
+}
+
+impl DiskConfig {
+    fn validate(&self, at: &str) -> Result<(), FieldError> {
+        validate_path(&format!("{at}.path"), &self.path)?;
+        let fine = self.serial.len() <= SERIAL_BYTES_MAX
+            && self.serial.bytes().all(|b| b.is_ascii_alphanumeric() || b"-_.".contains(&b));
+        if fine {
+            return Ok(());
+        }
+        Err(FieldError::new(
+            format!("{at}.serial"),
+            &self.serial,
+            format!("at most {SERIAL_BYTES_MAX} of a-z, A-Z, 0-9, '-', '_' and '.'"),
+        ))
     }
 }
 
@@ -417,6 +475,11 @@ mod tests {
                 tap: "tap0".into(),
                 addresses: vec!["10.78.0.11".into(), "fd00::11".into()],
             }],
+            disks: vec![DiskConfig {
+                path: "/srv/web-1/root.raw".into(),
+                read_only: false,
+                serial: "web-1-root".into(),
+            }],
             on_reboot: OnReboot::Restart,
         }
     }
@@ -465,6 +528,16 @@ mod tests {
                     ..c.interfaces[0].clone()
                 });
             }),
+            ("disks", |c| c.disks = vec![c.disks[0].clone(); 9]),
+            ("disks[0].path", |c| c.disks[0].path = "root.raw".into()),
+            ("disks[0].serial", |c| c.disks[0].serial = "x".repeat(21)),
+            ("disks[0].serial", |c| c.disks[0].serial = "a b".into()),
+            ("disks[1].path", |c| {
+                c.disks.push(DiskConfig { serial: String::new(), ..c.disks[0].clone() });
+            }),
+            ("disks[1].serial", |c| {
+                c.disks.push(DiskConfig { path: "/srv/other".into(), ..c.disks[0].clone() });
+            }),
         ];
         for (field, change) in cases {
             let mut config = good();
@@ -487,6 +560,11 @@ mod tests {
         let config: DomainConfig = serde_json::from_str(&from_disk).unwrap();
         config.validate().unwrap();
         assert_eq!(config.boot_disk, Some(BootDiskConfig { path: "/d".into() }));
+        // A VMM from before there were disks reads what needs none.
+        assert!(!serde_json::to_string(&config).unwrap().contains("disks"));
+        let disk = minimal.replace("\"epoch\"", "\"disks\":[{\"path\":\"/d\"}],\"epoch\"");
+        let config: DomainConfig = serde_json::from_str(&disk).unwrap();
+        assert_eq!((config.disks[0].read_only, config.disks[0].serial.as_str()), (false, ""));
         let unknown = minimal.replace("\"epoch\"", "\"cpu\":1,\"epoch\"");
         let error = serde_json::from_str::<DomainConfig>(&unknown).unwrap_err();
         assert!(error.to_string().contains("cpu"), "{error}");

@@ -103,6 +103,7 @@ fn config(kernel: PathBuf, initramfs: Option<PathBuf>) -> DomainConfig {
         boot_disk: None,
         command_line: "console=ttyS0".into(),
         interfaces: Vec::new(),
+        disks: Vec::new(),
         on_reboot: OnReboot::Restart,
     }
 }

@@ -39,6 +39,7 @@ use crate::migration::{Shape, cpu_features};
 use crate::pci::{KvmWiring, PciBus, RestoreError, Wiring};
 use crate::serial::SerialPort;
 use crate::state::{self, kind};
+use crate::virtio::blk::{Blk, Volume};
 use crate::virtio::net::{MacAddress, Net, NetCounters, Tap};
 use crate::virtio::rng::Rng;
 use crate::virtio::{VirtioDevice, VirtioPci};
@@ -184,7 +185,7 @@ impl Machine {
     /// Makes a machine that stands still, with empty memory.
     ///
     /// # Errors
-    /// When KVM, memory or a tap is not to be had; nothing is left behind.
+    /// When KVM, memory, a tap or a disk is not to be had; nothing is left behind.
     pub fn new(
         config: &DomainConfig,
         console: Arc<Console>,
@@ -215,11 +216,11 @@ impl Machine {
         let mut virtio = Vec::new();
         let mut counters = Vec::new();
         let mut add = |device: Box<dyn VirtioDevice>, name: String| {
-            let function =
-                VirtioPci::new(device, pci.next_slot(), memory.clone(), Arc::clone(&wiring))
-                    .map_err(|source| MachineError::Device { device: name, source })?;
+            let made = VirtioPci::new(device, pci.next_slot(), memory.clone(), Arc::clone(&wiring));
             // The machine stands still.
-            function.pause();
+            let function = made
+                .and_then(|function| function.pause().map_err(io::Error::other).map(|()| function))
+                .map_err(|source| MachineError::Device { device: name, source })?;
             let function = Arc::new(function);
             pci.add(Arc::clone(&function) as _);
             virtio.push(function);
@@ -234,6 +235,15 @@ impl Machine {
             let net = Net::new(Box::new(tap), MacAddress(mac.bytes()), interface.ip_addresses());
             counters.push(net.counters());
             add(Box::new(net), format!("interfaces[{index}]"))?;
+        }
+        for (index, disk) in config.disks.iter().enumerate() {
+            let volume = Volume::open(&disk.path, disk.read_only).map_err(|error| {
+                FieldError::new(format!("disks[{index}].path"), &error, error.accepted())
+            })?;
+            let device = || format!("disks[{index}]");
+            let blk = Blk::new(volume, &disk.serial, config.vcpus, memory.clone())
+                .map_err(|source| MachineError::Device { device: device(), source })?;
+            add(Box::new(blk), device())?;
         }
         add(Box::new(Rng::new()), "the entropy device".into())?;
         let devices = Arc::new(Devices { serial, power, pci });
@@ -264,6 +274,22 @@ impl Machine {
         let rsdp = acpi::write(&self.memory, self.config.vcpus)?;
         let kernel = loader::load(&self.memory, &self.config, rsdp)?;
         self.vcpus[0].set_entry(kernel).wait()??;
+        Ok(())
+    }
+
+    /// Stops the devices. When one does not stop, the machine runs on as if nothing had been asked.
+    fn pause_devices(&self) -> Result<(), MigratableError> {
+        for (index, function) in self.virtio.iter().enumerate() {
+            if let Err(error) = function.pause() {
+                for paused in &self.virtio[..index] {
+                    paused.resume();
+                }
+                if !self.ended.load(Ordering::SeqCst) {
+                    self.vcpus.iter().for_each(Vcpu::run);
+                }
+                return Err(step("pausing the guest", error));
+            }
+        }
         Ok(())
     }
 
@@ -404,9 +430,7 @@ impl MigratableVm for Machine {
         for vcpu in parking {
             vcpu.wait()?;
         }
-        for function in &self.virtio {
-            function.pause();
-        }
+        self.pause_devices()?;
         self.paused = true;
         if self.ended.load(Ordering::SeqCst) {
             // What it has just told the machine is in no register: elsewhere it would go on.

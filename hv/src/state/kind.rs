@@ -40,9 +40,11 @@ pub const VIRTIO: SectionKind = kind(19, "virtio");
 pub const VIRTIO_NET: SectionKind = kind(20, "virtio-net");
 /// A virtio entropy device's own state; the instance is its slot.
 pub const VIRTIO_RNG: SectionKind = kind(21, "virtio-rng");
+/// A virtio block device's own state; the instance is its slot.
+pub const VIRTIO_BLK: SectionKind = kind(22, "virtio-blk");
 
 /// Every kind that this program knows.
-pub const ALL: [SectionKind; 13] = [
+pub const ALL: [SectionKind; 14] = [
     VM,
     VCPU,
     IRQCHIP,
@@ -56,6 +58,7 @@ pub const ALL: [SectionKind; 13] = [
     VIRTIO,
     VIRTIO_NET,
     VIRTIO_RNG,
+    VIRTIO_BLK,
 ];
 
 impl SectionKind {

@@ -3,11 +3,11 @@
 use std::io;
 use std::sync::atomic::{AtomicU32, Ordering};
 use std::sync::{Condvar, Mutex, MutexGuard, PoisonError};
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use vmm_sys_util::eventfd::EventFd;
 
-use super::{Event, GuestQueue, Interrupt, Progress, Turn, Violation, VirtioDevice};
+use super::{Event, GuestQueue, Interrupt, Progress, Turn, Unsettled, Violation, VirtioDevice};
 use crate::memory::GuestMemory;
 
 /// Violations of one device that are logged in the machine's life: a guest must not fill a log.
@@ -116,9 +116,17 @@ impl Core {
         }
     }
 
-    /// When this returns, the device touches neither memory nor its host side.
-    pub(super) fn pause(&self) {
-        self.lock().paused = true;
+    /// When this returns well, the device touches neither memory nor its host side. Otherwise it
+    /// runs as before.
+    pub(super) fn pause(&self, wait_max: Duration) -> Result<(), Unsettled> {
+        let mut inner = self.lock();
+        let under_way = inner.settle(self, Instant::now() + wait_max);
+        if under_way > 0 {
+            let device = inner.device.kind().name;
+            return Err(Unsettled { device, under_way, waited: wait_max });
+        }
+        inner.paused = true;
+        Ok(())
     }
 
     /// Lets the device run, and has it look at every queue: a notification may have been lost
@@ -166,6 +174,21 @@ impl Inner {
             Err(violation) => {
                 self.needs_reset(core, &violation);
                 Progress::Done
+            }
+        }
+    }
+
+    /// Waits for what the device has begun; answers how much is under way all the same.
+    fn settle(&mut self, core: &Core, deadline: Instant) -> usize {
+        let live = self.is_live();
+        let (device, mut turn) = self.split(core, Instant::now());
+        let settled = device.settle(live.then_some(&mut turn), deadline);
+        match settled {
+            Ok(under_way) => under_way,
+            Err(violation) => {
+                self.needs_reset(core, &violation);
+                // Nobody is to be told of the rest.
+                self.device.settle(None, deadline).unwrap_or(0)
             }
         }
     }

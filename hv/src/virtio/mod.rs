@@ -7,7 +7,7 @@
 //! timer; one lock is held for each turn, and pausing a device is taking that lock.
 //!
 //! ```text
-//!   vCPU ── MMIO ──► VirtioPci ─┐                  ┌─► VirtioDevice ──► tap, getrandom …
+//!   vCPU ── MMIO ──► VirtioPci ─┐                  ┌─► VirtioDevice ──► tap, volume …
 //!   vCPU ── ioeventfd ─► worker ┴─ lock ─► Inner ──┴─► queues in guest memory
 //!                                                  └─► MSI-X ── irqfd ──► guest
 //! ```
@@ -17,6 +17,8 @@
 //! reset. All that a device writes into guest memory goes through `vm-memory`, or is marked in
 //! its bitmap, so that live migration sees it.
 
+pub mod blk;
+mod buffers;
 mod core;
 mod interrupt;
 pub mod net;
@@ -28,7 +30,7 @@ mod transport;
 mod worker;
 
 use std::os::fd::RawFd;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 pub use interrupt::Interrupt;
 pub use queue::{GuestQueue, Segment, Violation};
@@ -77,6 +79,18 @@ pub struct Turn<'a> {
     pub now: Instant,
 }
 
+/// A device could not be paused, and goes on.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+#[error("{device}: {under_way} requests are still under way after {waited:?}")]
+pub struct Unsettled {
+    /// Its name.
+    pub device: &'static str,
+    /// Requests that the host has not done.
+    pub under_way: usize,
+    /// How long they were waited for.
+    pub waited: Duration,
+}
+
 /// Whether a turn ended because there was nothing more, or because it was long enough.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Progress {
@@ -98,7 +112,7 @@ pub trait VirtioDevice: Send {
     fn read_config(&self, offset: u64, data: &mut [u8]);
     /// The driver is ready; `features` are those that it took.
     fn activate(&mut self, features: u64);
-    /// The driver has reset the device.
+    /// The driver has reset the device: when this returns, it touches no guest memory.
     fn reset(&mut self);
     /// One turn, bounded in time whatever the guest does.
     fn run(&mut self, turn: &mut Turn<'_>, event: Event) -> Result<Progress, Violation>;
@@ -117,6 +131,17 @@ pub trait VirtioDevice: Send {
     }
     /// The machine has moved here: tell whoever needs to know. The device is not paused.
     fn announce(&mut self, _turn: &mut Turn<'_>) {}
+
+    /// The device is about to be paused: waits until nothing that it began is under way, or until
+    /// the deadline, and answers how much still is. What is finished goes to the driver; there is
+    /// no `turn` when the driver has lost the device, and then it is dropped.
+    fn settle(
+        &mut self,
+        _turn: Option<&mut Turn<'_>>,
+        _deadline: Instant,
+    ) -> Result<usize, Violation> {
+        Ok(0)
+    }
 
     /// Writes the device's own state, in the newest version.
     fn save(&self, out: &mut Encoder);

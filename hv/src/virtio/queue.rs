@@ -124,6 +124,11 @@ impl GuestQueue {
         self.queue.ready()
     }
 
+    /// How many chains it holds.
+    pub fn size(&self) -> u16 {
+        self.queue.size()
+    }
+
     /// Before the first use: the rings must lie in memory.
     pub(crate) fn check(&self, memory: &GuestMemory) -> Result<(), Violation> {
         let size = u64::from(self.queue.size());

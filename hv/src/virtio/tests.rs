@@ -307,7 +307,7 @@ fn interrupts_come_as_the_driver_asks_with_event_idx() {
 fn a_paused_device_touches_nothing() {
     let mut driver = TestDriver::new(Box::new(Echo));
     driver.start(VERSION_1);
-    driver.device.pause();
+    driver.device.pause().unwrap();
     driver.descriptor(0, 3, (BUFFERS, 8, 0, 0));
     driver.offer(0, 3);
     let before = driver.memory.read_obj::<u32>(GuestAddress(driver.rings(0)[2])).unwrap();
@@ -330,12 +330,12 @@ fn a_restored_device_goes_on_without_a_kick() {
     driver.offer(0, 0);
     driver.kick(0);
     driver.wait_used(0);
-    driver.device.pause();
+    driver.device.pause().unwrap();
     driver.offer(0, 0);
     let state = driver.state();
 
     let mut moved = TestDriver::with_memory(Box::new(Echo), driver.memory.clone());
-    moved.device.pause();
+    moved.device.pause().unwrap();
     moved.device.restore(1, &state).unwrap();
     moved.seen = driver.seen.clone();
     assert_eq!(moved.state(), state, "what was restored saves as it came");
@@ -523,7 +523,7 @@ proptest! {
         if cut {
             data.truncate(at);
         }
-        driver.device.pause();
+        driver.device.pause().unwrap();
         let _ = driver.device.restore(1, &state);
         driver.device.resume();
         driver.kick(0);

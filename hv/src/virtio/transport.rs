@@ -4,7 +4,7 @@ use std::io;
 use std::sync::atomic::Ordering;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::thread::JoinHandle;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use virtio_bindings::virtio_config::VIRTIO_F_VERSION_1;
 use virtio_bindings::virtio_ring::{VIRTIO_RING_F_EVENT_IDX, VIRTIO_RING_F_INDIRECT_DESC};
@@ -12,7 +12,7 @@ use virtio_queue::{Queue, QueueT};
 use vm_memory::GuestAddress;
 
 use super::core::{Core, Inner, status};
-use super::{Interrupt, VirtioDevice, worker};
+use super::{Interrupt, Unsettled, VirtioDevice, worker};
 use crate::machine::migratable::{MachineState, StateSection};
 use crate::memory::GuestMemory;
 use crate::pci::{
@@ -37,6 +37,9 @@ const CAPABILITY_VENDOR: u8 = 0x09;
 /// Rings and transport; offered for every device.
 const RING_FEATURES: u64 =
     1 << VIRTIO_F_VERSION_1 | 1 << VIRTIO_RING_F_EVENT_IDX | 1 << VIRTIO_RING_F_INDIRECT_DESC;
+
+/// Longest wait for what a device has begun, when it is paused: a disk of the node may hang.
+const SETTLE_MAX: Duration = Duration::from_secs(20);
 
 /// Kinds of the vendor capability.
 mod cfg_type {
@@ -102,9 +105,16 @@ impl VirtioPci {
         Ok(Self { core, msix, config, window, pci_cap, msix_cap, features, worker })
     }
 
-    /// When this returns, the device touches neither guest memory nor its host side.
-    pub fn pause(&self) {
-        self.core.pause();
+    /// When this returns well, the device touches neither guest memory nor its host side.
+    ///
+    /// # Errors
+    /// When the host does not get done what the device has begun; it runs as before then.
+    pub fn pause(&self) -> Result<(), Unsettled> {
+        self.pause_within(SETTLE_MAX)
+    }
+
+    pub(super) fn pause_within(&self, wait_max: Duration) -> Result<(), Unsettled> {
+        self.core.pause(wait_max)
     }
 
     /// Lets the device run again, from where it stopped.

@@ -10,7 +10,7 @@ use drover_proto::vmm::v1::{
 
 use super::VmmError;
 use super::supervisor::{Event, Place, Supervisor};
-use crate::config::FieldError;
+use crate::config::{DomainConfig, FieldError};
 use crate::machine::Machine;
 use crate::migration::{
     DestinationConfig, DestinationControl, DestinationOutcome, Incoming, Limits, SourceConfig,
@@ -64,6 +64,7 @@ impl Supervisor {
                     let (value, accepted) = rest.split_once("; accepted: ").unwrap_or((rest, ""));
                     FieldError::new(field, value, accepted)
                 })?;
+        may_travel(&self.options.config)?;
         if !matches!(&self.place, Place::Owned(machine) if !machine.is_paused()) {
             return Err(VmmError::State {
                 asked: "start a migration",
@@ -228,9 +229,37 @@ impl Supervisor {
     }
 }
 
+/// What a disk holds is on this node only, and no migration copies it.
+pub(super) fn may_travel(config: &DomainConfig) -> Result<(), VmmError> {
+    if config.disks.is_empty() {
+        return Ok(());
+    }
+    let state = format!("the domain has disks ({}): local disks do not travel", config.disks.len());
+    Err(VmmError::State { asked: "migrate", state })
+}
+
 fn text(field: &str, value: &str) -> Result<(), FieldError> {
     if (1..=TEXT_BYTES_MAX).contains(&value.len()) {
         return Ok(());
     }
     Err(FieldError::new(field, value, format!("1 to {TEXT_BYTES_MAX} bytes of text")))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// Refused before there is a connection, let alone a copy.
+    #[test]
+    fn a_domain_with_disks_stays_where_it_is() {
+        let text = r#"{"uid":"u","name":"domains/a","epoch":1,"vcpus":1,
+            "memory_bytes":134217728,"kernel":"/k"}"#;
+        let mut config: DomainConfig = serde_json::from_str(text).unwrap();
+        may_travel(&config).unwrap();
+        config.disks = serde_json::from_str(r#"[{"path":"/a"},{"path":"/b"}]"#).unwrap();
+        assert_eq!(
+            may_travel(&config).unwrap_err().to_string(),
+            "migrate: not possible while the domain has disks (2): local disks do not travel"
+        );
+    }
 }

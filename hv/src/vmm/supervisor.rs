@@ -6,7 +6,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 use drover_proto::vmm::v1::VmmState;
 use tokio::sync::oneshot;
 
-use super::migrate::{DestinationTask, Ended, SourceTask};
+use super::migrate::{DestinationTask, Ended, SourceTask, may_travel};
 use super::{Answer, Options, Request, Shared, Vmm, VmmError};
 use crate::config::{FieldError, OnReboot};
 use crate::machine::exit::{self, ExitReason, ExitRecord, GuestExit};
@@ -128,6 +128,10 @@ impl Supervisor {
         events: SyncSender<Event>,
     ) -> Result<Self, ExitRecord> {
         let failed = |error: String| ExitRecord::new(ExitReason::Error, error);
+        if options.incoming {
+            // Before its volumes are opened and locked.
+            may_travel(&options.config).map_err(|error| failed(error.to_string()))?;
+        }
         vcpu::install_kick_handler().map_err(|error| failed(error.to_string()))?;
         exit::forget(&options.state_dir).map_err(|error| {
             let directory = options.state_dir.display();

@@ -94,6 +94,7 @@ pub(crate) fn domain_config(
         boot_disk: None,
         command_line: boot.command_line,
         interfaces: interfaces.collect(),
+        disks: Vec::new(),
         on_reboot: match spec.on_reboot() {
             RestartPolicy::Stop => OnReboot::Stop,
             RestartPolicy::Restart | RestartPolicy::Unspecified => OnReboot::Restart,

@@ -14,13 +14,13 @@ use virtio_bindings::virtio_net::{
     VIRTIO_NET_F_HOST_TSO4, VIRTIO_NET_F_HOST_TSO6, VIRTIO_NET_F_MAC, VIRTIO_NET_F_MRG_RXBUF,
     VIRTIO_NET_F_STATUS,
 };
-use vm_memory::{GuestMemory as _, Permissions};
 
 use super::announce::{self, MacAddress};
 use super::tap::{Backend, Offloads};
 use crate::memory::GuestMemory;
 use crate::pci::ClassCode;
 use crate::state::{Decoder, Encoder, StateError, kind};
+use crate::virtio::buffers::gather;
 use crate::virtio::{DeviceKind, Event, Progress, Segment, Turn, Violation, VirtioDevice};
 
 /// The header before each frame: `virtio_net_hdr_v1`.
@@ -251,26 +251,6 @@ impl Net {
             }
         }
     }
-}
-
-/// Adds pointers to a segment's memory; false when it is not (all) there.
-pub(super) fn gather(
-    memory: &GuestMemory,
-    segment: Segment,
-    buffers: &mut Vec<libc::iovec>,
-) -> bool {
-    let access = if segment.writable { Permissions::Write } else { Permissions::Read };
-    let Ok(slices) = memory.get_slices(segment.addr, segment.len as usize, access) else {
-        return false;
-    };
-    let mut length = 0;
-    for slice in slices {
-        let Ok(slice) = slice else { return false };
-        let pointer = slice.ptr_guard_mut().as_ptr();
-        buffers.push(libc::iovec { iov_base: pointer.cast(), iov_len: slice.len() });
-        length += slice.len();
-    }
-    length == segment.len as usize
 }
 
 impl VirtioDevice for Net {

@@ -5,13 +5,13 @@ use std::collections::VecDeque;
 use std::io;
 
 use virtio_bindings::virtio_net::VIRTIO_NET_F_MRG_RXBUF;
-use vm_memory::bitmap::Bitmap;
-use vm_memory::{Bytes, GuestAddress, GuestMemoryBackend, GuestMemoryRegion, MemoryRegionAddress};
+use vm_memory::{Bytes, GuestAddress};
 
 use super::device::{
-    BUFFERS_MAX, FRAME_BYTES_MAX, HEADER_BYTES, Net, NetCounters, RECEIVE, TURN_FRAMES_MAX, gather,
+    BUFFERS_MAX, FRAME_BYTES_MAX, HEADER_BYTES, Net, NetCounters, RECEIVE, TURN_FRAMES_MAX,
 };
 use crate::memory::GuestMemory;
+use crate::virtio::buffers::{gather, mark_written};
 use crate::virtio::{Progress, Segment, Turn, Violation};
 
 /// Any frame with its header fits into this many bytes.
@@ -156,33 +156,6 @@ impl Net {
         }
         NetCounters::add(&self.counters.rx_bytes, length.saturating_sub(HEADER_BYTES) as u64);
         Ok(())
-    }
-}
-
-/// The kernel wrote the first `length` bytes of these segments past `vm-memory`'s eyes: marks
-/// their pages as written.
-fn mark_written<'a>(
-    memory: &GuestMemory,
-    segments: impl Iterator<Item = &'a Segment>,
-    length: usize,
-) {
-    let mut left = length;
-    for segment in segments {
-        let mut at = segment.addr;
-        let mut bytes = left.min(segment.len as usize);
-        left -= bytes;
-        while bytes > 0 {
-            let Some((region, MemoryRegionAddress(offset))) = memory.to_region_addr(at) else {
-                break;
-            };
-            let here = bytes.min((region.len() - offset) as usize);
-            region.bitmap().mark_dirty(offset as usize, here);
-            bytes -= here;
-            at = GuestAddress(at.0 + here as u64);
-        }
-        if left == 0 {
-            return;
-        }
     }
 }
 

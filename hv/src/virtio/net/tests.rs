@@ -277,13 +277,13 @@ fn a_machine_that_moved_announces_itself() {
 fn state_travels_and_stale_frames_do_not() {
     let mut bench = bench(ANNOUNCE | MERGE);
     bench.command(&[1, 1, 0x52, 0x54, 0, 9, 9, 9]);
-    bench.driver.device.pause();
+    bench.driver.device.pause().unwrap();
     let state = bench.driver.state();
 
     let mut moved = unstarted(bench.driver.memory.clone());
     moved.driver.next = bench.driver.next.clone();
     moved.driver.seen = bench.driver.seen.clone();
-    moved.driver.device.pause();
+    moved.driver.device.pause().unwrap();
     moved.wire.send(&frame(60, 1)).unwrap();
     moved.driver.device.restore(1, &state).unwrap();
     assert_eq!(moved.driver.state(), state);
