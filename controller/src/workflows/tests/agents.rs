@@ -61,6 +61,8 @@ pub(super) struct Host {
     pub(super) level: Vec<Assignment>,
     /// A level has come since the agent started: before that, nothing is ended or begun.
     told: bool,
+    /// It has looked at its domains since it started: before that, it only names them.
+    looked: bool,
     /// The greatest term whose word was heard.
     term: u64,
     lives: u64,
@@ -86,6 +88,7 @@ impl Host {
         if !self.told {
             return;
         }
+        self.looked = true;
         let listed: Vec<String> = self.level.iter().map(|a| a.uid.clone()).collect();
         self.vmms.retain(|uid, _| listed.contains(uid));
         self.records.retain(|uid, _| listed.contains(uid));
@@ -249,10 +252,16 @@ impl Host {
     pub(super) fn restart(&mut self) {
         self.level.clear();
         self.told = false;
+        self.looked = false;
     }
 
     pub(super) fn report(&self) -> Vec<ObservedDomain> {
-        self.records.iter().map(|(uid, record)| self.observe(uid, record)).collect()
+        let named = |uid: &String| ObservedDomain { uid: uid.clone(), ..ObservedDomain::default() };
+        let observe = |(uid, record): (&String, &Record)| match self.looked {
+            true => self.observe(uid, record),
+            false => named(uid),
+        };
+        self.records.iter().map(observe).collect()
     }
 
     fn observe(&self, uid: &str, record: &Record) -> ObservedDomain {
