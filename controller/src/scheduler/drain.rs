@@ -8,12 +8,15 @@ use std::collections::BTreeMap;
 use std::time::Duration;
 
 use super::place::{PlaceOptions, Strategy, place, shortage};
-use super::view::{ClusterView, DomainView, Mobility, Resources, size};
+use super::view::{ClusterView, DomainView, Mobility, NodeView, Resources, size};
 use crate::model::{DomainId, NodeId};
 
 /// Below this rate a migration is not worth starting beside others: with 100 ms of pause it
 /// leaves 5 MiB to the last pass, and a guest that dirties faster never converges.
 pub const RATE_FLOOR_BYTES_PER_SECOND: u64 = 50 << 20;
+
+/// Promised vCPUs for each migration at once: what nodes commonly promise of one core.
+const VCPUS_A_MOVE: u32 = 4;
 
 /// However fast the link: each migration also costs CPU on both sides.
 pub const PARALLEL_MOVES_MAX: u32 = 16;
@@ -66,23 +69,25 @@ pub struct DrainProposal {
     pub expected_time: Duration,
 }
 
-/// How many migrations a node's link carries at once:
+/// How many migrations a node's link and its processors carry at once:
 ///
 /// ```text
 /// clamp(floor(link / share), 1, PARALLEL_MOVES_MAX)      share = RATE_FLOOR_BYTES_PER_SECOND,
 ///                                                        or the operator's cap when lower
+/// and at most one for each VCPUS_A_MOVE that it may promise, which are about one core's: a copy
+/// takes up to a core, and the guests should not be left without one
 /// ```
 ///
 /// So each of them gets at least `share`. 1 Gbit/s gives 2, 10 Gbit/s gives 16 (23 by
 /// bandwidth). The same holds at the destination, so one node is not flooded by many.
 #[must_use]
-pub fn parallel_moves(link_bytes_per_second: u64, bandwidth_max: u64) -> u32 {
+pub fn parallel_moves(node: &NodeView, bandwidth_max: u64) -> u32 {
     let share = match bandwidth_max {
         0 => RATE_FLOOR_BYTES_PER_SECOND,
         cap => cap.min(RATE_FLOOR_BYTES_PER_SECOND),
     };
-    let fits = u32::try_from(link_bytes_per_second / share).unwrap_or(u32::MAX);
-    fits.clamp(1, PARALLEL_MOVES_MAX)
+    let fits = u32::try_from(node.link_bytes_per_second / share).unwrap_or(u32::MAX);
+    fits.min(node.capacity.vcpus / VCPUS_A_MOVE).clamp(1, PARALLEL_MOVES_MAX)
 }
 
 /// Plans where everything on `node` goes. `view` is not changed; an unknown node gives an
@@ -90,7 +95,7 @@ pub fn parallel_moves(link_bytes_per_second: u64, bandwidth_max: u64) -> u32 {
 #[must_use]
 pub fn plan_drain(view: &ClusterView, node: &NodeId, options: &DrainOptions) -> DrainProposal {
     let link = view.nodes.get(node).map_or(0, |n| n.link_bytes_per_second);
-    let parallel = parallel_moves(link, options.bandwidth_max);
+    let parallel = view.nodes.get(node).map_or(1, |n| parallel_moves(n, options.bandwidth_max));
     let mut domains: Vec<_> = view.on(node).collect();
     domains.sort_by(|(a_id, a), (b_id, b)| {
         let largest = |d: &DomainView| (d.needs.memory_bytes, d.needs.vcpus);

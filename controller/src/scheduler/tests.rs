@@ -233,12 +233,16 @@ fn a_failed_destination_is_left_out_for_that_domain_only() {
 }
 
 #[test]
-fn parallelism_follows_the_link() {
-    assert_eq!(parallel_moves(0, 0), 1);
-    assert_eq!(parallel_moves(12_500_000, 0), 1);
-    assert_eq!(parallel_moves(LINK_BYTES_PER_SECOND, 0), 2);
-    assert_eq!(parallel_moves(LINK_BYTES_PER_SECOND, 12_500_000), 10);
-    assert_eq!(parallel_moves(1_250_000_000, 0), PARALLEL_MOVES_MAX);
+fn parallelism_follows_the_link_and_the_processors() {
+    let with = |vcpus, link_bytes_per_second| NodeView { link_bytes_per_second, ..node(vcpus, 1) };
+    assert_eq!(parallel_moves(&with(256, 0), 0), 1);
+    assert_eq!(parallel_moves(&with(256, 12_500_000), 0), 1);
+    assert_eq!(parallel_moves(&with(256, LINK_BYTES_PER_SECOND), 0), 2);
+    assert_eq!(parallel_moves(&with(256, LINK_BYTES_PER_SECOND), 12_500_000), 10);
+    assert_eq!(parallel_moves(&with(256, 1_250_000_000), 0), PARALLEL_MOVES_MAX);
+    // A copy on a node with one core leaves nothing for another.
+    assert_eq!(parallel_moves(&with(4, 1_250_000_000), 0), 1);
+    assert_eq!(parallel_moves(&with(0, 1_250_000_000), 0), 1);
 }
 
 #[test]

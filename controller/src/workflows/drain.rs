@@ -340,9 +340,10 @@ impl<'a> Run<'a> {
             Some(Mobility::Fixed(_)) | None => return false,
         }
         let room = |node: &NodeId, more: u32| {
-            self.view().nodes.get(node).is_some_and(|view| {
-                view.migrations + more < parallel_moves(view.link_bytes_per_second, bandwidth)
-            })
+            self.view()
+                .nodes
+                .get(node)
+                .is_some_and(|view| view.migrations + more < parallel_moves(view, bandwidth))
         };
         // What was begun in this pass is not in the source's count yet.
         let begun = u32::try_from(self.claimed.len()).unwrap_or(u32::MAX);
