@@ -287,6 +287,8 @@ fn print_table(guests: &[Guest], rows: &[Row], seen: &[Seen]) {
 
 fn faults(cluster: &Cluster, guests: &[Guest], rows: &[Row], seen: &[Seen]) -> Result<Vec<String>> {
     let mut faults: Vec<String> = seen.iter().flat_map(|s| s.faults(GAP_MAX)).collect();
+    let slow = seen.iter().filter(|s| s.pages.slowest > GAP_MAX);
+    faults.extend(slow.map(|s| format!("{}: a page took {:.2?}", s.name, s.pages.slowest)));
     let netns = cluster.lab().netns();
     for (guest, first) in guests.iter().zip(LAYOUT) {
         let mut expected = vec![first.to_owned()];
