@@ -112,6 +112,8 @@ pub fn start(
         spec.address()
     );
     let mut command = Command::new("qemu-system-x86_64");
+    // The emulator's tables in large pages: it looks into them all the time.
+    command.env("GLIBC_TUNABLES", "glibc.malloc.hugetlb=1");
     command.args([
         "-name",
         &format!("drover-{lab}-{name}"),
@@ -121,8 +123,11 @@ pub fn start(
     if has_hardware_virtualization() {
         command.args(["-accel", "kvm", "-cpu", "host"]);
     } else {
-        // Four levels of page tables are enough, and one walk less for each miss.
-        command.args(["-accel", "tcg,thread=multi,tb-size=512", "-cpu", "max,la57=off"]);
+        // Without what costs an emulated CPU much: page tables of five levels; string instructions
+        // that kernels take for the fastest way to copy, where each byte is a step of its own;
+        // a second set of translations for accesses to user memory.
+        command.args(["-accel", "tcg,thread=multi,tb-size=512"]);
+        command.args(["-cpu", "max,la57=off,erms=off,fsrm=off,fzrm=off,fsrs=off,fsrc=off,smap=off"]);
     }
     command
         .args(["-smp", &spec.vcpus.to_string(), "-m", &format!("{}M", spec.memory_mib)])

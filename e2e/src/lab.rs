@@ -228,7 +228,7 @@ impl Lab {
         }
         netns.ip(&["addr", "add", "10.78.0.1/24", "dev", guest])?;
         // Hosts pay by the frame: large ones where no guest is.
-        netns.ip(&["link", "set", mgmt, "mtu", "9000", "up"])?;
+        netns.ip(&["link", "set", mgmt, "mtu", "65500", "up"])?;
         netns.ip(&["link", "set", guest, "up"])
     }
 

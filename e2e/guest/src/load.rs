@@ -2,7 +2,6 @@
 //! a watch over its clocks. All of it is there to notice a migration that went wrong.
 
 use std::io;
-use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
 use std::time::Duration;
 
@@ -148,20 +147,21 @@ impl Fill {
     }
 }
 
-/// Watches that neither clock goes backwards by more than its interval.
-pub(crate) fn watch_clocks(shared: Arc<Shared>) {
-    std::thread::spawn(move || {
-        let mut last = [0; 2];
-        loop {
-            for (last, clock) in last.iter_mut().zip([libc::CLOCK_MONOTONIC, libc::CLOCK_REALTIME])
-            {
-                let now = clock_ns(clock);
-                if now < *last {
-                    shared.clock_back().fetch_add(1, Relaxed);
-                }
-                *last = now;
+/// Watches that no clock goes backwards from one look to the next.
+#[derive(Default)]
+pub(crate) struct Clocks {
+    last: [i64; 2],
+}
+
+impl Clocks {
+    pub(crate) fn look(&mut self, shared: &Shared) {
+        let clocks = [libc::CLOCK_MONOTONIC, libc::CLOCK_REALTIME];
+        for (last, clock) in self.last.iter_mut().zip(clocks) {
+            let now = clock_ns(clock);
+            if now < *last {
+                shared.clock_back().fetch_add(1, Relaxed);
             }
-            std::thread::sleep(Duration::from_millis(50));
+            *last = now;
         }
-    });
+    }
 }
