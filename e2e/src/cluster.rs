@@ -40,8 +40,9 @@ pub fn servers() -> String {
 }
 
 impl Cluster {
-    /// Starts controllers and agents, and waits until every node is ready.
-    pub fn start(lab: &Lab, mut progress: impl FnMut(&str)) -> Result<Self> {
+    /// Starts controllers and agents, and waits until every node is ready. A core is promised to
+    /// `overcommit` vCPUs.
+    pub fn start(lab: &Lab, overcommit: u32, mut progress: impl FnMut(&str)) -> Result<Self> {
         let mut cluster = Self { lab: lab.clone(), controllers: [None; 3] };
         for id in CONTROLLERS {
             cluster.start_controller(id)?;
@@ -50,8 +51,10 @@ impl Cluster {
         progress(&format!("controllers 1, 2 and 3 run; {leader} leads"));
         let hosts = lab.hosts()?;
         std::thread::scope(|scope| {
-            let starting: Vec<_> =
-                hosts.iter().map(|host| scope.spawn(|| cluster.install_agent(host))).collect();
+            let starting: Vec<_> = hosts
+                .iter()
+                .map(|host| scope.spawn(|| cluster.install_agent(host, overcommit)))
+                .collect();
             starting.into_iter().try_for_each(|thread| {
                 thread.join().unwrap_or_else(|_| Err(Error::other("a thread panicked")))
             })
@@ -159,13 +162,13 @@ impl Cluster {
     }
 
     /// Installs the agent on a host, as a provider would: its unit, its settings, started at boot.
-    fn install_agent(&self, host: &str) -> Result<()> {
+    fn install_agent(&self, host: &str, overcommit: u32) -> Result<()> {
         let unit_path = paths::source_dir()?.join("node-agent/drover-agent.service");
         let unit = fs::read(&unit_path).map_err(Error::io("cannot read", &unit_path))?;
         let ssh = self.lab.ssh(host)?;
         let settings = format!(
             "DROVER_NODE={host}\nDROVER_CLUSTER_ID={CLUSTER_ID}\nDROVER_CONTROLLERS={}\n\
-             DROVER_MIGRATION_ADDRESS={}\n",
+             DROVER_MIGRATION_ADDRESS={}\nDROVER_VCPU_OVERCOMMIT={overcommit}\n",
             servers(),
             ssh.address
         );

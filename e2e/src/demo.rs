@@ -20,6 +20,8 @@ const DRAIN_PATIENCE: Duration = Duration::from_secs(180);
 const FIRST: &str = "host1";
 /// The node whose agent is killed.
 const SECOND: &str = "host2";
+/// vCPUs that a host's one core is promised to: six domains fill two hosts, evenly.
+const OVERCOMMIT: u32 = 3;
 /// Where each of the six domains begins.
 const LAYOUT: [&str; 6] = ["host1", "host1", "host1", "host2", "host2", "host3"];
 
@@ -74,15 +76,15 @@ pub fn run(name: &str, keep: bool) -> Result<()> {
 
 fn story(lab: &Lab, narrator: &Narrator) -> Result<()> {
     narrator.say("starting three controllers and three agents");
-    let mut cluster = Cluster::start(lab, |line| narrator.say(line))?;
+    let mut cluster = Cluster::start(lab, OVERCOMMIT, |line| narrator.say(line))?;
     let guests = create_guests(&cluster, narrator)?;
 
     let targets: Vec<_> = guests.iter().map(|g| (g.name.clone(), g.address())).collect();
     let watch = Watch::start(&lab.netns(), &targets)?;
     watch.wait_all_answer(DOMAIN_PATIENCE)?;
-    watch.forget();
-    narrator
-        .say("all six answer pings (each 20 ms) and pages (each second); from now on it counts");
+    narrator.say("all six answer pings (each 20 ms) and pages (each second)");
+    watch.wait_calm(DOMAIN_PATIENCE)?;
+    narrator.say("they are done with their boots; from now on it counts");
 
     let mut rows = drain_and_kill_the_leader(&mut cluster, narrator)?;
     rows.push(kill_an_agent(&cluster, narrator)?);
@@ -93,7 +95,7 @@ fn story(lab: &Lab, narrator: &Narrator) -> Result<()> {
     print_table(&guests, &rows, &seen);
     let faults = faults(&cluster, &guests, &rows, &seen)?;
     if faults.is_empty() {
-        narrator.say("nobody noticed: no gap over 2 s, no counter went back, no guest rebooted, none ran twice");
+        narrator.say("nobody noticed: no gap over 2 s, no page over 5 s, no counter went back, no guest rebooted, none ran twice");
         return Ok(());
     }
     Err(Error::other(format!("customers would have noticed:\n  {}", faults.join("\n  "))))
@@ -101,12 +103,8 @@ fn story(lab: &Lab, narrator: &Narrator) -> Result<()> {
 
 fn create_guests(cluster: &Cluster, narrator: &Narrator) -> Result<Vec<Guest>> {
     let vpsctl = cluster.vpsctl();
-    let guests: Vec<Guest> = (1..=LAYOUT.len() as u8)
-        .map(|n| Guest {
-            vcpus: if n == 2 { 2 } else { 1 },
-            ..Guest::new(format!("web{n}"), 10 + n)
-        })
-        .collect();
+    let guests: Vec<Guest> =
+        (1..=LAYOUT.len() as u8).map(|n| Guest::new(format!("web{n}"), 10 + n)).collect();
     let operations: Vec<String> = guests
         .iter()
         .zip(LAYOUT)
@@ -185,6 +183,8 @@ fn drain_and_kill_the_leader(cluster: &mut Cluster, narrator: &Narrator) -> Resu
     ));
     cluster.start_controller(leader)?;
     narrator.say(&format!("controller {leader} is started again"));
+    vpsctl.run(&["node", "uncordon", FIRST])?;
+    narrator.say(&format!("vpsctl node uncordon {FIRST}: it takes domains again"));
     Ok(rows)
 }
 
@@ -287,8 +287,6 @@ fn print_table(guests: &[Guest], rows: &[Row], seen: &[Seen]) {
 
 fn faults(cluster: &Cluster, guests: &[Guest], rows: &[Row], seen: &[Seen]) -> Result<Vec<String>> {
     let mut faults: Vec<String> = seen.iter().flat_map(|s| s.faults(GAP_MAX)).collect();
-    let slow = seen.iter().filter(|s| s.pages.slowest > GAP_MAX);
-    faults.extend(slow.map(|s| format!("{}: a page took {:.2?}", s.name, s.pages.slowest)));
     let netns = cluster.lab().netns();
     for (guest, first) in guests.iter().zip(LAYOUT) {
         let mut expected = vec![first.to_owned()];
@@ -324,7 +322,6 @@ fn print_what_to_try(name: &str) {
         "It is left running, with {} controllers at {}. Try:\n\
          \n  {lab} --name {name} ctl cluster status\n\
          \x20 {lab} --name {name} ctl domain list\n\
-         \x20 {lab} --name {name} ctl node uncordon {FIRST}\n\
          \x20 {lab} --name {name} ctl domain migrate web1 --to {FIRST}\n\
          \x20 {lab} --name {name} ctl domain console web1\n\
          \x20 {lab} --name {name} exec -- curl -s http://10.78.0.11/\n\

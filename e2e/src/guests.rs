@@ -30,7 +30,7 @@ pub struct Guest {
 }
 
 impl Guest {
-    /// 128 MiB and one vCPU, 1 MiB of it dirtied four times a second, 16 MiB of noise.
+    /// 128 MiB and one vCPU, 1 MiB of it dirtied twice a second, 8 MiB of noise.
     pub fn new(name: impl Into<String>, number: u8) -> Self {
         Self {
             name: name.into(),
@@ -38,8 +38,8 @@ impl Guest {
             vcpus: 1,
             memory_mib: 128,
             dirty_mib: 1,
-            dirty_interval_ms: 250,
-            fill_mib: 16,
+            dirty_interval_ms: 500,
+            fill_mib: 8,
             kernel_messages: false,
         }
     }

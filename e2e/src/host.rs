@@ -127,7 +127,8 @@ pub fn start(
         // that kernels take for the fastest way to copy, where each byte is a step of its own;
         // a second set of translations for accesses to user memory.
         command.args(["-accel", "tcg,thread=multi,tb-size=512"]);
-        command.args(["-cpu", "max,la57=off,erms=off,fsrm=off,fzrm=off,fsrs=off,fsrc=off,smap=off"]);
+        command
+            .args(["-cpu", "max,la57=off,erms=off,fsrm=off,fzrm=off,fsrs=off,fsrc=off,smap=off"]);
     }
     command
         .args(["-smp", &spec.vcpus.to_string(), "-m", &format!("{}M", spec.memory_mib)])

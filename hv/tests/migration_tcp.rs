@@ -82,6 +82,7 @@ fn a_running_machine_moves_whole() {
     assert!(matches!(outcome, DestinationOutcome::Running), "{outcome:?}");
     assert!(moved.is_running() && !vm.is_running());
     assert_eq!((moved.announced, moved.restores), (1, 2), "a rehearsal, then the state");
+    assert_eq!((moved.attracted, vm.announced), (1, 0));
 
     moved.pause().unwrap();
     assert!(moved.writes() >= vm.writes(), "the guest's own count went back");
@@ -248,6 +249,7 @@ fn a_cut_link_leaves_the_guest_in_one_place() {
     let dir = TempDir::new().unwrap();
     // Answers: WELCOME 12, REHEARSED 12, ROUND_ACK 24 each, READY 12, RUNNING 12.
     let mut endings = std::collections::BTreeSet::new();
+    let mut attracted = 0;
     let cuts = (0..12).map(|n| (u64::MAX, 12 * n + 1));
     let middles = [100, 5000, 300_000, 900_000].map(|bytes| (bytes, u64::MAX));
     for (there_max, back_max) in cuts.chain(middles) {
@@ -267,7 +269,10 @@ fn a_cut_link_leaves_the_guest_in_one_place() {
                 assert_eq!(Handover::read(dir.path()).unwrap(), None);
                 // One that is READY waits for the controller, which knows better.
                 there.control.end();
-                assert!(matches!(there.thread.join().unwrap().1, DestinationOutcome::Failed(_)));
+                let (never, outcome, _) = there.thread.join().unwrap();
+                assert!(matches!(outcome, DestinationOutcome::Failed(_)));
+                assert!(vm.announced >= never.attracted, "the guest's frames go elsewhere");
+                attracted += never.attracted;
             }
             SourceOutcome::HandedOver(_) => {
                 endings.insert("handed over");
@@ -286,6 +291,7 @@ fn a_cut_link_leaves_the_guest_in_one_place() {
         }
         remove_handover(dir.path()).unwrap();
     }
+    assert!(attracted > 0, "none was cut inside the pause");
     assert!(endings.contains("stayed") && endings.contains("handed over"), "{endings:?}");
 }
 

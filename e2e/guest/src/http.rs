@@ -34,8 +34,8 @@ pub(crate) fn serve(shared: &Arc<Shared>, fill: &Arc<Fill>) -> Result<(), String
 }
 
 fn answer(mut stream: TcpStream, shared: &Shared, fill: &Fill) -> std::io::Result<()> {
+    // An answer always fits the socket's buffer: only reading can take for ever.
     stream.set_read_timeout(Some(PATIENCE))?;
-    stream.set_write_timeout(Some(PATIENCE))?;
     let Some(path) = read_path(&mut stream)? else {
         return respond(&mut stream, "400 Bad Request", "expected GET /path\n");
     };

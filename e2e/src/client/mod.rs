@@ -19,6 +19,9 @@ use crate::netns::Netns;
 use crate::process::wait_for;
 use crate::{Error, Result};
 
+/// Longest time for a page that passes.
+const PAGE_MAX: Duration = Duration::from_secs(5);
+
 /// Clients of some domains, at work until dropped.
 pub struct Watch {
     targets: Vec<Target>,
@@ -58,11 +61,11 @@ impl Seen {
         fault(pages.fetched == 0, "no page was ever fetched".to_owned());
         fault(gap > gap_max, format!("no ping was answered for {gap:.2?}"));
         fault(pings.duplicates > 0, format!("{} pings were answered twice", pings.duplicates));
-        // The pings, 50 a second, measure the gap. A page has to come within its patience: on an
-        // emulated host some take 2 to 4 s while a domain moves, for a reason not found yet. The
-        // demonstration's verdict is stricter.
-        let came = pages.slowest < page::PATIENCE;
-        fault(!came, format!("a page had not come after {:.2?}", pages.slowest));
+        // The pings, 50 a second, measure the gap. A page is the guest's own work as well, on a
+        // CPU that an emulated host shares out: where it has just come to, all its code is
+        // translated anew.
+        let slow = pages.slowest > PAGE_MAX;
+        fault(slow, format!("a page took {:.2?}", pages.slowest));
         fault(pages.went_back > 0, format!("its counter went backwards {} times", pages.went_back));
         fault(pages.reboots > 0, format!("it rebooted {} times", pages.reboots));
         fault(pages.corrupt > 0, format!("{} words of its memory are wrong", pages.corrupt));
@@ -125,6 +128,23 @@ impl Watch {
             Ok(silent(&self.seen()).is_empty().then_some(()))
         })
         .map_err(|e| Error::other(format!("{e}: silent are {}", silent(&self.seen()))))
+    }
+
+    /// Waits until every domain is done with its boot: three pages in a row without haste. Forgets
+    /// what was seen until then.
+    pub fn wait_calm(&self, patience: Duration) -> Result<()> {
+        const CALM: Duration = Duration::from_millis(500);
+        self.forget();
+        wait_for("three quick pages of every domain", patience, || {
+            let seen = self.seen();
+            if seen.iter().any(|s| s.pages.slowest > CALM) {
+                self.forget();
+                return Ok(None);
+            }
+            Ok(seen.iter().all(|s| s.pages.fetched >= 3).then_some(()))
+        })?;
+        self.forget();
+        Ok(())
     }
 
     /// Waits until a domain has answered a ping sent from now on.

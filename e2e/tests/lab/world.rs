@@ -40,7 +40,7 @@ impl World {
     pub(crate) fn start() -> Result<Self> {
         let options = LabOptions { name: "test".to_owned(), ..LabOptions::default() };
         let lab = Lab::up(&options, |line| println!("  {line}"))?;
-        match Cluster::start(&lab, |line| println!("  {line}")) {
+        match Cluster::start(&lab, 4, |line| println!("  {line}")) {
             Ok(cluster) => Ok(Self { cluster, moves_before: BTreeMap::new() }),
             Err(error) => {
                 lab.down()?;

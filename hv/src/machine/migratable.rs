@@ -7,7 +7,7 @@
 //! source                                       destination (made with the source's shape)
 //! start_dirty_log
 //! every page of memory(), then take_dirty …    writes into memory()
-//! pause
+//! pause                                        attract
 //! save_state
 //! take_last_dirty  (after save_state: saving
 //!                   may itself write memory)
@@ -101,7 +101,15 @@ pub trait MigratableVm: Send {
     /// Ends the log; does nothing when there is none. After `resume`, never inside the pause.
     fn stop_dirty_log(&mut self) -> Result<(), MigratableError>;
 
-    /// Tells the network where the guest's addresses are now. After `resume` on the destination;
-    /// may be called again. Failure is logged, not fatal.
+    /// Draws the guest's frames to this machine, where they wait until it runs. Paused only, while
+    /// the guest stands still at the source. Failure is logged, not fatal.
+    fn attract(&mut self);
+
+    /// The guest has just come here and has to catch up: for a moment it goes before its
+    /// neighbours. After `resume` on the destination.
+    fn catch_up(&mut self) {}
+
+    /// Tells the network where the guest's addresses are now. After `resume`; may be called again.
+    /// Failure is logged, not fatal.
     fn announce(&mut self);
 }

@@ -13,6 +13,7 @@
 
 mod cpuid;
 pub mod exit;
+mod landing;
 pub mod migratable;
 pub mod ports;
 pub mod power;
@@ -535,6 +536,17 @@ impl MigratableVm for Machine {
 
     fn stop_dirty_log(&mut self) -> Result<(), MigratableError> {
         Ok(self.dirty.stop()?)
+    }
+
+    fn attract(&mut self) {
+        assert!(self.paused, "a running machine has its frames");
+        for function in &self.virtio {
+            function.attract();
+        }
+    }
+
+    fn catch_up(&mut self) {
+        landing::first_for_a_moment(self.vcpus.iter().filter_map(Vcpu::tid).collect());
     }
 
     fn announce(&mut self) {

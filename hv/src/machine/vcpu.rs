@@ -10,11 +10,13 @@
 use std::io;
 use std::sync::atomic::{AtomicU8, Ordering};
 use std::sync::mpsc::{Receiver, SyncSender, TryRecvError, sync_channel};
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex, OnceLock, PoisonError};
 use std::thread::JoinHandle;
 use std::time::Duration;
 
 use kvm_ioctls::{VcpuExit, VcpuFd};
+use rustix::process::Pid;
+use rustix::thread::gettid;
 use vmm_sys_util::signal::{Killable, SIGRTMIN, register_signal_handler};
 
 use super::exit::GuestExit;
@@ -63,6 +65,8 @@ pub struct Vcpu {
     /// The run structure's flag, while the thread lives.
     immediate_exit: Arc<Mutex<Option<FlagPointer>>>,
     commands: SyncSender<Command>,
+    /// The thread's number, once it has begun.
+    tid: Arc<OnceLock<Pid>>,
     thread: Option<JoinHandle<()>>,
 }
 
@@ -115,6 +119,8 @@ impl Vcpu {
         let flag = FlagPointer(&raw mut fd.get_kvm_run().immediate_exit);
         let immediate_exit = Arc::new(Mutex::new(Some(flag)));
         let (commands, receiver) = sync_channel(1);
+        let tid = Arc::new(OnceLock::new());
+        let tid_there = Arc::clone(&tid);
         let runner = Runner {
             index,
             fd,
@@ -128,8 +134,16 @@ impl Vcpu {
         let thread = std::thread::Builder::new()
             .name(format!("vcpu{index}"))
             .stack_size(STACK_BYTES)
-            .spawn(move || runner.run())?;
-        Ok(Self { index, immediate_exit, commands, thread: Some(thread) })
+            .spawn(move || {
+                let _ = tid_there.set(gettid());
+                runner.run();
+            })?;
+        Ok(Self { index, immediate_exit, commands, tid, thread: Some(thread) })
+    }
+
+    /// Its thread's number, once it has begun.
+    pub(super) fn tid(&self) -> Option<Pid> {
+        self.tid.get().copied()
     }
 
     /// Lets it run. It must be parked.

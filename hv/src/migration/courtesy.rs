@@ -1,5 +1,5 @@
-//! The guest comes first: in the first pass, by far the longest, the thread that copies its
-//! memory takes what the processors leave over.
+//! The guests come first: in the first pass, by far the longest, the threads that send and receive
+//! a guest's memory take what the two nodes' processors leave over.
 
 use rustix::process::{getpriority_process, setpriority_process};
 use rustix::thread::gettid;

@@ -8,6 +8,7 @@ use std::time::{Duration, Instant};
 use drover_proto::agent::v1::{MigrationProgress, MigrationRole, ObservedMigration};
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 
+use super::courtesy::Courtesy;
 use super::destination_machine::{
     DestinationAction, DestinationEvent, DestinationMachine, DestinationState,
 };
@@ -91,6 +92,7 @@ impl Incoming {
             rounds: 0,
             image: Vec::new(),
             times: Times::default(),
+            courtesy: Courtesy::begin(),
             error: None,
         };
         destination.run()
@@ -112,6 +114,7 @@ struct Destination<'a, 'o> {
     rounds: u32,
     image: Vec<u8>,
     times: Times,
+    courtesy: Courtesy,
     error: Option<MigrationError>,
 }
 
@@ -188,6 +191,7 @@ impl Destination<'_, '_> {
                 {
                     tracing::warn!(%error, "the source does not hear that the guest runs here");
                 }
+                self.vm.catch_up();
                 Ok(DestinationEvent::Resumed)
             }
             DestinationAction::Finish => unreachable!("handled by the caller"),
@@ -300,12 +304,14 @@ impl Destination<'_, '_> {
                     let (round, pages) = wire::decode_round(&message.payload).map_err(protocol)?;
                     self.check_pages(pages)?;
                     self.rounds += 1;
+                    self.courtesy.end();
                     self.link()?.send(Kind::RoundAck, &wire::encode_round(round, pages))?;
                 }
                 Kind::Rehearsal => {
                     self.vm.restore_state(state::decode(&message.payload)?)?;
                     self.link()?.send(Kind::Rehearsed, &[])?;
                 }
+                Kind::Paused => self.vm.attract(),
                 Kind::State => {
                     let Some((pages, image)) = message.payload.split_first_chunk::<8>() else {
                         return Err(MigrationError::Protocol("STATE is too short".into()));

@@ -208,6 +208,9 @@ impl Source<'_, '_> {
                 if let Err(error) = self.vm.resume() {
                     self.broken = true;
                     self.note(error.into());
+                } else {
+                    // The destination may have drawn its frames to itself.
+                    self.vm.announce();
                 }
                 SourceEvent::Resumed
             }
@@ -382,11 +385,17 @@ impl Source<'_, '_> {
         });
         self.vm.pause()?;
         self.report.pause_stop_us = pause.lap_us();
-        pause.image = state::encode(&self.vm.save_state()?)?;
-        self.report.pause_state_us = pause.lap_us();
-        pause.save_us = self.report.pause_state_us;
+        // What is sent to the guest from now on waits for it at the destination.
+        self.link()?.send(Kind::Paused, &[])?;
+        let image = state::encode(&self.vm.save_state()?)?;
+        let saved_us = self.pause()?.lap_us();
+        self.report.pause_state_us = saved_us;
         // After the save, which may have written memory.
-        pause.last.merge(&self.vm.take_last_dirty()?);
+        let written = self.vm.take_last_dirty()?;
+        let pause = self.pause()?;
+        pause.image = image;
+        pause.save_us = saved_us;
+        pause.last.merge(&written);
         Ok(SourceEvent::Stopped)
     }
 

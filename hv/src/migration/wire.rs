@@ -5,7 +5,7 @@ use crate::memory::PAGE_BYTES;
 use crate::state::{Decoder, Encoder, STATE_BYTES_MAX, StateError};
 
 /// The protocol's version; both sides must speak the same.
-pub const PROTOCOL_VERSION: u16 = 1;
+pub const PROTOCOL_VERSION: u16 = 2;
 /// Begins each message, so that a stream out of step is noticed at once.
 const MAGIC: [u8; 4] = *b"DRVM";
 /// magic, kind, reserved, length.
@@ -52,10 +52,12 @@ pub enum Kind {
     Rehearsal = 12,
     /// Destination: restored it.
     Rehearsed = 13,
+    /// Source: the guest stands still here; its frames are the destination's from now on.
+    Paused = 14,
 }
 
 impl Kind {
-    const ALL: [Self; 13] = [
+    const ALL: [Self; 14] = [
         Self::Hello,
         Self::Welcome,
         Self::Refuse,
@@ -69,6 +71,7 @@ impl Kind {
         Self::Abort,
         Self::Rehearsal,
         Self::Rehearsed,
+        Self::Paused,
     ];
 
     fn length_max(self) -> usize {
@@ -79,7 +82,12 @@ impl Kind {
             Self::Round | Self::RoundAck => 12,
             Self::State => 8 + STATE_BYTES_MAX,
             Self::Rehearsal => STATE_BYTES_MAX,
-            Self::Welcome | Self::Ready | Self::Commit | Self::Running | Self::Rehearsed => 0,
+            Self::Welcome
+            | Self::Ready
+            | Self::Commit
+            | Self::Running
+            | Self::Rehearsed
+            | Self::Paused => 0,
         }
     }
 }
@@ -170,7 +178,7 @@ pub fn parse_header(header: [u8; HEADER_BYTES]) -> Result<(Kind, usize), StateEr
     }
     let number = fields.u16("message kind")?;
     let kind = Kind::ALL.into_iter().find(|kind| *kind as u16 == number);
-    let kind = kind.ok_or_else(|| StateError::value("message kind", number, "1 to 13"))?;
+    let kind = kind.ok_or_else(|| StateError::value("message kind", number, "1 to 14"))?;
     fields.u16("reserved")?;
     let value = fields.u32("message length")? as usize;
     let limit = kind.length_max();
@@ -334,7 +342,7 @@ mod tests {
         let mut bytes = hello().encode();
         bytes[0] = 9;
         let error = Hello::decode(&bytes).unwrap_err().to_string();
-        assert_eq!(error, "state: protocol version is 9; accepted: 1");
+        assert_eq!(error, "state: protocol version is 9; accepted: 2");
     }
 
     #[test]

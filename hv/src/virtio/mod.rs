@@ -129,6 +129,9 @@ pub trait VirtioDevice: Send {
     fn deadline(&self) -> Option<Instant> {
         None
     }
+    /// The machine is about to move here: what is sent to it comes here from now on, and is kept
+    /// until it runs. The device is paused, and has the state of a rehearsal or none.
+    fn attract(&mut self) {}
     /// The machine has moved here: tell whoever needs to know. The device is not paused.
     fn announce(&mut self, _turn: &mut Turn<'_>) {}
 

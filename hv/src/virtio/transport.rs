@@ -122,6 +122,11 @@ impl VirtioPci {
         self.core.resume();
     }
 
+    /// The machine is about to move here and is paused: what is sent to it may come already.
+    pub fn attract(&self) {
+        self.core.lock().device.attract();
+    }
+
     /// The machine has moved here and runs: the device tells whoever needs to know.
     pub fn announce(&self) {
         let mut inner = self.core.lock();

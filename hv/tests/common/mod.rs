@@ -59,6 +59,7 @@ pub(crate) struct FakeVm {
     writes: Arc<AtomicU64>,
     ended: Arc<AtomicBool>,
     guest: Option<JoinHandle<()>>,
+    pub(crate) attracted: u32,
     pub(crate) announced: u32,
     /// The state after the rehearsal's is refused.
     pub(crate) fail_restore: bool,
@@ -98,6 +99,7 @@ impl FakeVm {
             writes,
             ended,
             guest: Some(guest),
+            attracted: 0,
             announced: 0,
             fail_restore: false,
             restores: 0,
@@ -226,6 +228,11 @@ impl MigratableVm for FakeVm {
 
     fn stop_dirty_log(&mut self) -> Result<(), MigratableError> {
         Ok(self.tracker.stop()?)
+    }
+
+    fn attract(&mut self) {
+        assert!(!self.running, "a running machine has its frames");
+        self.attracted += 1;
     }
 
     fn announce(&mut self) {

@@ -92,6 +92,8 @@ pub struct Net {
     /// The tap has failed; it is read no more.
     dead: bool,
     announcement: Option<Announcement>,
+    /// What the tap holds is the guest's, though it does not run here yet.
+    attracted: bool,
     pub(super) segments: Vec<Segment>,
     pub(super) buffers: Buffers,
     pub(super) bounce: Vec<u8>,
@@ -131,6 +133,7 @@ impl Net {
             has_buffers: false,
             dead: false,
             announcement: None,
+            attracted: false,
             segments: Vec::new(),
             buffers: Buffers::default(),
             bounce: Vec::new(),
@@ -203,6 +206,13 @@ impl Net {
         if announcement.round >= announce::SCHEDULE.len() {
             self.announcement = None;
         }
+        self.send_announcement();
+        if self.has(VIRTIO_NET_F_GUEST_ANNOUNCE) && self.status & STATUS_ANNOUNCE != 0 {
+            turn.interrupt.raise_config();
+        }
+    }
+
+    fn send_announcement(&mut self) {
         for frame in announce::frames(self.mac, &self.addresses) {
             let mut bytes = vec![0; HEADER_BYTES];
             bytes.extend_from_slice(&frame);
@@ -211,9 +221,6 @@ impl Net {
             if let Err(error) = unsafe { self.backend.write(&[buffer]) } {
                 tracing::warn!(%error, mac = %self.mac, "an announcement could not be sent");
             }
-        }
-        if self.has(VIRTIO_NET_F_GUEST_ANNOUNCE) && self.status & STATUS_ANNOUNCE != 0 {
-            turn.interrupt.raise_config();
         }
     }
 
@@ -331,10 +338,17 @@ impl VirtioDevice for Net {
         Some(announcement.start + *announce::SCHEDULE.get(announcement.round)?)
     }
 
+    fn attract(&mut self) {
+        self.discard();
+        self.attracted = true;
+        self.send_announcement();
+    }
+
     fn announce(&mut self, turn: &mut Turn<'_>) {
         if self.has(VIRTIO_NET_F_GUEST_ANNOUNCE) && self.has(VIRTIO_NET_F_CTRL_VQ) {
             self.status |= STATUS_ANNOUNCE;
         }
+        self.attracted = false;
         // The first round is due now: the worker sends it, so that nobody waits for a tap.
         self.announcement = Some(Announcement { start: turn.now, round: 0 });
     }
@@ -357,7 +371,9 @@ impl VirtioDevice for Net {
         if let Some(features) = features {
             self.features = features;
             self.apply_offloads();
-            self.discard();
+            if !self.attracted {
+                self.discard();
+            }
         }
         Ok(())
     }

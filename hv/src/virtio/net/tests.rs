@@ -295,6 +295,32 @@ fn state_travels_and_stale_frames_do_not() {
     assert_eq!(moved.received().0.len(), HEADER_BYTES + 61);
 }
 
+/// Frames that come while the guest stands still at the source: those from before the tap was
+/// announced are nobody's, those after it are the guest's.
+#[test]
+fn frames_that_were_attracted_wait_for_the_guest() {
+    let bench = bench(ANNOUNCE | MERGE);
+    bench.driver.device.pause().unwrap();
+    let state = bench.driver.state();
+
+    let mut moved = unstarted(bench.driver.memory.clone());
+    moved.driver.next = bench.driver.next;
+    moved.driver.seen = bench.driver.seen;
+    moved.driver.device.pause().unwrap();
+    moved.wire.send(&frame(60, 1)).unwrap();
+    moved.driver.device.attract();
+    for _ in 0..3 {
+        let announced = moved.sent();
+        assert_eq!(announced[HEADER_BYTES + 6..HEADER_BYTES + 12], MAC.0);
+    }
+    moved.wire.send(&frame(61, 2)).unwrap();
+    moved.driver.device.restore(1, &state).unwrap();
+    moved.driver.device.resume();
+    moved.driver.device.announce();
+    moved.post(60, 2048);
+    assert_eq!(moved.received().0.len(), HEADER_BYTES + 61);
+}
+
 #[test]
 fn a_tap_must_exist() {
     let error = Tap::open("no-such-tap0").unwrap_err().to_string();
