@@ -54,7 +54,7 @@ impl Control {
         self.ask::<Vec<PortReport>>(&Request::Set { port, link }).map(|_| ())
     }
 
-    /// Every address's ports, in the order in which frames came from there.
+    /// Every address's ports, in the order in which frames other than announcements came from there.
     pub fn moves(&self) -> Result<Vec<AddressMove>> {
         self.ask(&Request::Moves)
     }

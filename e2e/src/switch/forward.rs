@@ -23,7 +23,7 @@ pub(super) struct Table {
     moves: Vec<Move>,
 }
 
-/// An address was seen at another port than before, or for the first time.
+/// An address was at work at another port than before, or for the first time.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) struct Move {
     pub(super) segment: Segment,
@@ -51,8 +51,8 @@ impl Table {
         let (destination, source) = (mac(&frame[..6]), mac(&frame[6..12]));
         let room = self.seen.len() < ADDRESSES_MAX;
         if !is_multicast(source) && (room || self.seen.contains_key(&(segment, source))) {
-            let before = self.seen.insert((segment, source), from);
-            if before != Some(from) {
+            self.seen.insert((segment, source), from);
+            if !is_announcement(frame) {
                 self.note_move(segment, source, from);
             }
         }
@@ -73,7 +73,7 @@ impl Table {
         }
     }
 
-    /// Each address's ports in the order in which it was seen there. One that goes back and
+    /// Each address's ports in the order in which it was at work there. One that goes back and
     /// forth is used by two machines.
     pub(super) fn moves(&self) -> &[Move] {
         &self.moves
@@ -89,6 +89,12 @@ fn mac(bytes: &[u8]) -> Mac {
     let mut mac = [0; 6];
     mac.copy_from_slice(bytes);
     mac
+}
+
+/// ARP and RARP: somebody says where an address is, which is not to be there. A destination says so
+/// while the guest still stands at its source, whose last frames may come later.
+fn is_announcement(frame: &[u8]) -> bool {
+    matches!(frame[12..14], [0x08, 0x06] | [0x80, 0x35])
 }
 
 fn is_multicast(mac: Mac) -> bool {
@@ -121,6 +127,25 @@ mod tests {
             table.moves().iter().filter(|m| m.mac[5] == mac).map(|m| m.port).collect()
         };
         assert_eq!((ports(1), ports(9)), (vec![0], vec![1, 2]));
+    }
+
+    /// An announcement moves frames, and is no sign of life; the first frame of its own is.
+    #[test]
+    fn who_announces_an_address_does_not_run_it() {
+        let mut table = Table::default();
+        let mut announcement = frame(0xff, 9);
+        announcement[12..14].copy_from_slice(&[0x80, 0x35]);
+        table.route(Segment::Guest, 1, &frame(1, 9));
+        table.route(Segment::Guest, 2, &announcement);
+        assert_eq!(table.route(Segment::Guest, 0, &frame(9, 1)), Route::To(2));
+        table.route(Segment::Guest, 1, &frame(1, 9));
+        let ports = |table: &Table| -> Vec<usize> {
+            table.moves().iter().filter(|m| m.mac[5] == 9).map(|m| m.port).collect()
+        };
+        assert_eq!(ports(&table), [1]);
+        table.route(Segment::Guest, 2, &announcement);
+        table.route(Segment::Guest, 2, &frame(1, 9));
+        assert_eq!(ports(&table), [1, 2]);
     }
 
     /// Pulling a cable and plugging it in again is no move.
