@@ -78,6 +78,8 @@ fn a_reset_waits_for_what_is_under_way_and_tells_nobody() {
     bench.put(0, 0, Ask { kind: IN, room: 512, ..Ask::default() });
     bench.driver.kick(0);
     wait_until("it is under way", || gate.submitted() == 1);
+    // Answered between the worker's turns: the one that submitted is over.
+    assert!(!bench.needs_reset());
     let calls = gate.calls();
     std::thread::scope(|scope| {
         scope.spawn(|| bench.driver.write(0x14, &[0]));
