@@ -416,8 +416,7 @@ impl Lab {
     }
 
     /// The hosts from which frames of this address came on the guests' network, in order, without
-    /// announcements. One that
-    /// comes back to a host without having been moved there runs twice.
+    /// announcements. One that comes back to a host without having been moved there runs twice.
     pub fn hosts_of_address(&self, mac: &str) -> Result<Vec<String>> {
         let moves = switch::Control::connect(&paths::run_dir(&self.name))?.moves()?;
         Ok(moves

@@ -10,7 +10,7 @@ use crate::{Error, Result};
 
 const INTERVAL: Duration = Duration::from_secs(1);
 /// Longest wait for a page.
-pub(super) const PATIENCE: Duration = Duration::from_secs(10);
+const PATIENCE: Duration = Duration::from_secs(10);
 const PAGE_BYTES_MAX: u64 = 64 << 10;
 
 /// What a guest's page said.
