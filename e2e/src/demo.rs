@@ -291,6 +291,9 @@ fn faults(cluster: &Cluster, guests: &[Guest], rows: &[Row], seen: &[Seen]) -> R
     for (guest, first) in guests.iter().zip(LAYOUT) {
         let mut expected = vec![first.to_owned()];
         expected.extend(rows.iter().filter(|r| r.domain == guest.name).map(|r| r.to.clone()));
+        if let Err(error) = netns.run(|| guest.check_memory()) {
+            faults.push(error.to_string());
+        }
         // Its frames tell where it ran; a host that comes twice ran it beside another.
         let ran_on = cluster.lab().hosts_of_address(&guest.mac())?;
         if ran_on != expected {
@@ -300,9 +303,6 @@ fn faults(cluster: &Cluster, guests: &[Guest], rows: &[Row], seen: &[Seen]) -> R
                 ran_on.join(", "),
                 expected.join(", ")
             ));
-        }
-        if let Err(error) = netns.run(|| guest.check_memory()) {
-            faults.push(error.to_string());
         }
     }
     let mut vmms = 0;
