@@ -1,8 +1,9 @@
 //! The rows, and the little that they know about themselves.
 
 pub use drover_proto::store::v1::{
-    ClusterRecord, DomainRecord, EventRecord, Migration, MigrationStage, MoveRecord, NodeRecord,
-    OperationRecord, RequestRecord,
+    ClusterRecord, DomainRecord, EventRecord, GarbageRecord, ImageRecord, Migration,
+    MigrationStage, MoveRecord, NetworkRecord, NodeRecord, OperationRecord, RequestRecord,
+    VolumeRecord,
 };
 use drover_proto::v1::{DomainState, OperationState, PowerState};
 
@@ -30,6 +31,10 @@ record! {
     OperationRecord => Operations,
     RequestRecord => Requests,
     EventRecord => Events,
+    VolumeRecord => Volumes,
+    ImageRecord => Images,
+    GarbageRecord => Garbage,
+    NetworkRecord => Networks,
 }
 
 impl Record for ClusterRecord {

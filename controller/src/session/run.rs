@@ -225,7 +225,7 @@ impl Session {
         };
         match self.levels.next(&held.world, &self.node) {
             Some((sequence, domains)) => {
-                let desired = Desired { term: self.term, sequence, domains };
+                let desired = Desired { term: self.term, sequence, domains, ..Desired::default() };
                 self.send(controller_message::Message::Desired(desired)).await
             }
             None => {

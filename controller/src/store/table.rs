@@ -20,6 +20,14 @@ pub enum Table {
     Events = 6,
     /// What the cluster as a whole remembers: one row.
     Cluster = 7,
+    /// Block devices of domains.
+    Volumes = 8,
+    /// Immutable sources of volumes.
+    Images = 9,
+    /// What nodes shall remove.
+    Garbage = 10,
+    /// Which addresses domains are given.
+    Networks = 11,
 }
 
 impl Table {

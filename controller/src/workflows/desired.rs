@@ -70,6 +70,7 @@ fn assign(domain: &DomainRecord, epoch: u64, role: Role, outgoing: Option<Outgoi
         spec,
         outgoing,
         role: Some(role),
+        disks: Vec::new(),
     }
 }
 
