@@ -7,9 +7,9 @@ use drover_proto::agent::v1::agent_service_client::AgentServiceClient;
 use drover_proto::v1::{ConsoleInput, ConsoleOutput, DomainState};
 use futures::stream::{self, Stream, StreamExt};
 use tokio::time::timeout;
-use tonic::transport::Endpoint;
 use tonic::{Status, Streaming};
 
+use super::agents;
 use super::errors::invalid;
 use super::service::Service;
 use super::validate;
@@ -19,8 +19,6 @@ use crate::workflows::Refusal;
 
 /// The caller says what it wants within this.
 const FIRST_WAIT: Duration = Duration::from_secs(10);
-const CONNECT_WAIT: Duration = Duration::from_secs(3);
-const KEEPALIVE: Duration = Duration::from_secs(10);
 
 pub(super) type Output = Pin<Box<dyn Stream<Item = Result<ConsoleOutput, Status>> + Send>>;
 
@@ -37,15 +35,7 @@ impl Service {
         let view = self.read().await?;
         let (uid, address) = target(&view, id.as_str(), &id.name())?;
 
-        let endpoint = Endpoint::from_shared(format!("http://{address}"))
-            .map_err(|e| Status::unavailable(format!("the agent's address {address}: {e}")))?
-            .connect_timeout(CONNECT_WAIT)
-            .http2_keep_alive_interval(KEEPALIVE)
-            .keep_alive_timeout(KEEPALIVE)
-            .tcp_nodelay(true);
-        let channel = endpoint.connect().await.map_err(|error| {
-            Status::unavailable(format!("the agent at {address} cannot be reached: {error}"))
-        })?;
+        let channel = agents::connect(&address).await?;
         let first = ConsoleInput { name: uid, data: first.data };
         // A caller that breaks off ends the stream; the agent need not know why.
         let rest = input.filter_map(|message| async { message.ok() });

@@ -36,9 +36,11 @@ impl DomainService for Service {
         let id = validate::domain("domain.name", &given.name)?;
         let only = validate::maybe_node("node", &request.node)?;
         let create = |cx: &Context<'_>| -> Result<Begun, Refusal> {
+            let (spec, networks) = validate::spec(cx, given.spec.as_ref())?;
             let new = NewDomain {
                 id: id.clone(),
-                spec: validate::spec(cx, given.spec.as_ref())?,
+                spec,
+                networks,
                 only: only.clone(),
                 leave_stopped: request.leave_stopped,
                 strategy: self.strategy,

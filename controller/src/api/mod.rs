@@ -5,16 +5,20 @@
 //! decided on the rows as they are ([`Service::decide`]) and answered from them
 //! ([`present`]). Reads wait until this member's rows are vouched for ([`Service::read`]).
 //!
-//! - [`nodes`], [`domains`], [`operations`], [`events`], [`cluster`], [`console`]: the calls
+//! - [`nodes`], [`domains`], [`volumes`], [`images`], [`networks`], [`operations`], [`events`],
+//!   [`cluster`], [`console`]: the calls
 //! - [`errors`]: every refusal and fault as one gRPC status with details
 //! - [`requests`]: request ids
 
+mod agents;
 mod cluster;
 mod console;
 mod domains;
 pub mod errors;
 mod events;
 mod forward;
+mod images;
+mod networks;
 mod nodes;
 mod operations;
 mod page;
@@ -22,5 +26,6 @@ mod present;
 mod requests;
 mod service;
 mod validate;
+mod volumes;
 
 pub use service::{Service, ServiceOptions, routes};

@@ -8,8 +8,12 @@ use drover_proto::agent::v1::session_service_server::SessionServiceServer;
 use drover_proto::v1::cluster_service_server::ClusterServiceServer;
 use drover_proto::v1::domain_service_server::DomainServiceServer;
 use drover_proto::v1::event_service_server::EventServiceServer;
+use drover_proto::v1::image_service_server::ImageServiceServer;
+use drover_proto::v1::network_service_server::NetworkServiceServer;
 use drover_proto::v1::node_service_server::NodeServiceServer;
 use drover_proto::v1::operation_service_server::OperationServiceServer;
+use drover_proto::v1::pool_service_server::PoolServiceServer;
+use drover_proto::v1::volume_service_server::VolumeServiceServer;
 use tokio::time::Instant;
 
 use super::errors::Fault;
@@ -121,6 +125,10 @@ pub fn routes(service: &Service) -> tonic::service::Routes {
     let forwarder = Forwarder::new(service.store.clone(), service.member);
     tonic::service::Routes::new(forwarder.wrap(NodeServiceServer::new(service.clone())))
         .add_service(forwarder.wrap(DomainServiceServer::new(service.clone())))
+        .add_service(forwarder.wrap(PoolServiceServer::new(service.clone())))
+        .add_service(forwarder.wrap(VolumeServiceServer::new(service.clone())))
+        .add_service(forwarder.wrap(ImageServiceServer::new(service.clone())))
+        .add_service(forwarder.wrap(NetworkServiceServer::new(service.clone())))
         .add_service(forwarder.wrap(OperationServiceServer::new(service.clone())))
         .add_service(forwarder.wrap(EventServiceServer::new(service.clone())))
         .add_service(forwarder.wrap(ClusterServiceServer::new(service.clone())))

@@ -1,18 +1,21 @@
 //! What requests may hold. Each refusal names the field, the value, and what is accepted.
 
 use std::collections::BTreeSet;
-use std::net::IpAddr;
+use std::net::{IpAddr, Ipv4Addr};
 use std::time::Duration;
 
 use drover_proto::v1::{
-    Boot, DomainSpec, DrainPolicy, MigrationLimits, NetworkInterface, RestartPolicy,
+    Boot, CloudInit, Disk, DomainSpec, DrainPolicy, MigrationLimits, Network, NetworkInterface,
+    RestartPolicy,
 };
 
 use super::errors::{excerpt, invalid};
 use super::page::hex_byte;
-use crate::model::{BadId, DomainId, NodeId, OperationId, World};
+use crate::model::{
+    BadId, DomainId, ID_SYNTAX, ImageId, NetworkId, NodeId, OperationId, VolumeId, World,
+};
 use crate::workflows::desired::duration as proto_duration;
-use crate::workflows::{Context, Refusal};
+use crate::workflows::{Context, Refusal, network};
 
 const MIB: u64 = 1 << 20;
 const VCPUS_MAX: u32 = 8;
@@ -22,6 +25,13 @@ const ADDRESSES_MAX: usize = 16;
 const PATH_BYTES_MAX: usize = 4095;
 const COMMAND_LINE_BYTES_MAX: usize = 2047;
 const BRIDGE_BYTES_MAX: usize = 15;
+/// The eighth is the seed.
+const DISKS_MAX: usize = 7;
+const DISK_BYTES_MAX: u64 = 64 << 40;
+const SSH_KEYS_MAX: usize = 32;
+const SSH_KEY_BYTES_MAX: usize = 16 << 10;
+const USER_DATA_BYTES_MAX: usize = 64 << 10;
+const NAME_SERVERS_MAX: usize = 4;
 const LABELS_MAX: usize = 64;
 const LABEL_KEY_BYTES_MAX: usize = 63;
 const LABEL_VALUE_BYTES_MAX: usize = 255;
@@ -29,7 +39,6 @@ const DOWNTIME_DEFAULT: Duration = Duration::from_millis(100);
 const DOWNTIME_MAX: Duration = Duration::from_secs(10);
 const ROUNDS_DEFAULT: u32 = 30;
 const ROUNDS_MAX: u32 = 1000;
-const TOTAL_TIME_DEFAULT: Duration = Duration::from_secs(600);
 const DAY: Duration = Duration::from_secs(24 * 3600);
 
 /// `nodes/{id}` in a field.
@@ -45,6 +54,21 @@ pub(super) fn maybe_node(field: &str, name: &str) -> Result<Option<NodeId>, Refu
 /// `domains/{id}` in a field.
 pub(super) fn domain(field: &str, name: &str) -> Result<DomainId, Refusal> {
     DomainId::from_name(name).map_err(|bad| bad_id(field, &bad))
+}
+
+/// `volumes/{id}` in a field.
+pub(super) fn volume(field: &str, name: &str) -> Result<VolumeId, Refusal> {
+    VolumeId::from_name(name).map_err(|bad| bad_id(field, &bad))
+}
+
+/// `images/{id}` in a field.
+pub(super) fn image(field: &str, name: &str) -> Result<ImageId, Refusal> {
+    ImageId::from_name(name).map_err(|bad| bad_id(field, &bad))
+}
+
+/// `networks/{id}` in a field.
+pub(super) fn network_id(field: &str, name: &str) -> Result<NetworkId, Refusal> {
+    NetworkId::from_name(name).map_err(|bad| bad_id(field, &bad))
 }
 
 /// `operations/{uuid}` in a field.
@@ -70,7 +94,12 @@ fn bad_id(field: &str, bad: &BadId) -> Refusal {
 }
 
 /// Checks a new domain's spec and fills in what was left out.
-pub(super) fn spec(cx: &Context<'_>, given: Option<&DomainSpec>) -> Result<DomainSpec, Refusal> {
+///
+/// The networks are those whose addresses it was given.
+pub(super) fn spec(
+    cx: &Context<'_>,
+    given: Option<&DomainSpec>,
+) -> Result<(DomainSpec, BTreeSet<NetworkId>), Refusal> {
     let Some(given) = given else {
         return Err(invalid("domain.spec", "", "a spec with vcpus, memory_bytes and boot"));
     };
@@ -83,18 +112,30 @@ pub(super) fn spec(cx: &Context<'_>, given: Option<&DomainSpec>) -> Result<Domai
         let expected = "a multiple of 1 MiB (1048576), at least 32 MiB (33554432)";
         return Err(invalid("domain.spec.memory_bytes", &spec.memory_bytes.to_string(), expected));
     }
-    boot(spec.boot.as_ref())?;
+    boot(spec.boot.as_ref(), !spec.disks.is_empty())?;
     policy::<RestartPolicy>("domain.spec.on_reboot", spec.on_reboot)?;
     policy::<RestartPolicy>("domain.spec.on_crash", spec.on_crash)?;
     policy::<DrainPolicy>("domain.spec.drain_policy", spec.drain_policy)?;
     labels(&spec)?;
-    interfaces(cx, &mut spec.interfaces)?;
-    Ok(spec)
+    disks(&spec.disks)?;
+    if let Some(cloud_init) = &spec.cloud_init {
+        self::cloud_init(cloud_init)?;
+    }
+    let networks = interfaces(cx, &mut spec.interfaces)?;
+    Ok((spec, networks))
 }
 
-fn boot(boot: Option<&Boot>) -> Result<(), Refusal> {
+fn boot(boot: Option<&Boot>, has_disks: bool) -> Result<(), Refusal> {
     let boot = boot.cloned().unwrap_or_default();
-    path("domain.spec.boot.kernel", &boot.kernel)?;
+    if !boot.kernel.is_empty() {
+        path("domain.spec.boot.kernel", &boot.kernel)?;
+    } else if !has_disks {
+        let expected = "an absolute path of a file on the node; empty with a disk to boot from";
+        return Err(invalid("domain.spec.boot.kernel", "", expected));
+    } else if !boot.initramfs.is_empty() {
+        let expected = "none without a kernel: the disk has its own";
+        return Err(invalid("domain.spec.boot.initramfs", &excerpt(&boot.initramfs), expected));
+    }
     if !boot.initramfs.is_empty() {
         path("domain.spec.boot.initramfs", &boot.initramfs)?;
     }
@@ -145,12 +186,72 @@ fn labels(spec: &DomainSpec) -> Result<(), Refusal> {
     Ok(())
 }
 
-fn interfaces(cx: &Context<'_>, given: &mut [NetworkInterface]) -> Result<(), Refusal> {
+fn disks(given: &[Disk]) -> Result<(), Refusal> {
+    if given.len() > DISKS_MAX {
+        let expected = format!("at most {DISKS_MAX}");
+        return Err(invalid("domain.spec.disks", &given.len().to_string(), &expected));
+    }
+    for (index, disk) in given.iter().enumerate() {
+        let field = |name: &str| format!("domain.spec.disks[{index}].{name}");
+        if !disk.volume.is_empty() {
+            let expected = "empty: a new volume is made";
+            return Err(invalid(&field("volume"), &excerpt(&disk.volume), expected));
+        }
+        if !disk.pool.is_empty() && NodeId::parse(&disk.pool).is_err() {
+            let expected = format!("a pool's id ({ID_SYNTAX}), or empty for a node's first");
+            return Err(invalid(&field("pool"), &excerpt(&disk.pool), &expected));
+        }
+        if disk.size_bytes % MIB != 0 || disk.size_bytes > DISK_BYTES_MAX {
+            let expected = "a multiple of 1 MiB (1048576), at most 64 TiB; 0 for the image's size";
+            return Err(invalid(&field("size_bytes"), &disk.size_bytes.to_string(), expected));
+        }
+        if !disk.image.is_empty() {
+            ImageId::from_name(&disk.image).map_err(|bad| bad_id(&field("image"), &bad))?;
+        }
+    }
+    Ok(())
+}
+
+fn cloud_init(given: &CloudInit) -> Result<(), Refusal> {
+    let host_name = &given.host_name;
+    let label = |part: &str| NodeId::parse(part).is_ok();
+    if !host_name.is_empty() && (host_name.len() > 253 || !host_name.split('.').all(label)) {
+        let expected = "a host name: labels of a-z, 0-9 and '-', joined by dots; or empty";
+        return Err(invalid("domain.spec.cloud_init.host_name", &excerpt(host_name), expected));
+    }
+    let keys = &given.ssh_authorized_keys;
+    let fine = |key: &String| {
+        key.len() <= SSH_KEY_BYTES_MAX
+            && key.split_whitespace().count() >= 2
+            && !key.chars().any(char::is_control)
+    };
+    let bad = keys.iter().find(|key| !fine(key));
+    if keys.len() > SSH_KEYS_MAX || bad.is_some() {
+        let expected = format!(
+            "at most {SSH_KEYS_MAX} public keys, each one line as in authorized_keys of at most \
+             {SSH_KEY_BYTES_MAX} bytes"
+        );
+        let value = bad.map_or_else(|| keys.len().to_string(), |key| excerpt(key));
+        return Err(invalid("domain.spec.cloud_init.ssh_authorized_keys", &value, &expected));
+    }
+    if given.user_data.len() > USER_DATA_BYTES_MAX {
+        let value = format!("{} bytes", given.user_data.len());
+        let expected = format!("at most {USER_DATA_BYTES_MAX} bytes");
+        return Err(invalid("domain.spec.cloud_init.user_data", &value, &expected));
+    }
+    Ok(())
+}
+
+fn interfaces(
+    cx: &Context<'_>,
+    given: &mut [NetworkInterface],
+) -> Result<BTreeSet<NetworkId>, Refusal> {
     if given.len() > INTERFACES_MAX {
         let expected = format!("at most {INTERFACES_MAX}");
         return Err(invalid("domain.spec.interfaces", &given.len().to_string(), &expected));
     }
     let mut used = macs_in_use(cx.world);
+    let (mut networks, mut addresses) = (BTreeSet::new(), BTreeSet::new());
     for (index, nic) in given.iter_mut().enumerate() {
         let field = |name: &str| format!("domain.spec.interfaces[{index}].{name}");
         if nic.mac.is_empty() {
@@ -162,14 +263,7 @@ fn interfaces(cx: &Context<'_>, given: &mut [NetworkInterface]) -> Result<(), Re
             let expected = "an address that no other interface has; empty to have one chosen";
             return Err(invalid(&field("mac"), &nic.mac, expected));
         }
-        let letters = |c: char| c.is_ascii_alphanumeric() || "-_.".contains(c);
-        if nic.bridge.len() > BRIDGE_BYTES_MAX || !nic.bridge.chars().all(letters) {
-            let expected = format!(
-                "the name of a bridge on the node (at most {BRIDGE_BYTES_MAX} of letters, \
-                 digits, '-', '_' and '.'), or empty for the agent's own"
-            );
-            return Err(invalid(&field("bridge"), &excerpt(&nic.bridge), &expected));
-        }
+        bridge(&field("bridge"), &nic.bridge)?;
         if nic.addresses.len() > ADDRESSES_MAX {
             let expected = format!("at most {ADDRESSES_MAX}");
             let given = nic.addresses.len().to_string();
@@ -182,8 +276,70 @@ fn interfaces(cx: &Context<'_>, given: &mut [NetworkInterface]) -> Result<(), Re
                 return Err(invalid(&field, &excerpt(address), expected));
             }
         }
+        (nic.prefix_length, nic.gateway, nic.name_servers) = Default::default();
+        if !nic.network.is_empty() {
+            let field = format!("domain.spec.interfaces[{index}]");
+            networks.insert(network::complete(cx.world, &field, nic, &mut addresses)?);
+        }
     }
-    Ok(())
+    Ok(networks)
+}
+
+/// A new network, checked and in its canonical form.
+pub(super) fn network(given: Option<&Network>) -> Result<Network, Refusal> {
+    let given = given.cloned().unwrap_or_default();
+    let Some((base, prefix)) = network::subnet(&given.subnet) else {
+        let expected = "an IPv4 subnet such as 10.78.0.0/24, from /16 to /30, without host bits";
+        return Err(invalid("network.subnet", &excerpt(&given.subnet), expected));
+    };
+    let size = 1_u32 << (32 - u32::from(prefix));
+    let (lowest, highest) = (u32::from(base) + 1, u32::from(base) + size - 2);
+    let inside = |field: &str, text: &str| match text.parse::<Ipv4Addr>() {
+        _ if text.is_empty() => Ok(String::new()),
+        Ok(address) if (lowest..=highest).contains(&u32::from(address)) => Ok(address.to_string()),
+        _ => {
+            let (lowest, highest) = (Ipv4Addr::from(lowest), Ipv4Addr::from(highest));
+            let expected = format!("an address from {lowest} to {highest}, or empty");
+            Err(invalid(field, &excerpt(text), &expected))
+        }
+    };
+    if given.name_servers.len() > NAME_SERVERS_MAX {
+        let expected = format!("at most {NAME_SERVERS_MAX}");
+        let value = given.name_servers.len().to_string();
+        return Err(invalid("network.name_servers", &value, &expected));
+    }
+    if let Some(bad) = given.name_servers.iter().find(|text| text.parse::<IpAddr>().is_err()) {
+        return Err(invalid("network.name_servers", &excerpt(bad), "IP addresses"));
+    }
+    bridge("network.bridge", &given.bridge)?;
+    let network = Network {
+        subnet: given.subnet,
+        gateway: inside("network.gateway", &given.gateway)?,
+        first_address: inside("network.first_address", &given.first_address)?,
+        last_address: inside("network.last_address", &given.last_address)?,
+        name_servers: given.name_servers,
+        bridge: given.bridge,
+        ..Network::default()
+    };
+    match network::range(&network) {
+        Some((first, last)) if first <= last => Ok(network),
+        _ => {
+            let expected = "an address that is not before first_address";
+            Err(invalid("network.last_address", &network.last_address, expected))
+        }
+    }
+}
+
+fn bridge(field: &str, name: &str) -> Result<(), Refusal> {
+    let letters = |c: char| c.is_ascii_alphanumeric() || "-_.".contains(c);
+    if name.len() <= BRIDGE_BYTES_MAX && name.chars().all(letters) {
+        return Ok(());
+    }
+    let expected = format!(
+        "the name of a bridge on the node (at most {BRIDGE_BYTES_MAX} of letters, digits, '-', \
+         '_' and '.'), or empty for the agent's own"
+    );
+    Err(invalid(field, &excerpt(name), &expected))
 }
 
 fn macs_in_use(world: &World) -> BTreeSet<String> {
@@ -217,14 +373,16 @@ fn free_mac(cx: &Context<'_>, used: &BTreeSet<String>) -> String {
     }
 }
 
-/// Checks limits and fills in what was left out. `bytes_max` stays 0 where it depends on the
-/// domain's memory: its agent knows that.
+/// Checks limits and fills in what was left out, but for what depends on the domain: `bytes_max`
+/// on its memory (its agent knows that), `total_time` on its disks.
 pub(super) fn limits(given: Option<&MigrationLimits>) -> Result<MigrationLimits, Refusal> {
     let given = given.copied().unwrap_or_default();
     let downtime =
         duration("limits.downtime", given.downtime.as_ref(), DOWNTIME_DEFAULT, DOWNTIME_MAX)?;
+    // The default depends on the domain's disks.
+    let total_time = given.total_time.as_ref().filter(|d| d.seconds != 0 || d.nanos != 0);
     let total_time =
-        duration("limits.total_time", given.total_time.as_ref(), TOTAL_TIME_DEFAULT, DAY)?;
+        total_time.map(|given| duration("limits.total_time", Some(given), DAY, DAY)).transpose()?;
     if given.rounds_max > ROUNDS_MAX {
         let expected = format!("0 to {ROUNDS_MAX}; 0 means {ROUNDS_DEFAULT}");
         return Err(invalid("limits.rounds_max", &given.rounds_max.to_string(), &expected));
@@ -233,7 +391,7 @@ pub(super) fn limits(given: Option<&MigrationLimits>) -> Result<MigrationLimits,
     Ok(MigrationLimits {
         downtime: Some(to_proto(downtime)),
         rounds_max,
-        total_time: Some(to_proto(total_time)),
+        total_time: total_time.map(to_proto),
         ..given
     })
 }

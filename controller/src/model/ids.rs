@@ -2,10 +2,10 @@
 
 use std::fmt;
 
-/// The longest id of a node or a domain, in bytes.
+/// The longest id of a node, a domain and so on, in bytes.
 pub const ID_BYTES_MAX: usize = 63;
 
-/// What an id of a node or a domain may be, for people.
+/// What such an id may be, for people.
 pub const ID_SYNTAX: &str =
     "1 to 63 of a-z, 0-9 and '-', beginning and ending with a letter or digit";
 
@@ -89,6 +89,18 @@ id!(
 id!(
     /// A virtual machine, as its owner calls it. Its `uid` is what is never used again.
     DomainId, "domains", ID_SYNTAX, is_label
+);
+id!(
+    /// A block device of a domain.
+    VolumeId, "volumes", ID_SYNTAX, is_label
+);
+id!(
+    /// An immutable source of volumes.
+    ImageId, "images", ID_SYNTAX, is_label
+);
+id!(
+    /// Where domains get their addresses from.
+    NetworkId, "networks", ID_SYNTAX, is_label
 );
 id!(
     /// A long-running operation: a uuid that the controller makes.

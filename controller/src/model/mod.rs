@@ -10,7 +10,10 @@ mod observed;
 mod records;
 mod world;
 
-pub use ids::{BadId, DomainId, ID_BYTES_MAX, ID_SYNTAX, NodeId, OperationId, is_request_id};
+pub use ids::{
+    BadId, DomainId, ID_BYTES_MAX, ID_SYNTAX, ImageId, NetworkId, NodeId, OperationId, VolumeId,
+    is_request_id,
+};
 pub use observed::{NodeObservation, Observed, Side};
 pub use records::*;
 pub use world::World;

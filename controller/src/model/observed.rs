@@ -7,7 +7,9 @@
 use std::collections::BTreeMap;
 use std::sync::Arc;
 
-use drover_proto::agent::v1::{ObservedDomain, Report};
+use drover_proto::agent::v1::{
+    ObservedDomain, ObservedImage, ObservedPool, ObservedVolume, Report,
+};
 use drover_proto::v1::NodeUsage;
 
 use super::NodeId;
@@ -28,6 +30,12 @@ pub struct NodeObservation {
     pub usage: NodeUsage,
     /// Everything on the node, by the domain's uid.
     pub domains: BTreeMap<String, ObservedDomain>,
+    /// Its pools, by their ids; the first one is what a disk that names none gets.
+    pub pools: BTreeMap<String, ObservedPool>,
+    /// Every volume in them, by uid.
+    pub volumes: BTreeMap<String, ObservedVolume>,
+    /// Every image in them.
+    pub images: Vec<ObservedImage>,
 }
 
 impl NodeObservation {
@@ -38,6 +46,26 @@ impl NodeObservation {
         self.taken_in = taken_in;
         self.usage = report.usage.unwrap_or_default();
         self.domains = report.domains.into_iter().map(|d| (d.uid.clone(), d)).collect();
+        self.pools = report.pools.into_iter().map(|p| (p.id.clone(), p)).collect();
+        self.volumes = report.volumes.into_iter().map(|v| (v.uid.clone(), v)).collect();
+        self.images = report.images;
+    }
+
+    /// What was on a host before it rebooted is no fact any more.
+    pub fn forget(&mut self) {
+        self.domains.clear();
+        self.pools.clear();
+        self.volumes.clear();
+        self.images.clear();
+    }
+
+    /// Whether it has reported without this volume or image, knowing the revision.
+    #[must_use]
+    pub fn is_without(&self, volume_uid: &str, image_digest: &str, revision: u64) -> bool {
+        self.reported
+            && self.taken_in >= revision
+            && !self.volumes.contains_key(volume_uid)
+            && !self.images.iter().any(|image| image.digest == image_digest)
     }
 }
 
@@ -77,6 +105,12 @@ impl Observed {
         self.nodes
             .get(&NodeId::trusted(node))
             .is_some_and(|node| node.reported && node.taken_in >= revision)
+    }
+
+    /// What one node says about a volume, whatever it knew.
+    #[must_use]
+    pub fn volume(&self, node: &str, uid: &str) -> Option<&ObservedVolume> {
+        self.nodes.get(&NodeId::trusted(node))?.volumes.get(uid)
     }
 
     /// What one node says about a domain, whatever it knew.

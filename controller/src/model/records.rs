@@ -77,6 +77,24 @@ pub fn needs(record: &DomainRecord) -> Resources {
     })
 }
 
+/// Whether it has volumes.
+#[must_use]
+pub fn has_disks(record: &DomainRecord) -> bool {
+    record.spec.as_ref().is_some_and(|spec| !spec.disks.is_empty())
+}
+
+/// What `node` shall remove: a volume or an image, whichever is not empty.
+#[must_use]
+pub fn garbage(node: &str, pool: &str, volume_uid: &str, image_digest: &str) -> GarbageRecord {
+    GarbageRecord {
+        id: format!("{node}/{volume_uid}{image_digest}"),
+        node: node.to_owned(),
+        pool: pool.to_owned(),
+        volume_uid: volume_uid.to_owned(),
+        image_digest: image_digest.to_owned(),
+    }
+}
+
 /// Whether no VMM of this domain is anywhere, and none is to be: its row may move freely.
 #[must_use]
 pub fn is_at_rest(record: &DomainRecord) -> bool {

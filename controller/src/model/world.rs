@@ -2,15 +2,17 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 
-use drover_proto::v1::{DomainState, DrainPolicy, DrainState, NodeState};
+use drover_proto::agent::v1::ObservedPool;
+use drover_proto::v1::{DomainState, DrainPolicy, DrainState, NodeState, PoolState};
 
-use super::records::{self, needs};
+use super::records::{self, has_disks, needs};
 use super::{
-    ClusterRecord, DomainId, DomainRecord, NodeId, NodeRecord, Observed, OperationId,
-    OperationRecord,
+    ClusterRecord, DomainId, DomainRecord, GarbageRecord, ImageRecord, NetworkRecord, NodeId,
+    NodeObservation, NodeRecord, Observed, OperationId, OperationRecord, VolumeRecord,
 };
 use crate::scheduler::{
-    ClusterView, DomainView, LINK_BYTES_PER_SECOND, Mobility, NodeView, Resources,
+    ClusterView, DomainView, LINK_BYTES_PER_SECOND, Mobility, NodeView, PoolNeeds, PoolView,
+    Resources,
 };
 use crate::store::{ChangeSet, Record, Versioned, View};
 
@@ -29,6 +31,14 @@ pub struct World {
     ended_moves: BTreeMap<OperationId, Versioned<OperationRecord>>,
     /// The row of the cluster as a whole; absent until it is first needed.
     pub cluster: Option<Versioned<ClusterRecord>>,
+    /// All volumes, by id.
+    pub volumes: BTreeMap<String, Versioned<VolumeRecord>>,
+    /// All images, by id.
+    pub images: BTreeMap<String, Versioned<ImageRecord>>,
+    /// What nodes shall remove, by `{node}/{what}`.
+    pub garbage: BTreeMap<String, Versioned<GarbageRecord>>,
+    /// All networks, by id.
+    pub networks: BTreeMap<String, Versioned<NetworkRecord>>,
     /// The domains that concern a node: owned, coming, leaving.
     by_node: BTreeMap<NodeId, BTreeSet<DomainId>>,
 }
@@ -49,6 +59,10 @@ impl World {
         }
         world.forget_ended_moves();
         world.cluster = view.get(super::CLUSTER_KEY);
+        world.volumes = by_key(view.all());
+        world.images = by_key(view.all());
+        world.garbage = by_key(view.all());
+        world.networks = by_key(view.all());
         world
     }
 
@@ -80,6 +94,14 @@ impl World {
             } else if change.is::<ClusterRecord>() {
                 let held = self.cluster.take();
                 self.cluster = versioned(change.record(), held, set.revision);
+            } else if change.is::<VolumeRecord>() {
+                replace(&mut self.volumes, &change.key, change.record(), set.revision);
+            } else if change.is::<ImageRecord>() {
+                replace(&mut self.images, &change.key, change.record(), set.revision);
+            } else if change.is::<GarbageRecord>() {
+                replace(&mut self.garbage, &change.key, change.record(), set.revision);
+            } else if change.is::<NetworkRecord>() {
+                replace(&mut self.networks, &change.key, change.record(), set.revision);
             }
         }
         self.revision = set.revision;
@@ -115,15 +137,50 @@ impl World {
             .fold(Resources::default(), Resources::plus)
     }
 
+    /// A domain's volumes, in the order of its disks.
+    pub fn volumes_of<'a>(
+        &'a self,
+        domain: &'a DomainRecord,
+    ) -> impl Iterator<Item = &'a Versioned<VolumeRecord>> {
+        let disks = domain.spec.iter().flat_map(|spec| &spec.disks);
+        disks.filter_map(|disk| self.volumes.get(disk.volume.strip_prefix("volumes/")?))
+    }
+
+    /// What the domain's volumes may grow to, by pool.
+    #[must_use]
+    pub fn pool_needs(&self, domain: &DomainRecord) -> PoolNeeds {
+        let mut needs = PoolNeeds::new();
+        for volume in self.volumes_of(domain).map(|row| &row.value) {
+            *needs.entry(volume.pool.clone()).or_default() += volume.size_bytes;
+        }
+        needs
+    }
+
+    /// What is promised in a node's pools: to what it owns, and to what comes or has not quite left.
+    #[must_use]
+    pub fn promised(&self, node: &NodeId) -> PoolNeeds {
+        let mut sum = PoolNeeds::new();
+        for row in self.concerning(node) {
+            for (pool, bytes) in self.pool_needs(&row.value) {
+                *sum.entry(pool).or_default() += bytes;
+            }
+        }
+        sum
+    }
+
     /// The picture that the scheduler decides from.
     #[must_use]
     pub fn cluster_view(&self, observed: &Observed) -> ClusterView {
-        let nodes = self.nodes.iter().map(|(id, row)| (id.clone(), self.node_view(id, &row.value)));
+        let nodes = self.nodes.iter().map(|(id, row)| {
+            let seen = observed.nodes.get(id);
+            (id.clone(), self.node_view(id, &row.value, seen.map(AsRef::as_ref)))
+        });
         let domains = self.domains.iter().map(|(id, row)| {
             let usage = observed.domain(&row.value.node, &row.value.uid).and_then(|d| d.usage);
             let view = DomainView {
                 node: NodeId::parse(&row.value.node).ok(),
                 needs: needs(&row.value),
+                disks: self.pool_needs(&row.value),
                 mobility: mobility(&row.value),
                 cpu_millicores: usage.map_or(0, |usage| usage.cpu_millicores),
             };
@@ -132,7 +189,12 @@ impl World {
         ClusterView { nodes: nodes.collect(), domains: domains.collect() }
     }
 
-    fn node_view(&self, id: &NodeId, node: &NodeRecord) -> NodeView {
+    fn node_view(
+        &self,
+        id: &NodeId,
+        node: &NodeRecord,
+        seen: Option<&NodeObservation>,
+    ) -> NodeView {
         let capacity = node.capacity.unwrap_or_default();
         let migrating = self.concerning(id).filter(|row| row.value.migration.is_some());
         NodeView {
@@ -141,9 +203,31 @@ impl World {
             draining: node.drain_state() != DrainState::Unspecified,
             capacity: Resources { vcpus: capacity.vcpus, memory_bytes: capacity.memory_bytes },
             reserved: self.reserved(id),
+            pools: self.pools(id, seen),
             link_bytes_per_second: LINK_BYTES_PER_SECOND,
             migrations: u32::try_from(migrating.count()).unwrap_or(u32::MAX),
         }
+    }
+
+    fn pools(&self, id: &NodeId, seen: Option<&NodeObservation>) -> BTreeMap<String, PoolView> {
+        let Some(seen) = seen.filter(|seen| !seen.pools.is_empty()) else {
+            return BTreeMap::new();
+        };
+        let mut promised = self.promised(id);
+        let view = |(id, pool): (&String, &ObservedPool)| {
+            let closed = match pool.state() {
+                PoolState::Ready => None,
+                PoolState::Filling => Some("is past its threshold".to_owned()),
+                _ => Some(format!("cannot be used: {}", pool.state_reason)),
+            };
+            let view = PoolView {
+                capacity_bytes: (pool.size_bytes as f64 * pool.overcommit.max(0.0)) as u64,
+                promised_bytes: promised.remove(id).unwrap_or_default(),
+                closed,
+            };
+            (id.clone(), view)
+        };
+        seen.pools.iter().map(view).collect()
     }
 
     fn put_operation(&mut self, row: Versioned<OperationRecord>) {
@@ -207,6 +291,9 @@ fn mobility(domain: &DomainRecord) -> Mobility {
         return Mobility::Busy(format!("operations/{} works on it", domain.operation));
     }
     match domain.state() {
+        _ if records::is_at_rest(domain) && has_disks(domain) => Mobility::Fixed(
+            "it does not run and has disks: start it, and they move with it, or delete it".into(),
+        ),
         _ if records::is_at_rest(domain) => Mobility::Cold,
         DomainState::Running => Mobility::Live,
         DomainState::Deleting => Mobility::Busy("it is being deleted".into()),
@@ -217,6 +304,22 @@ fn mobility(domain: &DomainRecord) -> Mobility {
 fn words(state: DomainState) -> String {
     let name = state.as_str_name().trim_start_matches("DOMAIN_STATE_");
     name.to_ascii_lowercase()
+}
+
+fn by_key<T: Record>(rows: impl Iterator<Item = Versioned<T>>) -> BTreeMap<String, Versioned<T>> {
+    rows.map(|row| (row.value.key(), row)).collect()
+}
+
+fn replace<T: Record>(
+    rows: &mut BTreeMap<String, Versioned<T>>,
+    key: &str,
+    value: Option<T>,
+    revision: u64,
+) {
+    let held = rows.remove(key);
+    if let Some(row) = versioned(value, held, revision) {
+        rows.insert(key.to_owned(), row);
+    }
 }
 
 fn versioned<T: Record>(

@@ -77,12 +77,11 @@ pub fn plan_balance(view: &ClusterView, options: &BalanceOptions) -> BalanceProp
         }
         let domain = &view.domains[&best.domain];
         loads.shift(&best.from, &best.to, f64::from(domain.cpu_millicores));
-        for (node, sign) in [(&best.from, false), (&best.to, true)] {
-            if let Some(node) = room.get_mut(node) {
-                let needs = domain.needs;
-                node.reserved =
-                    if sign { node.reserved.plus(needs) } else { node.reserved.less(needs) };
-            }
+        if let Some(node) = room.get_mut(&best.from) {
+            node.reserved = node.reserved.less(domain.needs);
+        }
+        if let Some(node) = room.get_mut(&best.to) {
+            node.promise(domain.needs, &domain.disks);
         }
         moved.insert(best.domain.clone());
         moves.push(BalanceMove {
@@ -116,7 +115,7 @@ fn best_move(
             continue;
         }
         for (to, node) in room {
-            if to == from || shortage(node, domain.needs).is_some() {
+            if to == from || shortage(node, domain.needs, &domain.disks).is_some() {
                 continue;
             }
             let deviation = loads.deviation_after(from, to, f64::from(domain.cpu_millicores));

@@ -142,11 +142,12 @@ fn plan_move(
     };
     let mut excluded = options.failed.get(id).cloned().unwrap_or_default();
     excluded.insert(from.clone(), "it is there now".into());
-    let choice = PlaceOptions { strategy: options.strategy, only: None, excluded };
+    let disks = domain.disks.clone();
+    let choice = PlaceOptions { strategy: options.strategy, only: None, excluded, disks };
     match place(room, domain.needs, &choice) {
         Ok(decision) => {
             if let Some(target) = room.nodes.get_mut(&decision.node) {
-                target.reserved = target.reserved.plus(domain.needs);
+                target.promise(domain.needs, &domain.disks);
             }
             let how = match options.strategy {
                 Strategy::BestFit => "best fit",
@@ -192,12 +193,14 @@ fn what_would_help(room: &ClusterView, needs: Resources, choice: &PlaceOptions) 
     let open = |id: &&NodeId| !choice.excluded.contains_key(*id);
     let candidates =
         || room.nodes.iter().filter(|(id, n)| open(id) && n.ready && n.capacity.holds(needs));
-    let closed = candidates().find(|(_, n)| (n.cordoned || n.draining) && n.free().holds(needs));
+    let disks = &choice.disks;
+    let closed = candidates()
+        .find(|(_, n)| (n.cordoned || n.draining) && shortage(n, needs, disks).is_none());
     if let Some((id, _)) = closed {
         return format!("uncordon {id}");
     }
     let least = candidates()
-        .filter(|(_, n)| !n.cordoned && !n.draining && shortage(n, needs).is_some())
+        .filter(|(_, n)| !n.cordoned && !n.draining && shortage(n, needs, disks).is_some())
         .min_by_key(|(_, n)| (needs.less(n.free()).memory_bytes, needs.less(n.free()).vcpus));
     let Some((id, node)) = least else {
         return "add a node with room for it, or stop it and start it later".into();
@@ -209,6 +212,9 @@ fn what_would_help(room: &ClusterView, needs: Resources, choice: &PlaceOptions) 
     }
     if lacks.vcpus > 0 {
         parts.push(format!("{} vCPUs", lacks.vcpus));
+    }
+    if parts.is_empty() {
+        return "make room in a pool of its disks' ids on another node".into();
     }
     format!("free {} on {id}, or add a node", parts.join(" and "))
 }

@@ -26,4 +26,7 @@ pub use drain::{
 };
 pub use place::{Decision, NoRoom, OTHER_NODE, PlaceOptions, Rejection, Strategy, place};
 pub(crate) use view::size;
-pub use view::{ClusterView, DomainView, LINK_BYTES_PER_SECOND, Mobility, NodeView, Resources};
+pub use view::{
+    ClusterView, DomainView, LINK_BYTES_PER_SECOND, Mobility, NodeView, PoolNeeds, PoolView,
+    Resources,
+};

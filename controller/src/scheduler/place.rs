@@ -2,7 +2,7 @@
 
 use std::collections::BTreeMap;
 
-use super::view::{ClusterView, NodeView, Resources, size};
+use super::view::{ClusterView, NodeView, PoolNeeds, Resources, size};
 use crate::model::NodeId;
 
 /// Why the nodes that the caller did not ask for were passed over.
@@ -27,6 +27,8 @@ pub struct PlaceOptions {
     pub only: Option<NodeId>,
     /// Nodes ruled out, each with the reason.
     pub excluded: BTreeMap<NodeId, String>,
+    /// Room that its disks need.
+    pub disks: PoolNeeds,
 }
 
 /// A node that was passed over.
@@ -126,11 +128,11 @@ fn unfit(id: &NodeId, node: &NodeView, needs: Resources, options: &PlaceOptions)
     if node.cordoned {
         return Some("cordoned".into());
     }
-    shortage(node, needs)
+    shortage(node, needs, &options.disks)
 }
 
 /// What a node lacks, for people: "needs 512 MiB, 130 of 2048 MiB free".
-pub(super) fn shortage(node: &NodeView, needs: Resources) -> Option<String> {
+pub(super) fn shortage(node: &NodeView, needs: Resources, disks: &PoolNeeds) -> Option<String> {
     let free = node.free();
     let mut lacks = Vec::new();
     if free.vcpus < needs.vcpus {
@@ -148,7 +150,29 @@ pub(super) fn shortage(node: &NodeView, needs: Resources) -> Option<String> {
             size(node.capacity.memory_bytes)
         ));
     }
+    lacks.extend(disks.iter().filter_map(|(id, bytes)| pool_shortage(node, id, *bytes)));
     (!lacks.is_empty()).then(|| lacks.join(" and "))
+}
+
+fn pool_shortage(node: &NodeView, id: &str, bytes: u64) -> Option<String> {
+    let Some((id, pool)) = node.pool_id(id).and_then(|id| node.pools.get_key_value(&id)) else {
+        return Some(match id {
+            "" => "has no pool".into(),
+            id => format!("has no pool {id}"),
+        });
+    };
+    if let Some(why) = &pool.closed {
+        return Some(format!("pool {id} {why}"));
+    }
+    let free = pool.capacity_bytes.saturating_sub(pool.promised_bytes);
+    (free < bytes).then(|| {
+        format!(
+            "needs {} in pool {id}, {} of {} free",
+            size(bytes),
+            size(free & !((1 << 20) - 1)),
+            size(pool.capacity_bytes)
+        )
+    })
 }
 
 /// The share that is promised once `needs` is there, mean of vCPUs and memory.

@@ -25,6 +25,7 @@ fn domain_id(n: usize) -> DomainId {
 
 fn node(vcpus: u32, mib: u64) -> NodeView {
     NodeView {
+        pools: BTreeMap::new(),
         ready: true,
         cordoned: false,
         draining: false,
@@ -37,6 +38,7 @@ fn node(vcpus: u32, mib: u64) -> NodeView {
 
 fn domain(on: usize, vcpus: u32, mib: u64) -> DomainView {
     DomainView {
+        disks: PoolNeeds::new(),
         node: Some(node_id(on)),
         needs: Resources { vcpus, memory_bytes: mib * MIB },
         mobility: Mobility::Live,

@@ -42,6 +42,20 @@ impl Resources {
     }
 }
 
+/// Bytes by pool id. A disk that names no pool is under the empty id: the node's first pool.
+pub type PoolNeeds = BTreeMap<String, u64>;
+
+/// A pool of a node and what is promised in it.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct PoolView {
+    /// What may be promised in all: its size times its overcommit.
+    pub capacity_bytes: u64,
+    /// The sizes of all volumes in it, and of those on their way to it.
+    pub promised_bytes: u64,
+    /// Why it takes nothing new.
+    pub closed: Option<String>,
+}
+
 /// A node and what is promised on it.
 #[derive(Clone, Debug, PartialEq)]
 pub struct NodeView {
@@ -55,6 +69,8 @@ pub struct NodeView {
     pub capacity: Resources,
     /// What is promised: domains that it owns, and migrations on their way to it.
     pub reserved: Resources,
+    /// Its pools, by id. Empty as well while its agent has not said which it has.
+    pub pools: BTreeMap<String, PoolView>,
     /// What its link for migrations carries.
     pub link_bytes_per_second: u64,
     /// Migrations that come in or go out now.
@@ -67,6 +83,25 @@ impl NodeView {
     pub fn free(&self) -> Resources {
         self.capacity.less(self.reserved)
     }
+
+    /// One more domain is promised its room.
+    pub fn promise(&mut self, needs: Resources, disks: &PoolNeeds) {
+        self.reserved = self.reserved.plus(needs);
+        for (id, bytes) in disks {
+            if let Some(pool) = self.pool_id(id).and_then(|id| self.pools.get_mut(&id)) {
+                pool.promised_bytes = pool.promised_bytes.saturating_add(*bytes);
+            }
+        }
+    }
+
+    /// The pool that this id means here; None when it has no such pool.
+    #[must_use]
+    pub fn pool_id(&self, id: &str) -> Option<String> {
+        match id {
+            "" => self.pools.keys().next().cloned(),
+            id => self.pools.contains_key(id).then(|| id.to_owned()),
+        }
+    }
 }
 
 /// Whether and how a domain can go elsewhere now.
@@ -74,7 +109,7 @@ impl NodeView {
 pub enum Mobility {
     /// It runs: a live migration.
     Live,
-    /// Nothing runs: its record moves.
+    /// Nothing runs and it has no disks: its record moves.
     Cold,
     /// Not now, but later: something else works on it.
     Busy(String),
@@ -89,6 +124,8 @@ pub struct DomainView {
     pub node: Option<NodeId>,
     /// What it is promised.
     pub needs: Resources,
+    /// Of the pools.
+    pub disks: PoolNeeds,
     /// Whether it can be moved.
     pub mobility: Mobility,
     /// Measured, in thousandths of a core.

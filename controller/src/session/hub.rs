@@ -127,9 +127,8 @@ impl Hub {
         observation.reported = false;
         observation.taken_in = 0;
         observation.heard_ms = now_ms;
-        // What was on a host before it rebooted is no fact any more.
         if older.is_none_or(|older| older.boot_id != boot_id) {
-            observation.domains.clear();
+            observation.forget();
         }
         drop(inner);
         self.touch();

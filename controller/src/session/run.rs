@@ -7,7 +7,7 @@ use std::time::Duration;
 
 use drover_proto::agent::v1::session_service_server::SessionService;
 use drover_proto::agent::v1::{
-    AgentMessage, Assignment, ControllerMessage, Desired, Hello, Report, Welcome, agent_message,
+    AgentMessage, ControllerMessage, Desired, Hello, Report, Welcome, agent_message,
     controller_message,
 };
 use futures::Stream;
@@ -23,7 +23,7 @@ use crate::api::Service;
 use crate::api::errors::{Fault, not_leading};
 use crate::model::{NodeId, World};
 use crate::store::{Leadership, Revision};
-use crate::workflows::desired::{desired, duration};
+use crate::workflows::desired::{Level, desired, duration};
 use crate::workflows::nodes;
 
 /// Hello must come within this, and be taken in within this.
@@ -224,8 +224,9 @@ impl Session {
             return Err(not_leading(None));
         };
         match self.levels.next(&held.world, &self.node) {
-            Some((sequence, domains)) => {
-                let desired = Desired { term: self.term, sequence, domains, ..Desired::default() };
+            Some((sequence, level)) => {
+                let Level { domains, volumes, garbage } = level;
+                let desired = Desired { term: self.term, sequence, domains, volumes, garbage };
                 self.send(controller_message::Message::Desired(desired)).await
             }
             None => {
@@ -248,7 +249,7 @@ impl Session {
 /// Which level was sent as which sequence, and the newest revision at which it was still so.
 #[derive(Default)]
 struct Levels {
-    last: Option<Vec<Assignment>>,
+    last: Option<Level>,
     sequence: u64,
     sent: VecDeque<(u64, Revision)>,
     answered: u64,
@@ -256,7 +257,7 @@ struct Levels {
 
 impl Levels {
     /// The level at the world's revision, if it is not the last one sent.
-    fn next(&mut self, world: &World, node: &NodeId) -> Option<(u64, Vec<Assignment>)> {
+    fn next(&mut self, world: &World, node: &NodeId) -> Option<(u64, Level)> {
         let level = desired(world, node);
         if self.last.as_ref() == Some(&level) {
             if let Some(last) = self.sent.back_mut() {

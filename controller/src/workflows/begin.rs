@@ -4,7 +4,7 @@
 //! transaction is guarded by every row that the decision rests on, so two callers at once
 //! cannot both be accepted; whoever loses looks again.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 
 use drover_proto::v1::{
     DomainSpec, DomainState, EventSeverity, MigrationLimits, MigrationReport, NodeRejection,
@@ -12,23 +12,32 @@ use drover_proto::v1::{
 };
 use prost::Message;
 
+use super::desired::duration;
 use super::refusal::Refusal;
 use super::step::{Context, end, error, millis, timestamp};
+use super::{network, storage};
 use crate::model::{
-    DomainId, DomainRecord, EventRecord, Migration, MigrationStage, NodeId, NodeRecord,
-    OperationId, OperationRecord, is_at_rest, needs,
+    DomainId, DomainRecord, EventRecord, ImageRecord, Migration, MigrationStage, NetworkId, NodeId,
+    NodeRecord, OperationId, OperationRecord, VolumeRecord, has_disks, is_at_rest, needs,
 };
 use crate::scheduler::{
-    ClusterView, Decision, OTHER_NODE, PlaceOptions, Resources, Strategy, place,
+    ClusterView, Decision, OTHER_NODE, PlaceOptions, PoolNeeds, Resources, Strategy, place,
 };
 use crate::store::{Txn, Versioned};
 
 /// Creating or starting: the VMM is up in seconds, a busy host needs longer.
 const START_WAIT_MS: i64 = 5 * 60_000;
+/// The same where volumes are made first: an image may have to come from another node.
+const FILL_WAIT_MS: i64 = 60 * 60_000;
 /// Beyond the grace period.
 const STOP_WAIT_MS: i64 = 60_000;
 /// Deleting.
 const DELETE_WAIT_MS: i64 = 5 * 60_000;
+/// What copying a domain without disks may take.
+const TOTAL_TIME_MS: u64 = 10 * 60_000;
+/// Disks are copied at this rate at least, bytes a second.
+const DISK_RATE_MIN: u64 = 10 << 20;
+const TOTAL_TIME_MS_MAX: u64 = 24 * 3_600_000;
 /// Beyond the time that the copying may take: preparing and switching over.
 const MIGRATE_WAIT_MS: i64 = 60_000;
 
@@ -51,6 +60,8 @@ pub struct NewDomain {
     pub id: DomainId,
     /// Checked and completed.
     pub spec: DomainSpec,
+    /// Its interfaces were given addresses of these.
+    pub networks: BTreeSet<NetworkId>,
     /// This node or none.
     pub only: Option<NodeId>,
     /// It is not started.
@@ -76,21 +87,31 @@ pub fn create_domain(cx: &Context<'_>, new: &NewDomain) -> Result<Begun, Refusal
     if let Some(only) = &new.only {
         known_node(cx, only)?;
     }
-    let needs = Resources { vcpus: new.spec.vcpus, memory_bytes: new.spec.memory_bytes };
+    let mut spec = new.spec.clone();
+    let mut volumes = storage::new_volumes(cx, &new.id, &spec.disks)?;
+    let needs = Resources { vcpus: spec.vcpus, memory_bytes: spec.memory_bytes };
     let view = cx.world.cluster_view(cx.observed);
-    let options =
-        PlaceOptions { strategy: new.strategy, only: new.only.clone(), ..Default::default() };
+    let options = PlaceOptions {
+        strategy: new.strategy,
+        only: new.only.clone(),
+        disks: storage::needs(&volumes),
+        ..PlaceOptions::default()
+    };
     let decision =
         place(&view, needs, &options).map_err(|no_room| Refusal::NoRoom { needs, no_room })?;
     let node = known_node(cx, &decision.node)?;
+    if let Some(chosen) = view.nodes.get(&decision.node) {
+        storage::settle(&mut volumes, &mut spec.disks, chosen);
+    }
 
-    let mut operation = operation(cx, OperationKind::CreateDomain, new.id.name(), START_WAIT_MS);
+    let wait_ms = if volumes.is_empty() { START_WAIT_MS } else { FILL_WAIT_MS };
+    let mut operation = operation(cx, OperationKind::CreateDomain, new.id.name(), wait_ms);
     let message = format!("placed on {}", decision.node.name());
     operation.status_message.clone_from(&message);
     let mut domain = DomainRecord {
         id: new.id.as_str().to_owned(),
         uid: cx.ids.uuid(),
-        spec: Some(new.spec.clone()),
+        spec: Some(spec),
         node: decision.node.as_str().to_owned(),
         epoch: 1,
         epoch_max: 1,
@@ -110,12 +131,21 @@ pub fn create_domain(cx: &Context<'_>, new: &NewDomain) -> Result<Begun, Refusal
         domain.operation.clone_from(&operation.id);
     }
     let event = cx.event(EventSeverity::Info, new.id.name(), "DOMAIN_CREATED", message);
-    let txn = Txn::new()
+    let mut txn = Txn::new()
         .term_is(cx.term)
         .absent::<DomainRecord>(new.id.as_str())
         .put(&domain)
         .put(&operation)
         .put(&event);
+    for volume in &volumes {
+        txn = txn.absent::<VolumeRecord>(volume.id.clone()).put(volume);
+        if !volume.image.is_empty() {
+            txn = txn.present::<ImageRecord>(volume.image.clone());
+        }
+    }
+    for network in &new.networks {
+        txn = network::give(cx, network, txn)?;
+    }
     Ok(Begun { txn: reserve(txn, node), operation })
 }
 
@@ -251,6 +281,10 @@ pub fn migrate_domain(
             });
         }
     }
+    if is_at_rest(&row.value) && has_disks(&row.value) {
+        let accepted = "a domain with disks moves while it runs: start it first";
+        return Err(wrong_state(id, &row.value, accepted));
+    }
     let movable = is_at_rest(&row.value)
         || (row.value.state() == DomainState::Running && row.value.migration.is_none());
     if !movable {
@@ -267,8 +301,7 @@ pub fn migrate_domain(
     };
     let view = cx.world.cluster_view(cx.observed);
     let mut moving = Moving::new(cx, &view);
-    let wait = duration_ms(limits.total_time.as_ref()).saturating_add(MIGRATE_WAIT_MS);
-    let operation = moving.add(row, &options, limits, cx.now.wall_ms.saturating_add(wait), "")?;
+    let operation = moving.add(row, &options, limits, i64::MAX, "")?;
     Ok(Begun { txn: moving.finish(Txn::new().term_is(cx.term)), operation })
 }
 
@@ -302,23 +335,30 @@ impl<'a> Moving<'a> {
         &self.view
     }
 
-    /// Places one more. The row must be free and movable.
+    /// Places one more. The row must be free and movable. It ends at `latest_ms` whatever its
+    /// limits allow.
     pub(super) fn add(
         &mut self,
         row: &'a Versioned<DomainRecord>,
         options: &PlaceOptions,
         limits: &MigrationLimits,
-        deadline_ms: i64,
+        latest_ms: i64,
         parent: &str,
     ) -> Result<OperationRecord, Refusal> {
         let cx = self.cx;
+        let limits = with_total_time(limits, &cx.world.pool_needs(&row.value));
+        let wait = duration_ms(limits.total_time.as_ref()).saturating_add(MIGRATE_WAIT_MS);
+        let deadline_ms = latest_ms.min(cx.now.wall_ms.saturating_add(wait));
         let needs = needs(&row.value);
-        let decision = place(&self.view, needs, options)
+        let mut options = options.clone();
+        options.disks = cx.world.pool_needs(&row.value);
+        options.excluded.extend(storage::unclean(&cx, &row.value));
+        let decision = place(&self.view, needs, &options)
             .map_err(|no_room| Refusal::NoRoom { needs, no_room })?;
         let node = known_node(&cx, &decision.node)?;
         let to = decision.node.clone();
         if let Some(target) = self.view.nodes.get_mut(&to) {
-            target.reserved = target.reserved.plus(needs);
+            target.promise(needs, &options.disks);
             target.migrations += 1;
         }
         self.destinations.insert(to.clone(), node);
@@ -353,7 +393,7 @@ impl<'a> Moving<'a> {
                 token: cx.ids.token(),
                 stage: MigrationStage::Preparing.into(),
                 stage_time: Some(timestamp(cx.now.wall_ms)),
-                limits: Some(*limits),
+                limits: Some(limits),
                 ..Migration::default()
             });
             domain.set_state(DomainState::Migrating);
@@ -394,6 +434,17 @@ impl<'a> Moving<'a> {
         }
         self.destinations.into_values().fold(txn, reserve)
     }
+}
+
+/// What a move may take, where the caller has not said: enough for the memory, and for the disks
+/// at a rate that any link has.
+fn with_total_time(limits: &MigrationLimits, disks: &PoolNeeds) -> MigrationLimits {
+    if limits.total_time.is_some() {
+        return *limits;
+    }
+    let disk_ms = disks.values().sum::<u64>() / (DISK_RATE_MIN / 1000);
+    let total_time = duration(TOTAL_TIME_MS.saturating_add(disk_ms).min(TOTAL_TIME_MS_MAX));
+    MigrationLimits { total_time: Some(total_time), ..*limits }
 }
 
 /// A new operation, running.

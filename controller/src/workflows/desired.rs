@@ -3,18 +3,89 @@
 use std::collections::BTreeMap;
 
 use drover_proto::agent::v1::assignment::Role;
-use drover_proto::agent::v1::{Assignment, Incoming, Outgoing, Owner};
-use drover_proto::v1::{DomainSpec, DomainState};
+use drover_proto::agent::v1::{
+    AssignedDisk, Assignment, Garbage, Incoming, Outgoing, Owner, WantedVolume,
+};
+use drover_proto::v1::{DomainSpec, DomainState, VolumeState};
 
-use crate::model::{DomainRecord, Migration, MigrationStage, NodeId, World};
+use crate::model::{DomainRecord, Migration, MigrationStage, NodeId, VolumeRecord, World};
 
-/// Everything that shall be on the node, by the domains' ids. What is not listed is ended there.
-#[must_use]
-pub fn desired(world: &World, node: &NodeId) -> Vec<Assignment> {
-    world.concerning(node).filter_map(|row| assignment(&row.value, node.as_str())).collect()
+/// What shall be on a node, as far as the rows say.
+#[derive(Clone, Debug, Default, PartialEq)]
+pub struct Level {
+    /// By the domains' ids. What is not listed is ended there.
+    pub domains: Vec<Assignment>,
+    /// Their volumes.
+    pub volumes: Vec<WantedVolume>,
+    /// What shall be gone.
+    pub garbage: Vec<Garbage>,
 }
 
-/// What one node shall do about a domain; None when it shall have nothing of it.
+/// Everything that shall be on the node.
+#[must_use]
+pub fn desired(world: &World, node: &NodeId) -> Level {
+    let mut level = Level::default();
+    for row in world.concerning(node) {
+        let Some(mut assignment) = assignment(&row.value, node.as_str()) else { continue };
+        let comes = matches!(assignment.role, Some(Role::Incoming(_)));
+        let disks = row.value.spec.iter().flat_map(|spec| &spec.disks);
+        for (volume, disk) in world.volumes_of(&row.value).zip(disks) {
+            assignment.disks.push(AssignedDisk {
+                volume_uid: volume.value.uid.clone(),
+                pool: volume.value.pool.clone(),
+                read_only: disk.read_only,
+                limits: disk.limits,
+            });
+            level.volumes.push(match comes {
+                true => arriving(&row.value, &volume.value),
+                false => owned(world, &volume.value),
+            });
+        }
+        level.domains.push(assignment);
+    }
+    let of_node = format!("{node}/");
+    let garbage = world.garbage.range(of_node.clone()..);
+    for (_, row) in garbage.take_while(|(id, _)| id.starts_with(&of_node)) {
+        level.garbage.push(Garbage {
+            pool: row.value.pool.clone(),
+            volume_uid: row.value.volume_uid.clone(),
+            image_digest: row.value.image_digest.clone(),
+        });
+    }
+    level
+}
+
+fn owned(world: &World, volume: &VolumeRecord) -> WantedVolume {
+    let create = volume.state() == VolumeState::Creating;
+    let image = world.images.get(&volume.image).filter(|_| create);
+    let holders = image.into_iter().flat_map(|row| &row.value.nodes);
+    let addresses = holders.filter_map(|node| world.nodes.get(&NodeId::trusted(node)));
+    WantedVolume {
+        create,
+        image_digest: volume.image_digest.clone(),
+        image_size_bytes: volume.image_size_bytes,
+        image_sources: addresses.map(|row| row.value.address.clone()).collect(),
+        ..wanted(volume)
+    }
+}
+
+/// Blank, and filled by the migration.
+fn arriving(domain: &DomainRecord, volume: &VolumeRecord) -> WantedVolume {
+    let stage = domain.migration.as_ref().map(Migration::stage);
+    WantedVolume { create: stage == Some(MigrationStage::Preparing), ..wanted(volume) }
+}
+
+fn wanted(volume: &VolumeRecord) -> WantedVolume {
+    WantedVolume {
+        uid: volume.uid.clone(),
+        pool: volume.pool.clone(),
+        size_bytes: volume.size_bytes,
+        ..WantedVolume::default()
+    }
+}
+
+/// What one node shall do about a domain, but for its disks; None when it shall have nothing of
+/// it.
 #[must_use]
 pub fn assignment(domain: &DomainRecord, node: &str) -> Option<Assignment> {
     if domain.state() == DomainState::Deleting {

@@ -285,9 +285,7 @@ impl<'a> Run<'a> {
             return;
         }
         let limits = self.operation.limits.unwrap_or_default();
-        let wait = duration_ms(limits.total_time.as_ref()).saturating_add(60_000);
         let deadline = self.operation.deadline.as_ref().map_or(i64::MAX, millis);
-        let deadline = deadline.min(self.cx.now.wall_ms.saturating_add(wait));
         for index in 0..self.operation.moves.len() {
             // The rest is begun in the next pass.
             if !self.moving.is_empty()

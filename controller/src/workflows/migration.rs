@@ -242,7 +242,9 @@ fn forward(work: &mut Work<'_>, m: Migration, source: &Source) {
 }
 
 fn succeed(work: &mut Work<'_>) {
-    work.domain.migration = None;
+    if let Some(m) = work.domain.migration.take() {
+        work.discard_volumes(&m.from);
+    }
     if let Some(report) = work.operation.as_mut().and_then(|op| op.migration.as_mut()) {
         report.set_phase(MigrationPhase::Done);
         report.remaining_bytes = 0;
@@ -266,6 +268,8 @@ fn start_anew(work: &mut Work<'_>, m: &Migration, why: &str) {
     work.domain.epoch = m.granted_epoch;
     work.domain.boot_id = work.cx.boot_id(&m.to);
     work.domain.migration = None;
+    // Both have what was written before the hand-over; only one may have what comes after it.
+    work.discard_volumes(&m.from);
     let message = format!("nodes/{} failed as it took over ({why}); it starts anew there", m.to);
     work.event(EventSeverity::Error, "MIGRATION_FAILED", message.clone());
     work.set_state(DomainState::Starting, message.clone());
@@ -276,6 +280,7 @@ fn start_anew(work: &mut Work<'_>, m: &Migration, why: &str) {
 fn over(work: &mut Work<'_>, m: &Migration, why: Option<OperationError>, cancelled: bool) {
     keep_report(work, m);
     work.domain.migration = None;
+    work.discard_volumes(&m.to);
     let what = why.as_ref().map_or("cancelled", |why| why.message.as_str());
     let message = format!("to nodes/{}, stays on nodes/{}: {what}", m.to, m.from);
     if cancelled {

@@ -18,7 +18,7 @@
 //! - [`migration`]: the protocol of a live migration, with the reasons why it is safe
 //! - `power`: a domain that is on one node; `operation`: what each operation waits for
 //! - [`drain`]: drains and balances, made of migrations
-//! - [`nodes`]: registration, leases
+//! - [`nodes`]: registration, leases; `storage`: volumes, images and what is to be removed
 //! - [`begin`]: what accepts an operation, for the API
 //! - [`desired`]: what a node shall run
 //! - [`driver`]: the thin part that waits, calls `plan` and commits
@@ -31,12 +31,14 @@ pub mod drain;
 pub mod driver;
 pub mod housekeeping;
 pub mod migration;
+pub mod network;
 pub mod nodes;
 mod operation;
 mod plan;
 mod power;
 mod refusal;
 mod step;
+mod storage;
 #[cfg(test)]
 mod tests;
 

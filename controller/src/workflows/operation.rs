@@ -135,6 +135,9 @@ fn say(work: &mut Work<'_>) {
     let node = work.domain.node.clone();
     let lost = if work.cx.is_lost(&node) { " (lost)" } else { "" };
     let words = match work.domain.state() {
+        DomainState::Starting if !work.domain.state_reason.is_empty() => {
+            format!("nodes/{node}{lost}: {}", work.domain.state_reason)
+        }
         DomainState::Pending => format!("waits for nodes/{node}{lost}"),
         DomainState::Stopping => format!("stops on nodes/{node}{lost}"),
         _ => format!("starts on nodes/{node}{lost}"),

@@ -7,7 +7,7 @@ use prost::Message;
 
 use super::begin::orphaned;
 use super::step::{Context, Step, Work, end, timestamp};
-use super::{drain, migration, nodes, operation, power};
+use super::{drain, migration, nodes, operation, power, storage};
 use crate::model::{DomainId, DomainRecord, OperationRecord};
 use crate::store::{TXN_BYTES_ENOUGH, Txn, Versioned};
 
@@ -22,8 +22,8 @@ pub fn plan(cx: &Context<'_>) -> Vec<Step> {
     if let Some(step) = take_up(cx) {
         return vec![step];
     }
-    let mut steps: Vec<Step> =
-        cx.world.nodes.iter().filter_map(|(id, row)| nodes::step(cx, id, row)).collect();
+    let node = |(id, row)| nodes::step(cx, id, row).or_else(|| storage::pools(cx, id, row));
+    let mut steps: Vec<Step> = cx.world.nodes.iter().filter_map(node).collect();
     if !steps.is_empty() {
         // Whether a node is lost is what most else depends on.
         return steps;
@@ -34,6 +34,7 @@ pub fn plan(cx: &Context<'_>) -> Vec<Step> {
             steps.extend(domain(cx, row));
         }
     }
+    steps.extend(storage::steps(cx));
     let lost = cx.world.operations.values().filter(|row| is_orphan(cx, &row.value));
     steps.extend(lost.map(|row| end_orphan(cx, row)));
     steps

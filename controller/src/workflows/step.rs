@@ -1,10 +1,13 @@
 //! What a step of work is decided from, and what it comes to: one transaction.
 
+use std::collections::BTreeSet;
+
 use drover_proto::v1::{DomainState, EventSeverity, NodeState, OperationError, OperationState};
 use prost_types::Timestamp;
 
 use crate::model::{
-    DomainRecord, EventRecord, NodeId, NodeRecord, Observed, OperationId, OperationRecord, World,
+    DomainRecord, EventRecord, NodeId, NodeRecord, Observed, OperationId, OperationRecord,
+    VolumeRecord, World, garbage,
 };
 use crate::store::{Txn, Versioned};
 
@@ -127,6 +130,8 @@ pub(super) struct Work<'a> {
     pub(super) operation: Option<OperationRecord>,
     ended: Option<OperationRecord>,
     removed: bool,
+    /// Nodes whose copies of its volumes shall go.
+    discards: BTreeSet<String>,
     events: Vec<EventRecord>,
 }
 
@@ -147,6 +152,7 @@ impl<'a> Work<'a> {
             operation: operation_row.map(|row| row.value.clone()),
             ended: None,
             removed: false,
+            discards: BTreeSet::new(),
             events: Vec::new(),
         }
     }
@@ -185,9 +191,17 @@ impl<'a> Work<'a> {
         self.domain.operation.clear();
     }
 
-    /// The row is to go.
+    /// The row is to go, and the volumes with it.
     pub(super) fn remove(&mut self) {
         self.removed = true;
+        let migration = self.row.value.migration.iter();
+        let ends = migration.flat_map(|m| [m.from.clone(), m.to.clone()]);
+        self.discards.extend(ends.chain([self.row.value.node.clone()]));
+    }
+
+    /// The node's copies of the domain's volumes are to go: the domain is not there (any more).
+    pub(super) fn discard_volumes(&mut self, node: &str) {
+        self.discards.insert(node.to_owned());
     }
 
     pub(super) fn is_removed(&self) -> bool {
@@ -224,6 +238,14 @@ impl<'a> Work<'a> {
             operation.update_time = Some(timestamp(self.cx.now.wall_ms));
             txn = txn.unchanged(row).put(&operation);
             changed = true;
+        }
+        for volume in self.cx.world.volumes_of(&self.row.value) {
+            for node in self.discards.iter().filter(|node| self.cx.node(node).is_some()) {
+                txn = txn.put(&garbage(node, &volume.value.pool, &volume.value.uid, ""));
+            }
+            if self.removed {
+                txn = txn.delete::<VolumeRecord>(volume.value.id.clone());
+            }
         }
         for event in &self.events {
             txn = txn.put(event);

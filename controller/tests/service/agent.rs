@@ -114,7 +114,7 @@ pub(crate) async fn session(
                     hosts.on(node)
                 };
                 let report =
-                    Report { sequence, desired_sequence: taken_in, usage: None, domains };
+                    Report { sequence, desired_sequence: taken_in, domains, ..Report::default() };
                 let message = AgentMessage { message: Some(agent_message::Message::Report(report)) };
                 if messages.send(message).await.is_err() {
                     return Status::unavailable("the session has ended");

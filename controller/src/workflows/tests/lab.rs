@@ -1,11 +1,12 @@
 //! A cluster in memory: the real rows and transactions, made-up reports, a clock that is told.
 
+use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 
 use drover_proto::agent::v1::{
-    Assignment, Hello, MigrationProgress, MigrationRole, ObservedDomain, ObservedMigration,
-    ObservedState,
+    Assignment, Hello, MigrationProgress, MigrationRole, ObservedDomain, ObservedImage,
+    ObservedMigration, ObservedPool, ObservedState, ObservedVolume, Report,
 };
 use drover_proto::v1::{
     Boot, DomainSpec, DomainState, ExitReason, MigrationLimits, NodeCapacity, OperationState,
@@ -19,7 +20,7 @@ use crate::model::{
 use crate::scheduler::Strategy;
 use crate::store::{Outcome, State, TXN_BYTES_MAX, Txn, View};
 use crate::workflows::begin::{self, Begun, NewDomain};
-use crate::workflows::desired::desired;
+use crate::workflows::desired::{Level, desired};
 use crate::workflows::{Context, Ids, Now, Refusal, Settings, nodes, plan};
 
 pub(super) const MIB: u64 = 1 << 20;
@@ -46,6 +47,10 @@ pub(super) struct Lab {
     pub(super) term: u64,
     pub(super) leader_since_ms: u64,
     pub(super) settings: Settings,
+    /// What each node's next report says of its pools and what is in them.
+    pub(super) pools: BTreeMap<String, Vec<ObservedPool>>,
+    pub(super) volumes: BTreeMap<String, Vec<ObservedVolume>>,
+    pub(super) images: BTreeMap<String, Vec<ObservedImage>>,
     ids: CountingIds,
 }
 
@@ -58,6 +63,9 @@ impl Lab {
             term: 1,
             leader_since_ms: 1_000_000,
             settings: Settings::default(),
+            pools: BTreeMap::new(),
+            volumes: BTreeMap::new(),
+            images: BTreeMap::new(),
             ids: CountingIds::default(),
         }
     }
@@ -153,7 +161,13 @@ impl Lab {
     ) {
         let now_ms = self.now.mono_ms;
         let seen = self.observed.nodes.entry(NodeId::trusted(node)).or_default();
-        let report = drover_proto::agent::v1::Report { domains, ..Default::default() };
+        let report = Report {
+            domains,
+            pools: self.pools.get(node).cloned().unwrap_or_default(),
+            volumes: self.volumes.get(node).cloned().unwrap_or_default(),
+            images: self.images.get(node).cloned().unwrap_or_default(),
+            ..Report::default()
+        };
         Arc::make_mut(seen).take(report, revision, now_ms);
     }
 
@@ -235,6 +249,10 @@ impl Lab {
     }
 
     pub(super) fn desired(&self, node: &str) -> Vec<Assignment> {
+        self.level(node).domains
+    }
+
+    pub(super) fn level(&self, node: &str) -> Level {
         desired(&self.world(), &NodeId::trusted(node))
     }
 
@@ -272,6 +290,7 @@ pub(super) fn hello(name: &str, boot_id: &str) -> Hello {
 
 pub(super) fn new_domain(id: &str, node: Option<&str>) -> NewDomain {
     NewDomain {
+        networks: BTreeSet::new(),
         id: DomainId::trusted(id),
         spec: DomainSpec {
             vcpus: 1,

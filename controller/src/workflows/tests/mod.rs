@@ -9,6 +9,7 @@
 
 mod agents;
 mod chaos;
+mod disks;
 mod drains;
 mod lab;
 mod lives;

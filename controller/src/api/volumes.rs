@@ -1,0 +1,124 @@
+//! `drover.v1.PoolService` and `drover.v1.VolumeService`: what there is, for people.
+
+use drover_proto::v1::pool_service_server::PoolService;
+use drover_proto::v1::volume_service_server::VolumeService;
+use drover_proto::v1::{
+    GetVolumeRequest, ListPoolsRequest, ListPoolsResponse, ListVolumesRequest, ListVolumesResponse,
+    Pool, Volume, VolumeState,
+};
+use tonic::{Request, Response, Status};
+
+use super::service::Service;
+use super::{page, validate};
+use crate::model::{Observed, VolumeRecord, World};
+use crate::store::Versioned;
+use crate::workflows::Refusal;
+use crate::workflows::begin::etag;
+
+#[tonic::async_trait]
+impl PoolService for Service {
+    async fn list_pools(
+        &self,
+        request: Request<ListPoolsRequest>,
+    ) -> Result<Response<ListPoolsResponse>, Status> {
+        let only = validate::maybe_node("node", &request.get_ref().node)?;
+        let world = World::load(&self.read().await?);
+        if let Some(only) = &only
+            && !world.nodes.contains_key(only)
+        {
+            return Err(Refusal::NotFound { name: only.name() }.into());
+        }
+        let observed = self.hub.observed();
+        let mut pools = Vec::new();
+        for (node, seen) in &observed.nodes {
+            let known = world.nodes.contains_key(node);
+            if !known || only.as_ref().is_some_and(|only| only != node) {
+                continue;
+            }
+            let promised = world.promised(node);
+            pools.extend(seen.pools.values().map(|pool| {
+                let inside = seen.volumes.values().filter(|volume| volume.pool == pool.id);
+                Pool {
+                    name: format!("{}/pools/{}", node.name(), pool.id),
+                    kind: pool.kind,
+                    state: pool.state,
+                    state_reason: pool.state_reason.clone(),
+                    size_bytes: pool.size_bytes,
+                    used_bytes: pool.used_bytes,
+                    promised_bytes: promised.get(&pool.id).copied().unwrap_or_default(),
+                    overcommit: pool.overcommit,
+                    volume_count: u32::try_from(inside.count()).unwrap_or(u32::MAX),
+                }
+            }));
+        }
+        Ok(Response::new(ListPoolsResponse { pools }))
+    }
+}
+
+#[tonic::async_trait]
+impl VolumeService for Service {
+    async fn get_volume(
+        &self,
+        request: Request<GetVolumeRequest>,
+    ) -> Result<Response<Volume>, Status> {
+        let id = validate::volume("name", &request.get_ref().name)?;
+        let view = self.read().await?;
+        let row = view
+            .get::<VolumeRecord>(id.as_str())
+            .ok_or_else(|| Refusal::NotFound { name: id.name() })?;
+        Ok(Response::new(present(&row, &World::load(&view), &self.hub.observed())))
+    }
+
+    async fn list_volumes(
+        &self,
+        request: Request<ListVolumesRequest>,
+    ) -> Result<Response<ListVolumesResponse>, Status> {
+        let request = request.into_inner();
+        let size = page::size(request.page_size);
+        let domain = match request.domain.as_str() {
+            "" => None,
+            name => Some(validate::domain("domain", name)?),
+        };
+        let filter = format!("volumes of {}", request.domain);
+        let after = page::after(&request.page_token, &filter)?;
+        let view = self.read().await?;
+        let of_domain = |row: &Versioned<VolumeRecord>| {
+            domain.as_ref().is_none_or(|domain| row.value.domain == domain.as_str())
+        };
+        let rows = view.list::<VolumeRecord>("", &after, usize::MAX);
+        let rows: Vec<_> = rows.into_iter().filter(of_domain).take(size + 1).collect();
+        let (rows, next_page_token) = page::cut(rows, size, &filter, |row| row.value.id.clone());
+        let (world, observed) = (World::load(&view), self.hub.observed());
+        let volumes = rows.iter().map(|row| present(row, &world, &observed)).collect();
+        Ok(Response::new(ListVolumesResponse { volumes, next_page_token }))
+    }
+}
+
+fn present(row: &Versioned<VolumeRecord>, world: &World, observed: &Observed) -> Volume {
+    let record = &row.value;
+    let domain = crate::model::DomainId::trusted(&record.domain);
+    let node = world.domains.get(&domain).map(|row| row.value.node.clone()).unwrap_or_default();
+    let said = observed.volume(&node, &record.uid);
+    let creating = record.state() == VolumeState::Creating;
+    let full = |collection: &str, id: &str| match id {
+        "" => String::new(),
+        id => format!("{collection}/{id}"),
+    };
+    Volume {
+        name: format!("volumes/{}", record.id),
+        uid: record.uid.clone(),
+        state: record.state,
+        state_reason: match said.filter(|_| creating) {
+            Some(said) => said.state_reason.clone(),
+            None => record.state_reason.clone(),
+        },
+        domain: full("domains", &record.domain),
+        node: full("nodes", &node),
+        pool: record.pool.clone(),
+        size_bytes: record.size_bytes,
+        allocated_bytes: said.map_or(0, |said| said.allocated_bytes),
+        image: full("images", &record.image),
+        create_time: record.create_time,
+        etag: etag(row.mod_revision),
+    }
+}

@@ -1,0 +1,233 @@
+//! Volumes, images, pools and what is to be removed: rows follow what agents report.
+//!
+//! A volume's data is on the node of the domain that has it. Its row says `CREATING` until the
+//! agent has made it, and only until then may the agent make it: a volume that is missing later
+//! has lost its data, and must not come back blank. What shall be gone from a node is a row of
+//! its own ([`GarbageRecord`]), written together with what made it garbage, and it stays until
+//! a report comes without it: nothing is ever removed because something else forgot it.
+
+use std::collections::BTreeMap;
+
+use drover_proto::agent::v1::ObservedPool;
+use drover_proto::v1::{Disk, DomainState, EventSeverity, PoolState, VolumeState};
+
+use super::refusal::Refusal;
+use super::step::{Context, Step, timestamp};
+use crate::model::{
+    DomainId, DomainRecord, GarbageRecord, ImageId, ImageRecord, NodeId, NodeRecord, VolumeId,
+    VolumeRecord,
+};
+use crate::scheduler::{NodeView, PoolNeeds};
+use crate::store::{Txn, Versioned};
+
+/// Sizes of volumes are multiples of it.
+const MIB: u64 = 1 << 20;
+
+/// Everything that the last reports change.
+pub(super) fn steps(cx: &Context<'_>) -> Vec<Step> {
+    let mut steps = Vec::new();
+    // The volumes of one that is being deleted go with its own step.
+    let stay = |row: &&Versioned<DomainRecord>| row.value.state() != DomainState::Deleting;
+    for row in cx.world.domains.values().filter(stay) {
+        steps.extend(cx.world.volumes_of(&row.value).filter_map(|v| volume(cx, &row.value, v)));
+    }
+    steps.extend(cx.world.garbage.values().filter_map(|row| removed(cx, row)));
+    steps.extend(cx.world.images.values().filter_map(|row| image(cx, row)));
+    steps
+}
+
+/// What the owner says of one of its volumes.
+fn volume(cx: &Context<'_>, domain: &DomainRecord, row: &Versioned<VolumeRecord>) -> Option<Step> {
+    let said = cx.observed.volume(&domain.node, &row.value.uid)?;
+    let mut volume = row.value.clone();
+    match (said.state(), volume.state()) {
+        (VolumeState::Ready, VolumeState::Ready) => return None,
+        (VolumeState::Ready, _) => {
+            volume.set_state(VolumeState::Ready);
+            volume.state_reason.clear();
+        }
+        // What is being made stays so: its agent may be told to try again.
+        (VolumeState::Failed, VolumeState::Ready | VolumeState::Failed) => {
+            volume.set_state(VolumeState::Failed);
+            volume.state_reason.clone_from(&said.state_reason);
+        }
+        _ => return None,
+    }
+    if volume == row.value {
+        return None;
+    }
+    let mut txn = Txn::new().term_is(cx.term).unchanged(row).put(&volume);
+    if volume.state() == VolumeState::Failed {
+        let message = format!("volumes/{}: {}", volume.id, volume.state_reason);
+        let subject = format!("domains/{}", domain.id);
+        txn = txn.put(&cx.event(EventSeverity::Error, subject, "VOLUME_FAILED", message));
+    }
+    Some(Step { subject: format!("volumes/{}", volume.id), txn })
+}
+
+/// It is gone, or there is no such node any more.
+fn removed(cx: &Context<'_>, row: &Versioned<GarbageRecord>) -> Option<Step> {
+    let garbage = &row.value;
+    let node = NodeId::trusted(&garbage.node);
+    let gone = !cx.world.nodes.contains_key(&node)
+        || cx.observed.nodes.get(&node).is_some_and(|seen| {
+            seen.is_without(&garbage.volume_uid, &garbage.image_digest, row.mod_revision)
+        });
+    let txn = || Txn::new().term_is(cx.term).unchanged(row);
+    gone.then(|| Step {
+        subject: node.name(),
+        txn: txn().delete::<GarbageRecord>(garbage.id.clone()),
+    })
+}
+
+/// Where copies lie. A node that has not reported is taken at its last word.
+fn image(cx: &Context<'_>, row: &Versioned<ImageRecord>) -> Option<Step> {
+    let mut image = row.value.clone();
+    image.nodes.retain(|node| cx.world.nodes.contains_key(&NodeId::trusted(node)));
+    for (id, seen) in cx.observed.nodes.iter().filter(|(_, seen)| seen.reported) {
+        let has = seen.images.iter().any(|held| held.digest == image.digest);
+        let listed = image.nodes.iter().any(|node| node == id.as_str());
+        match (has, listed) {
+            (true, false) if cx.world.nodes.contains_key(id) => {
+                image.nodes.push(id.as_str().to_owned());
+            }
+            (false, true) => image.nodes.retain(|node| node != id.as_str()),
+            _ => {}
+        }
+    }
+    image.nodes.sort();
+    (image != row.value).then(|| Step {
+        subject: format!("images/{}", image.id),
+        txn: Txn::new().term_is(cx.term).unchanged(row).put(&image),
+    })
+}
+
+/// A pool that becomes full or fails, or is well again, is an event.
+pub(super) fn pools(cx: &Context<'_>, id: &NodeId, row: &Versioned<NodeRecord>) -> Option<Step> {
+    let seen = cx.observed.nodes.get(id).filter(|seen| seen.reported)?;
+    let troubled: Vec<String> = seen
+        .pools
+        .values()
+        .filter(|pool| pool.state() != PoolState::Ready)
+        .map(|pool| pool.id.clone())
+        .collect();
+    let held = &row.value.troubled_pools;
+    if *held == troubled {
+        return None;
+    }
+    let mut node = row.value.clone();
+    node.troubled_pools.clone_from(&troubled);
+    let mut txn = Txn::new().term_is(cx.term).unchanged(row).put(&node);
+    for pool in troubled.iter().filter(|pool| !held.contains(pool)) {
+        let message = seen.pools.get(pool).map(trouble).unwrap_or_default();
+        txn = txn.put(&cx.event(EventSeverity::Warning, id.name(), "POOL_TROUBLED", message));
+    }
+    for pool in held.iter().filter(|pool| !troubled.contains(pool)) {
+        let message = format!("pool {pool} takes volumes again");
+        txn = txn.put(&cx.event(EventSeverity::Info, id.name(), "POOL_READY", message));
+    }
+    Some(Step { subject: id.name(), txn })
+}
+
+fn trouble(pool: &ObservedPool) -> String {
+    match pool.state() {
+        PoolState::Filling => {
+            let percent = 100.0 * pool.used_bytes as f64 / (pool.size_bytes as f64).max(1.0);
+            format!("pool {} is {percent:.0} % full: nothing new is placed in it", pool.id)
+        }
+        _ => format!("pool {}: {}", pool.id, pool.state_reason),
+    }
+}
+
+/// The volumes of a domain that is to be made; their pools are as they were asked for.
+///
+/// # Errors
+/// An image is not known, or does not fit the size; the names are taken or too long.
+pub(super) fn new_volumes(
+    cx: &Context<'_>,
+    domain: &DomainId,
+    disks: &[Disk],
+) -> Result<Vec<VolumeRecord>, Refusal> {
+    let make = |(index, disk): (usize, &Disk)| {
+        let field = |name: &str| format!("domain.spec.disks[{index}].{name}");
+        let image = match disk.image.as_str() {
+            "" => None,
+            name => {
+                let id = ImageId::from_name(name).map(|id| id.as_str().to_owned());
+                let row = id.ok().and_then(|id| cx.world.images.get(&id));
+                let row = row.ok_or_else(|| Refusal::NotFound { name: name.to_owned() })?;
+                Some(&row.value)
+            }
+        };
+        let least = image.map_or(0, |image| image.size_bytes.next_multiple_of(MIB));
+        let size_bytes = if disk.size_bytes == 0 { least } else { disk.size_bytes };
+        if size_bytes < least || size_bytes == 0 {
+            return Err(Refusal::Invalid {
+                field: field("size_bytes"),
+                value: disk.size_bytes.to_string(),
+                expected: match image {
+                    Some(image) => format!("at least {least}, the size of images/{}", image.id),
+                    None => "a size: a blank disk has none of its own".into(),
+                },
+            });
+        }
+        let id = format!("{domain}-{index}");
+        if VolumeId::parse(&id).is_err() {
+            return Err(Refusal::Invalid {
+                field: "domain.name".into(),
+                value: domain.name(),
+                expected: "an id of at most 61 characters for a domain with disks".into(),
+            });
+        }
+        if cx.world.volumes.contains_key(&id) {
+            return Err(Refusal::AlreadyExists { name: format!("volumes/{id}") });
+        }
+        Ok(VolumeRecord {
+            id,
+            uid: cx.ids.uuid(),
+            state: VolumeState::Creating.into(),
+            domain: domain.as_str().to_owned(),
+            pool: disk.pool.clone(),
+            size_bytes,
+            image: image.map(|image| image.id.clone()).unwrap_or_default(),
+            image_digest: image.map(|image| image.digest.clone()).unwrap_or_default(),
+            image_size_bytes: image.map_or(0, |image| image.size_bytes),
+            create_time: Some(timestamp(cx.now.wall_ms)),
+            ..VolumeRecord::default()
+        })
+    };
+    disks.iter().enumerate().map(make).collect()
+}
+
+/// By pool.
+pub(super) fn needs(volumes: &[VolumeRecord]) -> PoolNeeds {
+    let mut needs = PoolNeeds::new();
+    for volume in volumes {
+        *needs.entry(volume.pool.clone()).or_default() += volume.size_bytes;
+    }
+    needs
+}
+
+/// On a node that was chosen, "the first pool" has a name.
+pub(super) fn settle(volumes: &mut [VolumeRecord], disks: &mut [Disk], node: &NodeView) {
+    for (volume, disk) in volumes.iter_mut().zip(disks) {
+        volume.pool = node.pool_id(&volume.pool).unwrap_or_default();
+        disk.volume = format!("volumes/{}", volume.id);
+        disk.pool.clone_from(&volume.pool);
+        disk.size_bytes = volume.size_bytes;
+    }
+}
+
+/// Nodes that have yet to remove an earlier copy of one of the domain's volumes: a new one would
+/// be removed in its place.
+pub(super) fn unclean(cx: &Context<'_>, domain: &DomainRecord) -> BTreeMap<NodeId, String> {
+    let mut nodes = BTreeMap::new();
+    for volume in cx.world.volumes_of(domain) {
+        let rows = cx.world.garbage.values().filter(|row| row.value.volume_uid == volume.value.uid);
+        for row in rows {
+            let why = format!("has yet to remove an earlier copy of volumes/{}", volume.value.id);
+            nodes.insert(NodeId::trusted(&row.value.node), why);
+        }
+    }
+    nodes
+}
