@@ -19,7 +19,7 @@ use drover_proto::v1::{
 };
 use prost::Message;
 
-use super::begin::{Begun, Moving, busy, duration_ms, known_node, operation};
+use super::begin::{Begun, Moving, busy, known_node, operation};
 use super::desired::duration;
 use super::refusal::{Refusal, cut};
 use super::step::{Context, Step, end, error, is_overdue, millis, timestamp};

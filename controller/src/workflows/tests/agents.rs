@@ -7,12 +7,13 @@
 
 use std::collections::BTreeMap;
 
+use crate::workflows::desired::Level;
 use drover_proto::agent::v1::assignment::Role;
 use drover_proto::agent::v1::{
     Assignment, MigrationProgress as P, MigrationRole, ObservedDomain, ObservedMigration,
-    ObservedState as S,
+    ObservedState as S, ObservedVolume,
 };
-use drover_proto::v1::{ExitReason, PowerState};
+use drover_proto::v1::{ExitReason, PowerState, VolumeState};
 
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub(super) enum VmmState {
@@ -37,6 +38,8 @@ pub(super) struct Vmm {
     pub(super) migration: Option<Migration>,
     /// Which life of the guest is in there.
     pub(super) life: u64,
+    /// The uid of its disk.
+    pub(super) volume: String,
 }
 
 /// On disk.
@@ -58,7 +61,9 @@ pub(super) struct Host {
     pub(super) up: bool,
     pub(super) records: BTreeMap<String, Record>,
     pub(super) vmms: BTreeMap<String, Vmm>,
-    pub(super) level: Vec<Assignment>,
+    pub(super) level: Level,
+    /// On disk, by uid: how many writes each has seen. One that comes in has seen none.
+    pub(super) volumes: BTreeMap<String, u64>,
     /// A level has come since the agent started: before that, nothing is ended or begun.
     told: bool,
     /// It has looked at its domains since it started: before that, it only names them.
@@ -73,7 +78,7 @@ impl Host {
         Self { up: true, boot: 1, ..Self::default() }
     }
 
-    pub(super) fn take(&mut self, term: u64, level: Vec<Assignment>) -> bool {
+    pub(super) fn take(&mut self, term: u64, level: Level) -> bool {
         if term < self.term {
             return false;
         }
@@ -89,12 +94,34 @@ impl Host {
             return;
         }
         self.looked = true;
-        let listed: Vec<String> = self.level.iter().map(|a| a.uid.clone()).collect();
+        let listed: Vec<String> = self.level.domains.iter().map(|a| a.uid.clone()).collect();
         self.vmms.retain(|uid, _| listed.contains(uid));
         self.records.retain(|uid, _| listed.contains(uid));
-        for assignment in self.level.clone() {
+        self.work_on_volumes();
+        for assignment in self.level.domains.clone() {
             self.work_on(&assignment);
         }
+    }
+
+    /// What is listed is made, once; what is garbage goes, unless it is listed or a VMM has it.
+    fn work_on_volumes(&mut self) {
+        for wanted in self.level.volumes.iter().filter(|wanted| wanted.create) {
+            self.volumes.entry(wanted.uid.clone()).or_default();
+        }
+        for garbage in &self.level.garbage {
+            let uid = &garbage.volume_uid;
+            let listed = self.level.volumes.iter().any(|wanted| wanted.uid == *uid);
+            let open = self.vmms.values().any(|vmm| vmm.volume == *uid);
+            if !listed && !open {
+                self.volumes.remove(uid);
+            }
+        }
+    }
+
+    /// The volume of the domain's only disk; None while it is not there.
+    fn volume(&self, a: &Assignment) -> Option<String> {
+        let uid = &a.disks.first()?.volume_uid;
+        self.volumes.contains_key(uid).then(|| uid.clone())
     }
 
     fn work_on(&mut self, a: &Assignment) {
@@ -113,6 +140,7 @@ impl Host {
     }
 
     fn own(&mut self, a: &Assignment, on: bool, generation: u64) {
+        let volume = self.volume(a);
         let record = self.records.entry(a.uid.clone()).or_default();
         record.name.clone_from(&a.name);
         let handed_to = record.handover.as_ref().map_or(0, |(_, epoch)| *epoch);
@@ -128,6 +156,9 @@ impl Host {
                         || *exit == ExitReason::Unspecified
                 }
             };
+            if on && start && volume.is_none() {
+                return;
+            }
             if on && start {
                 self.lives += 1;
                 *record = Record {
@@ -137,7 +168,13 @@ impl Host {
                     ..Record::default()
                 };
                 let life = self.boot * 1000 + self.lives;
-                let vmm = Vmm { state: VmmState::Running, epoch: a.epoch, migration: None, life };
+                let vmm = Vmm {
+                    state: VmmState::Running,
+                    epoch: a.epoch,
+                    migration: None,
+                    life,
+                    volume: volume.unwrap_or_default(),
+                };
                 self.vmms.insert(a.uid.clone(), vmm);
             } else if !on {
                 record.epoch = a.epoch;
@@ -196,6 +233,7 @@ impl Host {
     }
 
     fn come_in(&mut self, a: &Assignment, migration: &str) {
+        let volume = self.volume(a);
         let record = self.records.entry(a.uid.clone()).or_default();
         record.name.clone_from(&a.name);
         let handed_to = record.handover.as_ref().map_or(0, |(_, epoch)| *epoch);
@@ -215,6 +253,7 @@ impl Host {
         if tried || (handed_to != 0 && a.epoch <= handed_to) {
             return;
         }
+        let Some(volume) = volume else { return };
         *record = Record { name: a.name.clone(), epoch: a.epoch, ..Record::default() };
         let migration = Migration {
             id: migration.to_owned(),
@@ -222,8 +261,13 @@ impl Host {
             progress: P::Listening,
             to_epoch: a.epoch,
         };
-        let vmm =
-            Vmm { state: VmmState::Incoming, epoch: a.epoch, migration: Some(migration), life: 0 };
+        let vmm = Vmm {
+            state: VmmState::Incoming,
+            epoch: a.epoch,
+            migration: Some(migration),
+            life: 0,
+            volume,
+        };
         self.vmms.insert(a.uid.clone(), vmm);
     }
 
@@ -250,9 +294,19 @@ impl Host {
 
     /// The agent starts (again): what it was told is forgotten, what is on disk is not.
     pub(super) fn restart(&mut self) {
-        self.level.clear();
+        self.level = Level::default();
         self.told = false;
         self.looked = false;
+    }
+
+    pub(super) fn report_volumes(&self) -> Vec<ObservedVolume> {
+        let said = |uid: &String| ObservedVolume {
+            uid: uid.clone(),
+            pool: "ssd".into(),
+            state: VolumeState::Ready.into(),
+            ..ObservedVolume::default()
+        };
+        self.volumes.keys().map(said).collect()
     }
 
     pub(super) fn report(&self) -> Vec<ObservedDomain> {
@@ -271,7 +325,7 @@ impl Host {
             epoch: record.epoch,
             ..ObservedDomain::default()
         };
-        let wanted = self.level.iter().find(|a| a.uid == uid);
+        let wanted = self.level.domains.iter().find(|a| a.uid == uid);
         let outgoing = wanted.and_then(|a| a.outgoing.as_ref());
         let told = |id: &str, role: MigrationRole, progress: P| {
             let listens = matches!(progress, P::Listening | P::Copying | P::Ready)

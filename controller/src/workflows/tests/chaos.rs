@@ -1,16 +1,18 @@
 //! Random faults over the real workflows, in three hosts that keep an agent's rules.
 //!
 //! A seed decides everything: which message is lost, which host crashes, when leadership moves,
-//! where the switch-over of a migration breaks. After each step no domain runs twice (I1); when
-//! the faults end, every operation ends (I3) and every domain that should run does.
+//! where the switch-over of a migration breaks. After each step no domain runs twice (I1), and
+//! what runs has every write of its disk that any node has acknowledged; when the faults end,
+//! every operation ends (I3), every domain that should run does, and no node holds a volume that
+//! is not its own.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 
-use drover_proto::agent::v1::{MigrationProgress as P, MigrationRole};
-use drover_proto::v1::{DomainState, ExitReason, OperationState, PowerState};
+use drover_proto::agent::v1::{MigrationProgress as P, MigrationRole, ObservedPool};
+use drover_proto::v1::{Disk, DomainState, ExitReason, OperationState, PoolState, PowerState};
 
 use super::agents::{Host, Vmm, VmmState};
-use super::lab::{Lab, hello, limits, new_domain, split};
+use super::lab::{Lab, MIB, hello, limits, new_domain, split};
 use crate::model::{DomainId, NodeId, NodeObservation, OperationRecord, is_at_rest};
 use crate::scheduler::Strategy;
 use crate::workflows::{begin, drain, nodes, plan};
@@ -55,6 +57,8 @@ struct Chaos {
     dice: Dice,
     faults: bool,
     log: Vec<String>,
+    /// How many writes each domain's disk has seen.
+    writes: BTreeMap<String, u64>,
     /// The rows as they were noted last.
     last: BTreeMap<String, String>,
 }
@@ -64,10 +68,16 @@ impl Chaos {
         let mut lab = Lab::new();
         let hosts = NODES.map(|_| Host::booted());
         for name in NODES {
+            let (id, size_bytes) = ("ssd".to_owned(), 1024 * MIB);
+            let state = PoolState::Ready.into();
+            let pool =
+                ObservedPool { id, state, size_bytes, overcommit: 1.0, ..Default::default() };
+            lab.pools.insert(name.into(), vec![pool]);
             lab.hello(name, "boot-1");
         }
         for (domain, node) in DOMAINS.iter().zip(NODES) {
-            let new = new_domain(domain, Some(node));
+            let mut new = new_domain(domain, Some(node));
+            new.spec.disks = vec![Disk { size_bytes: MIB, ..Disk::default() }];
             lab.with(|cx| begin::create_domain(cx, &new).map(split)).unwrap();
         }
         let uids = DOMAINS.map(|id| lab.domain(id).uid);
@@ -82,6 +92,7 @@ impl Chaos {
             dice: Dice(seed),
             faults: true,
             log: Vec::new(),
+            writes: BTreeMap::new(),
             last: BTreeMap::new(),
         }
     }
@@ -113,6 +124,17 @@ impl Chaos {
         }
         self.leader();
         self.check();
+        self.guests_write();
+    }
+
+    fn guests_write(&mut self) {
+        for host in &mut self.hosts {
+            for (uid, vmm) in host.vmms.iter().filter(|(_, vmm)| vmm.state == VmmState::Running) {
+                let writes = self.writes.entry(uid.clone()).or_default();
+                *writes += 1;
+                host.volumes.insert(vmm.volume.clone(), *writes);
+            }
+        }
     }
 
     /// The leader plans once; what it decided may be outdated or come too late.
@@ -173,7 +195,7 @@ impl Chaos {
         }
         // The level arrives, and a report leaves; either may be late.
         if !self.faults || !self.dice.once_in(3) {
-            let level = self.lab.desired(name);
+            let level = self.lab.level(name);
             if self.hosts[host].take(self.lab.term, level) {
                 self.sessions[host] = Some(self.lab.state.revision());
             }
@@ -181,6 +203,7 @@ impl Chaos {
         if !self.faults || !self.dice.once_in(3) {
             let taken_in = self.sessions[host].unwrap_or(0);
             let report = self.hosts[host].report();
+            self.lab.volumes.insert(name.into(), self.hosts[host].report_volumes());
             self.lab.report_knowing(name, taken_in, report);
         }
     }
@@ -343,6 +366,10 @@ impl Chaos {
                 set_source(&mut self.hosts, Some(VmmState::HandedOver), P::HandedOver);
                 let record = self.hosts[from].records.entry(uid.to_owned()).or_default();
                 record.handover = Some((m.id.clone(), m.to_epoch));
+                // READY said that the disk is all there, too.
+                let writes = self.writes.get(uid).copied().unwrap_or_default();
+                let volume = self.hosts[to].vmms.get(uid).map(|vmm| vmm.volume.clone());
+                self.hosts[to].volumes.insert(volume.unwrap_or_default(), writes);
                 if lost {
                     self.note(format!("COMMIT of {} is lost", m.id));
                     return;
@@ -376,6 +403,14 @@ impl Chaos {
             if runs.len() > 1 {
                 self.fail(&format!("{id} runs on {runs:?}"));
             }
+            let written = self.writes.get(uid).copied().unwrap_or_default();
+            for host in &self.hosts {
+                let Some(vmm) = host.vmms.get(uid) else { continue };
+                let held = host.volumes.get(&vmm.volume);
+                if vmm.state == VmmState::Running && held != Some(&written) {
+                    self.fail(&format!("{id} runs with {held:?} of {written} writes"));
+                }
+            }
         }
     }
 
@@ -404,6 +439,14 @@ impl Chaos {
         }
         if let Some(row) = self.lab.world().operations.values().next() {
             self.fail(&format!("an operation hangs: {:?}", row.value));
+        }
+        for (host, node) in self.hosts.iter().zip(NODES) {
+            let held: Vec<&String> = host.volumes.keys().collect();
+            let level = self.lab.level(node);
+            let own: BTreeSet<&String> = level.volumes.iter().map(|wanted| &wanted.uid).collect();
+            if held != own.into_iter().collect::<Vec<_>>() || !level.garbage.is_empty() {
+                self.fail(&format!("{node} holds {held:?}, should {level:?}"));
+            }
         }
         for row in self.lab.world().domains.values() {
             let domain = &row.value;
