@@ -144,3 +144,35 @@ fn messages(
     });
     stream::iter([message(Message::Spec(spec))]).chain(data)
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::commands::files::CHUNK_BYTES;
+
+    /// An end of the messages means that the file is whole: one that was cut has none.
+    #[tokio::test]
+    async fn a_file_that_was_cut_has_no_end() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("image");
+        std::fs::write(&path, vec![1; 2 * CHUNK_BYTES]).unwrap();
+        let file = Arc::new(ImageFile::open(&path).unwrap());
+        let (failed, mut failure) = mpsc::channel(1);
+        let spec = ImportImageSpec::default();
+        let mut whole = Box::pin(messages(spec.clone(), Some(file.clone()), failed.clone()));
+        let mut cut = Box::pin(messages(spec, Some(file), failed));
+        for _ in 0..3 {
+            assert!(whole.next().await.is_some(), "the spec and two chunks");
+        }
+        assert!(whole.next().await.is_none());
+        assert!(cut.next().await.is_some(), "the spec");
+        std::fs::write(&path, b"cut").unwrap();
+        tokio::select! {
+            biased;
+            more = cut.next() => panic!("after the cut comes {more:?}"),
+            error = failure.recv() => {
+                assert!(error.unwrap().to_string().contains("became shorter"));
+            }
+        }
+    }
+}
