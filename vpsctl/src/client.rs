@@ -159,7 +159,7 @@ fn another_may_answer(status: &Status) -> bool {
 }
 
 /// "transport error" says little; what lies below it says "connection refused".
-fn root_cause(status: &Status) -> String {
+pub(crate) fn root_cause(status: &Status) -> String {
     let mut cause = status.source();
     while let Some(below) = cause.and_then(|e| e.source()) {
         cause = Some(below);

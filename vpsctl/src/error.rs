@@ -22,13 +22,13 @@ pub(crate) enum Exit {
     Conflict = 4,
     /// No node has the room.
     NoRoom = 5,
-    /// `--timeout` has passed; what was started goes on.
+    /// `--timeout` has passed; what was started goes on, but for an import.
     Timeout = 6,
     /// A plan has blockers, or a drain ended with domains left.
     Left = 7,
     /// No controller answers, or none leads.
     Unavailable = 8,
-    /// Ctrl-C; what was started goes on.
+    /// Ctrl-C; what was started goes on, but for an import.
     Interrupted = 130,
 }
 
@@ -70,12 +70,37 @@ pub(crate) enum Error {
     /// A conflict that only the command can see.
     #[error("{0}")]
     Conflict(String),
+    /// An argument that cannot be used, found before anything was sent.
+    #[error("{0}")]
+    Usage(String),
+    /// An import ended before its end: nothing of it is kept.
+    #[error("the import of {image} {how}")]
+    ImportEnded {
+        /// The image's id.
+        image: String,
+        /// Why.
+        how: ImportEnd,
+    },
     /// Anything of this machine: terminal, files.
     #[error("{0}")]
     Local(String),
     /// The reader of stdout has gone: nothing to say and nobody to say it to.
     #[error("stdout is closed")]
     PipeClosed,
+}
+
+/// What ends an import, other than its end and a refusal.
+#[derive(Debug, thiserror::Error)]
+pub(crate) enum ImportEnd {
+    /// Ctrl-C.
+    #[error("was interrupted: nothing of it is kept")]
+    Interrupted,
+    /// `--timeout`, or a controller that says nothing.
+    #[error("is not done after {0}: it was ended and nothing of it is kept")]
+    Timeout(String),
+    /// The connection broke.
+    #[error("broke off: {0}; nothing of it is kept")]
+    Lost(String),
 }
 
 impl From<Status> for Error {
@@ -95,6 +120,10 @@ impl Error {
             Self::Timeout { .. } | Self::TimeoutFollowing(_) => Exit::Timeout,
             Self::Interrupted(_) => Exit::Interrupted,
             Self::Conflict(_) => Exit::Conflict,
+            Self::Usage(_) => Exit::Usage,
+            Self::ImportEnded { how: ImportEnd::Interrupted, .. } => Exit::Interrupted,
+            Self::ImportEnded { how: ImportEnd::Timeout(_), .. } => Exit::Timeout,
+            Self::ImportEnded { how: ImportEnd::Lost(_), .. } => Exit::Unavailable,
             Self::Local(_) => Exit::Error,
             Self::PipeClosed => Exit::Ok,
         }
@@ -113,6 +142,9 @@ impl Error {
                      cancel:     vpsctl operation cancel {id}"
                 ))
             }
+            Self::ImportEnded { image, .. } => Some(format!(
+                "vpsctl image show {image} says whether it was done at that very moment"
+            )),
             Self::Refused(status) => refusal_hint(status),
             Self::Failed(operation) => {
                 let error = operation.error.as_ref()?;
@@ -180,17 +212,19 @@ fn refusal_hint(status: &Status) -> Option<String> {
     let reason = info.map(|i| i.reason).unwrap_or_default();
     let hint = match (status.code(), reason.as_str()) {
         (_, "NO_ROOM") => "vpsctl node list shows the room",
-        (Code::NotFound, _) if status.message().contains("domains/") => {
-            "vpsctl domain list shows those that exist"
-        }
-        (Code::NotFound, _) if status.message().contains("nodes/") => {
-            "vpsctl node list shows those that exist"
-        }
+        (Code::NotFound, _) => return missing_hint(status.message()),
         (Code::Aborted, _) => "vpsctl operation list --active shows what runs",
         (Code::OutOfRange, _) => "vpsctl events without --since shows what is kept",
         _ => return None,
     };
     Some(hint.to_owned())
+}
+
+/// How to see what there is of the kind that is missing.
+fn missing_hint(message: &str) -> Option<String> {
+    const NOUNS: [&str; 5] = ["domain", "image", "volume", "network", "node"];
+    let noun = NOUNS.iter().find(|noun| message.contains(&format!("{noun}s/")))?;
+    Some(format!("vpsctl {noun} list shows those that exist"))
 }
 
 fn operation_line(operation: &Operation) -> String {

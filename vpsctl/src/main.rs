@@ -3,8 +3,8 @@
 //! [`args`] defines every command and flag with its help. A command of `commands/` turns them
 //! into calls of the API through [`client`], which asks the cluster's members in turn, and what
 //! comes back into text through [`out`]: tables and sentences, or JSON. Commands that change
-//! something get an operation, and [`wait`] follows it to its end, with [`progress`] on stderr.
-//! [`error`] maps every failure to one line and an exit code.
+//! something get an operation, and [`wait`] follows it to its end, with [`progress`] on stderr;
+//! the import of an image is one call, with [`transfer`] on stderr. [`error`] maps every failure to one line and an exit code.
 //!
 //! Of the cluster it knows the API alone (`drover-proto`): whatever it does, a billing system can do too.
 
@@ -15,6 +15,7 @@ mod error;
 mod out;
 mod parse;
 mod progress;
+mod transfer;
 mod wait;
 
 use std::process::ExitCode;

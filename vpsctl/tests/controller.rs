@@ -100,9 +100,15 @@ fn an_empty_cluster_answers_everything() {
     assert_eq!(json["members"][0]["address"], cluster.address);
     assert_eq!(json["members"][0]["reachable"], true);
 
-    for (noun, header) in
-        [("node", "NAME   STATE"), ("domain", "NAME   STATE"), ("operation", "ID")]
-    {
+    for (noun, header) in [
+        ("node", "NAME   STATE"),
+        ("domain", "NAME   STATE"),
+        ("operation", "ID"),
+        ("pool", "NODE   POOL"),
+        ("volume", "NAME   STATE"),
+        ("image", "NAME   SIZE"),
+        ("network", "NAME   SUBNET"),
+    ] {
         let table = cluster.run(&[noun, "list"]);
         assert!(table.code == 0 && table.stdout.starts_with(header), "{table:#?}");
         assert_eq!(table.stdout.lines().count(), 1, "{table:#?}");
@@ -146,6 +152,23 @@ fn what_does_not_exist_is_not_found() {
     ] {
         cluster.run(&args).says(3, "error: there is no domains/nope\nhint: vpsctl domain list");
     }
+    for args in [
+        ["volume", "show", "nope"],
+        ["image", "show", "nope"],
+        ["image", "delete", "nope"],
+        ["network", "show", "nope"],
+        ["network", "delete", "nope"],
+    ] {
+        let noun = args[0];
+        let expected = format!("error: there is no {noun}s/nope\nhint: vpsctl {noun} list");
+        cluster.run(&args).says(3, &expected);
+    }
+    cluster.run(&["pool", "list", "--node=nope"]).says(3, "error: there is no nodes/nope");
+    let fetched = ["image", "import", "a", "--format=raw", "--url=http://127.0.0.1/a"];
+    let at_nowhere = [&fetched[..], &["--node=nope"]].concat();
+    cluster.run(&at_nowhere).says(3, "error: there is no nodes/nope");
+    let in_nothing = [&CREATE[..], &["--network=nope"]].concat();
+    cluster.run(&in_nothing).says(3, "error: there is no networks/nope");
     for verb in ["show", "wait", "cancel"] {
         let text = format!("error: there is no operations/{NOBODY}");
         cluster.run(&["operation", verb, NOBODY]).says(3, &text);
@@ -170,6 +193,8 @@ fn bad_input_names_the_field_and_changes_nothing() {
         ),
         (&["--net=address=here"], "domain.spec.interfaces[1].addresses[0]: \"here\""),
         (&["--net=mac=01:00:00:00:00:00"], "domain.spec.interfaces[1].mac:"),
+        (&["--disk=size=1000"], "domain.spec.disks[0].size_bytes: \"1000\" is not accepted"),
+        (&["--host-name=bad host"], "domain.spec.cloud_init.host_name: \"bad host\""),
     ] {
         let kept = CREATE.iter().filter(|a| !same_flag(a, args[0])).copied();
         let args: Vec<_> = kept.chain(args.iter().copied()).collect();
@@ -195,6 +220,33 @@ fn bad_input_names_the_field_and_changes_nothing() {
 fn same_flag(a: &str, b: &str) -> bool {
     let name = |flag: &str| flag.split('=').next().unwrap().to_owned();
     name(a) == name(b) && name(a) != "--net"
+}
+
+/// A network from its creation to its end, and what it may not be.
+#[test]
+fn a_network_is_checked_created_and_deleted() {
+    let cluster = Controller::start();
+    for (flags, expected) in [
+        (&["--subnet=10.0.0.7/24"][..], "error: network.subnet: \"10.0.0.7/24\" is not accepted"),
+        (&["--subnet=10.0.0.0/24", "--gateway=10.9.0.1"], "error: network.gateway: \"10.9.0.1\""),
+        (
+            &["--subnet=10.0.0.0/24", "--first=10.0.0.9", "--last=10.0.0.3"],
+            "error: network.last_address: \"10.0.0.3\"",
+        ),
+    ] {
+        cluster.run(&[&["network", "create", "lan"], flags].concat()).says(2, expected);
+    }
+    assert_eq!(cluster.run(&["network", "list", "-o=json"]).stdout, "[]\n");
+    let create = ["network", "create", "lan", "--subnet=10.0.0.0/24", "--gateway=10.0.0.1"];
+    let created = cluster.run(&create);
+    let said = "lan is created: 253 addresses to give away\n";
+    assert_eq!((created.code, created.stdout.as_str()), (0, said), "{created:#?}");
+    cluster.run(&create).says(4, "error: networks/lan exists already");
+    let json = cluster.run(&["network", "show", "lan", "-o=json"]).json();
+    assert_eq!((&json["gateway"], &json["addresses_used"]), (&"10.0.0.1".into(), &0.into()));
+    let gone = cluster.run(&["network", "delete", "lan"]);
+    assert_eq!((gone.code, gone.stdout.as_str()), (0, "lan is deleted\n"), "{gone:#?}");
+    cluster.run(&["network", "show", "lan"]).says(3, "error: there is no networks/lan");
 }
 
 /// What the command line itself refuses is exit code 2 as well, without asking anybody.

@@ -3,15 +3,15 @@
 use std::time::SystemTime;
 
 use drover_proto::v1::{
-    Boot, CreateDomainRequest, DeleteDomainRequest, Domain, DomainSpec, DrainPolicy,
+    Boot, CloudInit, CreateDomainRequest, DeleteDomainRequest, Domain, DomainSpec, DrainPolicy,
     GetDomainRequest, ListDomainsRequest, MigrateDomainRequest, Operation, OperationState,
     RestartPolicy, StartDomainRequest, StopDomainRequest,
     domain_service_client::DomainServiceClient,
 };
 
-use super::{Context, all_pages, call, console, operation::ended, request_id};
+use super::{Context, all_pages, call, console, files, operation::ended, request_id};
 use crate::{
-    args::{CreateArgs, Detach, DomainCommand, OnDrain, Restart, proto_duration},
+    args::{CreateArgs, Detach, DomainCommand, OnDrain, Restart, SeedArgs, proto_duration},
     error::Error,
     out::{
         human::{enum_name, short, short_or_dash},
@@ -19,6 +19,9 @@ use crate::{
     },
     wait,
 };
+
+/// As `--help` has it.
+const COMMAND_LINE_DEFAULT: &str = "console=ttyS0";
 
 pub(super) async fn run(context: &Context, command: DomainCommand) -> Result<(), Error> {
     match command {
@@ -86,7 +89,7 @@ async fn follow(context: &Context, operation: Operation, detach: &Detach) -> Res
 async fn create(context: &Context, args: CreateArgs) -> Result<(), Error> {
     let dry_run = args.dry_run;
     let detach = Detach { detach: args.detach.detach };
-    let request = create_request(args);
+    let request = create_request(args)?;
     let operation = call!(context, DomainServiceClient::create_domain, request)?;
     if dry_run {
         return tried(context, operation);
@@ -112,16 +115,14 @@ fn tried(context: &Context, operation: Operation) -> Result<(), Error> {
     wait::succeeded(operation).map(|_| ())
 }
 
-fn create_request(args: CreateArgs) -> CreateDomainRequest {
+fn create_request(args: CreateArgs) -> Result<CreateDomainRequest, Error> {
     let mut spec = DomainSpec {
         vcpus: args.vcpus,
         memory_bytes: args.memory,
-        boot: Some(Boot {
-            kernel: args.kernel,
-            initramfs: args.initramfs,
-            command_line: args.command_line,
-        }),
-        interfaces: args.net,
+        boot: Some(boot(&args)?),
+        disks: args.disk,
+        interfaces: args.interfaces.0,
+        cloud_init: seed(args.seed)?,
         labels: args.label.into_iter().collect(),
         ..DomainSpec::default()
     };
@@ -132,13 +133,46 @@ fn create_request(args: CreateArgs) -> CreateDomainRequest {
         Some(OnDrain::Migrate) => DrainPolicy::Migrate,
         Some(OnDrain::Stay) => DrainPolicy::Stay,
     });
-    CreateDomainRequest {
+    Ok(CreateDomainRequest {
         domain: Some(Domain { name: args.name.domain, spec: Some(spec), ..Domain::default() }),
         request_id: request_id(),
         validate_only: args.dry_run,
         leave_stopped: args.stopped,
         node: args.node.unwrap_or_default(),
+    })
+}
+
+/// Without a kernel the first disk boots: it must hold something.
+fn boot(args: &CreateArgs) -> Result<Boot, Error> {
+    let blank = args.disk.first().is_some_and(|disk| disk.image.is_empty());
+    if args.kernel.is_none() && blank {
+        return Err(Error::Usage(
+            "--disk: the first one is blank, so there is nothing to boot: give it an image=, or \
+             give --kernel"
+                .to_owned(),
+        ));
     }
+    // A disk knows its own console; a bare kernel is told the only one there is.
+    let command_line = if args.kernel.is_some() { COMMAND_LINE_DEFAULT } else { "" };
+    Ok(Boot {
+        kernel: args.kernel.clone().unwrap_or_default(),
+        initramfs: args.initramfs.clone().unwrap_or_default(),
+        command_line: args.command_line.clone().unwrap_or_else(|| command_line.to_owned()),
+    })
+}
+
+/// The seed, when anything asks for it.
+fn seed(args: SeedArgs) -> Result<Option<CloudInit>, Error> {
+    let anything = args.host_name.is_some() || args.user_data.is_some();
+    if !args.cloud_init && !anything && args.ssh_key.is_empty() {
+        return Ok(None);
+    }
+    let user_data = args.user_data.map(|path| files::user_data(&path)).transpose()?;
+    Ok(Some(CloudInit {
+        host_name: args.host_name.unwrap_or_default(),
+        ssh_authorized_keys: files::public_keys(&args.ssh_key)?,
+        user_data: user_data.unwrap_or_default(),
+    }))
 }
 
 fn restart_policy(policy: Option<Restart>) -> RestartPolicy {

@@ -4,8 +4,13 @@ mod cluster;
 mod console;
 mod domain;
 mod events;
+mod files;
+mod image;
+mod import;
+mod network;
 mod node;
 mod operation;
+mod storage;
 
 use crate::{
     args::{Cli, Command, Output},
@@ -29,6 +34,12 @@ impl Context {
     ) -> Result<(), Error> {
         print(&if self.json { json()? } else { page() })
     }
+
+    /// The answer when something is gone: its name for programs, a sentence for people.
+    fn gone(&self, name: &str, sentence: &str) -> Result<(), Error> {
+        let json = || Ok(format!("{}\n", serde_json::json!({ "name": name })));
+        self.answer(json, || format!("{sentence}\n"))
+    }
 }
 
 /// Asks for one page after the other, until there is no next one.
@@ -38,19 +49,7 @@ macro_rules! all_pages {
         let mut request = $request;
         request.page_size = $crate::commands::PAGE_SIZE;
         loop {
-            let page = $context
-                .cluster
-                .call(|rpc| {
-                    let request = request.clone();
-                    async move {
-                        let client = $client::new(rpc);
-                        client
-                            .max_decoding_message_size($crate::client::MESSAGE_BYTES_MAX)
-                            .$method(request)
-                            .await
-                    }
-                })
-                .await?;
+            let page = $crate::commands::call!($context, $client::$method, request.clone())?;
             items.extend(page.$items);
             if page.next_page_token.is_empty() {
                 break items;
@@ -96,6 +95,10 @@ pub(crate) async fn run(cli: Cli) -> Result<(), Error> {
     match cli.command {
         Command::Node(command) => node::run(&context, command).await,
         Command::Domain(command) => domain::run(&context, command).await,
+        Command::Image(command) => image::run(&context, command).await,
+        Command::Volume(command) => storage::volume(&context, command).await,
+        Command::Pool(command) => storage::pool(&context, command).await,
+        Command::Network(command) => network::run(&context, command).await,
         Command::Operation(command) => operation::run(&context, command).await,
         Command::Cluster(command) => cluster::run(&context, command).await,
         Command::Events(args) => events::run(&context, &args).await,

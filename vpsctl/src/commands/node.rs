@@ -44,8 +44,7 @@ pub(super) async fn run(context: &Context, command: NodeCommand) -> Result<(), E
         NodeCommand::Delete(name) => {
             let request = DeleteNodeRequest { name: name.node.clone(), etag: String::new() };
             call!(context, NodeServiceClient::delete_node, request)?;
-            let gone = || format!("{} is forgotten\n", short(&name.node));
-            context.answer(|| Ok(format!("{{\"name\": {:?}}}\n", name.node)), gone)
+            context.gone(&name.node, &format!("{} is forgotten", short(&name.node)))
         }
         NodeCommand::Drain(args) if args.dry_run => plan(context, args).await,
         NodeCommand::Drain(args) => drain(context, args).await,

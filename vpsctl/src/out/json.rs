@@ -28,7 +28,19 @@ macro_rules! view {
         })*
     };
 }
-view!(BalancePlan, ClusterStatus, Domain, DrainPlan, Event, Node, Operation);
+view!(
+    BalancePlan,
+    ClusterStatus,
+    Domain,
+    DrainPlan,
+    Event,
+    Image,
+    Network,
+    Node,
+    Operation,
+    Pool,
+    Volume
+);
 
 static POOL: LazyLock<Result<DescriptorPool, String>> = LazyLock::new(|| {
     DescriptorPool::decode(drover_proto::FILE_DESCRIPTOR_SET).map_err(|e| e.to_string())

@@ -86,7 +86,22 @@ pub(crate) struct Running {
 
 impl Running {
     pub(crate) fn start(server: &str, args: &[&str]) -> Self {
-        let mut command = vpsctl(server, args);
+        Self::spawn(vpsctl(server, args))
+    }
+
+    /// The same on a terminal, which `script` makes.
+    pub(crate) fn on_a_terminal(server: &str, args: &[&str]) -> Self {
+        let inner = vpsctl(server, args);
+        let words = [inner.get_program()].into_iter().chain(inner.get_args());
+        let line: Vec<_> = words.map(|word| format!("'{}'", word.to_str().unwrap())).collect();
+        let mut command = Command::new("script");
+        let line = format!("stty cols 100; {}", line.join(" "));
+        command.args(["--quiet", "--return", "--command", &line, "/dev/null"]);
+        command.env("TERM", "xterm");
+        Self::spawn(command)
+    }
+
+    fn spawn(mut command: Command) -> Self {
         command.stdin(Stdio::piped()).stdout(Stdio::piped()).stderr(Stdio::piped());
         let mut child = command.spawn().unwrap();
         let (sender, lines) = sync_channel(1024);

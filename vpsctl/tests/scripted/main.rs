@@ -1,5 +1,6 @@
 //! How `vpsctl` behaves when the world does not: members that die in the middle of a wait, a
-//! watch or a console, Ctrl-C, timeouts, drains that leave domains.
+//! watch, a console or an import, Ctrl-C, timeouts, drains that leave domains; and what it asks and
+//! shows of storage and networks.
 //!
 //! The members here are gRPC servers with a script, because a real controller cannot be told to
 //! die between two events of one revision. What the API answers for real is `controller.rs`'s.
@@ -8,7 +9,11 @@
 
 #[path = "../common/mod.rs"]
 mod common;
+mod create;
+mod import;
 mod member;
+mod storage;
+mod stored;
 
 use common::{Running, run};
 use drover_proto::v1::{

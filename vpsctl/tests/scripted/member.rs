@@ -3,7 +3,7 @@
 use std::{
     pin::Pin,
     sync::{
-        Arc,
+        Arc, Mutex,
         mpsc::{Receiver, SyncSender, sync_channel},
     },
 };
@@ -11,13 +11,19 @@ use std::{
 use drover_proto::v1::{
     domain_service_server::{DomainService, DomainServiceServer},
     event_service_server::{EventService, EventServiceServer},
+    image_service_server::ImageServiceServer,
+    network_service_server::NetworkServiceServer,
     node_service_server::{NodeService, NodeServiceServer},
     operation_service_server::{OperationService, OperationServiceServer},
+    pool_service_server::PoolServiceServer,
+    volume_service_server::VolumeServiceServer,
     *,
 };
 use futures::{Stream, StreamExt, stream};
 use tokio_stream::wrappers::TcpListenerStream;
 use tonic::{Request, Response, Status, Streaming, transport::Server};
+
+use crate::stored::{ImportScript, Imported};
 
 /// What a member says.
 #[derive(Clone, Default)]
@@ -34,6 +40,21 @@ pub(crate) struct Script {
     pub console_ends: bool,
     /// The one domain.
     pub(crate) domain: Domain,
+    pub(crate) pools: Vec<Pool>,
+    pub(crate) volumes: Vec<Volume>,
+    pub(crate) images: Vec<Image>,
+    pub(crate) networks: Vec<Network>,
+    /// What an import is answered.
+    pub(crate) import: ImportScript,
+}
+
+/// What a member was asked.
+#[derive(Clone, Debug, Default)]
+pub(crate) struct Asked {
+    pub(crate) domains: Vec<CreateDomainRequest>,
+    pub(crate) networks: Vec<Network>,
+    /// The names of what was to be deleted, and the filters of lists.
+    pub(crate) names: Vec<String>,
 }
 
 /// A running member; dead when killed or dropped, with all its connections.
@@ -41,6 +62,8 @@ pub(crate) struct Member {
     address: String,
     runtime: Option<tokio::runtime::Runtime>,
     consoles: Receiver<()>,
+    imports: Receiver<Imported>,
+    scripted: Scripted,
 }
 
 impl Member {
@@ -51,15 +74,26 @@ impl Member {
         let listener = runtime.block_on(tokio::net::TcpListener::bind("127.0.0.1:0")).unwrap();
         let address = listener.local_addr().unwrap().to_string();
         let (attached, consoles) = sync_channel(16);
-        let scripted = Scripted { script: Arc::new(script), attached };
+        let (imported, imports) = sync_channel(16);
+        let scripted = Scripted {
+            script: Arc::new(script),
+            attached,
+            imported,
+            asked: Arc::default(),
+            go_on: Arc::default(),
+        };
         let server = Server::builder()
             .add_service(OperationServiceServer::new(scripted.clone()))
             .add_service(NodeServiceServer::new(scripted.clone()))
             .add_service(EventServiceServer::new(scripted.clone()))
-            .add_service(DomainServiceServer::new(scripted))
+            .add_service(DomainServiceServer::new(scripted.clone()))
+            .add_service(PoolServiceServer::new(scripted.clone()))
+            .add_service(VolumeServiceServer::new(scripted.clone()))
+            .add_service(ImageServiceServer::new(scripted.clone()))
+            .add_service(NetworkServiceServer::new(scripted.clone()))
             .serve_with_incoming(TcpListenerStream::new(listener));
         runtime.spawn(server);
-        Self { address, runtime: Some(runtime), consoles }
+        Self { address, runtime: Some(runtime), consoles, imports, scripted }
     }
 
     pub(crate) fn address(&self) -> &str {
@@ -69,6 +103,21 @@ impl Member {
     /// Waits until somebody has attached to the console here.
     pub(crate) fn wait_for_a_console(&self) {
         self.consoles.recv_timeout(crate::common::WAIT_MAX).unwrap();
+    }
+
+    /// Waits until an import has ended here, whatever its end.
+    pub(crate) fn wait_for_an_import(&self) -> Imported {
+        self.imports.recv_timeout(crate::common::WAIT_MAX).unwrap()
+    }
+
+    /// Ends an import's pause.
+    pub(crate) fn go_on(&self) {
+        self.scripted.go_on.notify_one();
+    }
+
+    /// What it was asked so far.
+    pub(crate) fn asked(&self) -> Asked {
+        self.scripted.asked.lock().unwrap().clone()
     }
 
     /// As SIGKILL does: every connection ends at once.
@@ -86,13 +135,16 @@ impl Drop for Member {
 }
 
 #[derive(Clone)]
-struct Scripted {
-    script: Arc<Script>,
+pub(crate) struct Scripted {
+    pub(crate) script: Arc<Script>,
     attached: SyncSender<()>,
+    pub(crate) imported: SyncSender<Imported>,
+    pub(crate) asked: Arc<Mutex<Asked>>,
+    pub(crate) go_on: Arc<tokio::sync::Notify>,
 }
 
-type Answer<T> = Result<Response<T>, Status>;
-type Flow<T> = Pin<Box<dyn Stream<Item = Result<T, Status>> + Send>>;
+pub(crate) type Answer<T> = Result<Response<T>, Status>;
+pub(crate) type Flow<T> = Pin<Box<dyn Stream<Item = Result<T, Status>> + Send>>;
 
 /// These, then silence.
 fn then_silence<T: Send + 'static>(items: Vec<T>) -> Flow<T> {
@@ -199,11 +251,14 @@ impl DomainService for Scripted {
         });
         Ok(Response::new(Box::pin(said.chain(heard))))
     }
+    async fn create_domain(&self, request: Request<CreateDomainRequest>) -> Answer<Operation> {
+        self.asked.lock().unwrap().domains.push(request.into_inner());
+        self.accepted()
+    }
     async fn get_domain(&self, _: Request<GetDomainRequest>) -> Answer<Domain> {
         Ok(Response::new(self.script.domain.clone()))
     }
     not_scripted! {
-        create_domain: CreateDomainRequest => Operation,
         list_domains: ListDomainsRequest => ListDomainsResponse,
         delete_domain: DeleteDomainRequest => Operation,
         start_domain: StartDomainRequest => Operation,

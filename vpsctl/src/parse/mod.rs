@@ -1,8 +1,16 @@
-//! What people type: sizes, durations, names. Every refusal says what would be accepted.
+//! What people type: sizes, durations, names, addresses. Every refusal says what would be accepted.
 
-use std::time::Duration;
+mod settings;
 
-use drover_proto::v1::NetworkInterface;
+use std::{
+    net::{IpAddr, Ipv4Addr},
+    path::PathBuf,
+    time::Duration,
+};
+
+use tonic::transport::Uri;
+
+pub(crate) use self::settings::{disk, interface, interface_in, label};
 
 const SIZE_UNITS: [(&str, u64); 5] =
     [("B", 1), ("KiB", 1 << 10), ("MiB", 1 << 20), ("GiB", 1 << 30), ("TiB", 1 << 40)];
@@ -26,10 +34,10 @@ pub(crate) fn size(text: &str) -> Result<u64, String> {
     Ok(bytes as u64)
 }
 
-/// A duration, from `100ms`, `30s`, `10m`, `1h` or a sum such as `1h30m`.
 /// Longer ones are a slip of the hand, and do not fit the clock.
 const DURATION_MAX: Duration = Duration::from_secs(366 * 86_400);
 
+/// A duration, from `100ms`, `30s`, `10m`, `1h` or a sum such as `1h30m`.
 pub(crate) fn duration(text: &str) -> Result<Duration, String> {
     let refuse = || "use a number with ms, s, m or h, such as 100ms, 30s or 1h30m".to_owned();
     let mut rest = text.trim();
@@ -84,6 +92,34 @@ pub(crate) fn operation(text: &str) -> Result<String, String> {
         .map_err(|_| "is no operation: a UUID is expected (vpsctl operation list)".to_owned())
 }
 
+/// `images/{id}`, from `{id}` or `images/{id}`.
+pub(crate) fn image(text: &str) -> Result<String, String> {
+    resource("images", "debian13", text)
+}
+
+/// `volumes/{id}`, from `{id}` or `volumes/{id}`.
+pub(crate) fn volume(text: &str) -> Result<String, String> {
+    resource("volumes", "web1-0", text)
+}
+
+/// `networks/{id}`, from `{id}` or `networks/{id}`.
+pub(crate) fn network(text: &str) -> Result<String, String> {
+    resource("networks", "lan", text)
+}
+
+/// A pool's id, which is the same on every node that has one of its kind.
+pub(crate) fn pool(text: &str) -> Result<String, String> {
+    match text {
+        "" => Err("is empty: a pool's id is expected, such as ssd".to_owned()),
+        _ if text.contains('/') => {
+            Err("has a slash where none belongs: a pool's id is expected, such as ssd".to_owned())
+        }
+        _ => Ok(text.to_owned()),
+    }
+}
+
+const COLLECTIONS: [&str; 6] = ["nodes", "domains", "operations", "images", "volumes", "networks"];
+
 /// The id's own form is checked by the controller, the only place that knows it.
 fn resource(collection: &str, example: &str, text: &str) -> Result<String, String> {
     let expected = format!("{example} or {collection}/{example} is expected");
@@ -91,7 +127,7 @@ fn resource(collection: &str, example: &str, text: &str) -> Result<String, Strin
         _ if text.is_empty() => Err(format!("is empty: {expected}")),
         None => Ok(format!("{collection}/{text}")),
         Some((c, id)) if c == collection && !id.is_empty() => Ok(text.to_owned()),
-        Some((c @ ("nodes" | "domains" | "operations"), _)) if c != collection => {
+        Some((c, _)) if c != collection && COLLECTIONS.contains(&c) => {
             Err(format!("is one of {c}: {expected}"))
         }
         Some(_) => Err(format!("has a slash where none belongs: {expected}")),
@@ -126,43 +162,70 @@ pub(crate) fn server(text: &str) -> Result<String, String> {
     }
     let bare = text.rsplit_once(':').is_none() || text.ends_with(']');
     let address = if bare { format!("{text}:{PORT_DEFAULT}") } else { text.to_owned() };
-    let uri: Result<tonic::transport::Uri, _> = format!("http://{address}").parse();
+    let uri: Result<Uri, _> = format!("http://{address}").parse();
     match uri {
         Ok(uri) if uri.port_u16().is_some() && uri.path() == "/" => Ok(address),
         _ => Err(format!("\"{text}\" is no address: {expected}")),
     }
 }
 
-/// `key=value`.
-pub(crate) fn label(text: &str) -> Result<(String, String), String> {
-    match text.split_once('=') {
-        Some((key, value)) if !key.is_empty() => Ok((key.to_owned(), value.to_owned())),
-        _ => Err("KEY=VALUE is expected".to_owned()),
+/// `http://…` or `https://…`, which a node fetches.
+pub(crate) fn url(text: &str) -> Result<String, String> {
+    let host = |uri: &Uri| uri.host().is_some_and(|host| !host.is_empty());
+    match text.parse::<Uri>() {
+        Ok(uri) if matches!(uri.scheme_str(), Some("http" | "https")) && host(&uri) => {
+            Ok(text.to_owned())
+        }
+        _ => Err("http:// or https:// with a host is expected, such as \
+                  https://images.example/debian13.qcow2"
+            .to_owned()),
     }
 }
 
-/// One interface, from `default` or any of `mac=…`, `bridge=…`, `address=…` joined by commas.
-pub(crate) fn interface(text: &str) -> Result<NetworkInterface, String> {
-    let mut interface = NetworkInterface::default();
-    if text == "default" {
-        return Ok(interface);
+/// A SHA-256 in hexadecimal, in lower case.
+pub(crate) fn sha256(text: &str) -> Result<String, String> {
+    const DIGITS: usize = 64;
+    if text.len() == DIGITS && text.bytes().all(|b| b.is_ascii_hexdigit()) {
+        return Ok(text.to_ascii_lowercase());
     }
-    for part in text.split(',') {
-        match part.split_once('=') {
-            Some(("mac", value)) if !value.is_empty() => interface.mac = value.to_owned(),
-            Some(("bridge", value)) if !value.is_empty() => interface.bridge = value.to_owned(),
-            Some(("address", value)) if !value.is_empty() => {
-                interface.addresses.push(value.to_owned());
-            }
-            _ => {
-                return Err(format!(
-                    "\"{part}\" is not known: mac=, bridge= and address= are, such as \
-                     address=10.78.0.11,bridge=br0"
-                ));
-            }
+    Err(format!("{DIGITS} hexadecimal digits are expected, as sha256sum prints them"))
+}
+
+/// A file with an end: its length is said before its bytes.
+pub(crate) fn image_file(text: &str) -> Result<PathBuf, String> {
+    match text {
+        "" => Err("is empty: a file's path is expected".to_owned()),
+        "-" => Err("stands for the standard input, whose length nobody knows: a file's path is \
+                    expected"
+            .to_owned()),
+        path => Ok(path.into()),
+    }
+}
+
+/// An IPv4 address.
+pub(crate) fn ipv4(text: &str) -> Result<String, String> {
+    let expected = |_| "an IPv4 address is expected, such as 10.0.0.1".to_owned();
+    text.parse().map(|address: Ipv4Addr| address.to_string()).map_err(expected)
+}
+
+/// An address of either version.
+pub(crate) fn address(text: &str) -> Result<String, String> {
+    let expected = |_| "an IP address is expected, such as 10.0.0.1".to_owned();
+    text.parse().map(|address: IpAddr| address.to_string()).map_err(expected)
+}
+
+/// `10.0.0.0/24`; which prefixes are of use, and that nothing lies behind them, is the
+/// controller's to check.
+pub(crate) fn subnet(text: &str) -> Result<String, String> {
+    let parts = text.split_once('/').and_then(|(address, prefix)| {
+        Some((address.parse::<Ipv4Addr>().ok()?, prefix.parse::<u8>().ok()?))
+    });
+    match parts {
+        Some((address, prefix)) if u32::from(prefix) <= u32::BITS => {
+            Ok(format!("{address}/{prefix}"))
         }
+        _ => Err("an IPv4 subnet is expected, such as 10.0.0.0/24".to_owned()),
     }
-    Ok(interface)
 }
 
 #[cfg(test)]
@@ -227,16 +290,43 @@ mod tests {
     }
 
     #[test]
-    fn interfaces() {
-        assert_eq!(interface("default"), Ok(NetworkInterface::default()));
-        let full = interface("mac=52:54:00:00:00:01,bridge=br0,address=10.0.0.1,address=fd00::1");
-        let full = full.unwrap();
-        assert_eq!(full.mac, "52:54:00:00:00:01");
-        assert_eq!(full.bridge, "br0");
-        assert_eq!(full.addresses, ["10.0.0.1", "fd00::1"]);
-        assert!(interface("ip=10.0.0.1").unwrap_err().contains("\"ip=10.0.0.1\" is not known"));
-        assert!(interface("mac=").is_err());
-        assert_eq!(label("tier=gold"), Ok(("tier".to_owned(), "gold".to_owned())));
-        assert!(label("tier").is_err());
+    fn names_of_storage_and_networks() {
+        assert_eq!(image("debian13"), Ok("images/debian13".to_owned()));
+        assert_eq!(volume("volumes/web1-0"), Ok("volumes/web1-0".to_owned()));
+        assert_eq!(network("lan"), Ok("networks/lan".to_owned()));
+        assert!(image("networks/lan").unwrap_err().starts_with("is one of networks: debian13 or"));
+        assert_eq!(pool("ssd"), Ok("ssd".to_owned()));
+        assert!(pool("nodes/host1/pools/ssd").unwrap_err().contains("a pool's id is expected"));
+        assert!(pool("").is_err());
+    }
+
+    #[test]
+    fn what_an_import_is_given() {
+        let digest = "E3B0C44298FC1C149AFBF4C8996FB92427AE41E4649B934CA495991B7852B855";
+        assert_eq!(sha256(digest), Ok(digest.to_lowercase()));
+        for bad in ["", &digest[1..], &digest.replace('E', "G"), &format!("{digest}00")] {
+            assert!(sha256(bad).unwrap_err().contains("64 hexadecimal digits"), "{bad}");
+        }
+        assert_eq!(url("https://a.example/x?y=1"), Ok("https://a.example/x?y=1".to_owned()));
+        for bad in ["", "/x", "a.example/x", "ftp://a/x", "file:///x", "http://", "http:///x"] {
+            assert!(url(bad).unwrap_err().starts_with("http:// or https://"), "{bad}");
+        }
+        assert_eq!(image_file("./x"), Ok("./x".into()));
+        assert!(image_file("-").unwrap_err().contains("standard input"));
+        assert!(image_file("").is_err());
+    }
+
+    #[test]
+    fn addresses() {
+        assert_eq!(subnet("10.0.0.0/24"), Ok("10.0.0.0/24".to_owned()));
+        for bad in
+            ["10.0.0.0", "10.0.0.0/33", "10.0.0/24", "10.0.0.0/", "fd00::/64", "10.0.0.0/+8 "]
+        {
+            assert!(subnet(bad).is_err(), "{bad}");
+        }
+        assert_eq!(ipv4("10.0.0.1"), Ok("10.0.0.1".to_owned()));
+        assert!(ipv4("fd00::1").is_err() && ipv4("10.0.0.1/24").is_err() && ipv4("").is_err());
+        assert_eq!(address("fd00::1"), Ok("fd00::1".to_owned()));
+        assert!(address("dns").unwrap_err().contains("an IP address is expected"));
     }
 }
