@@ -2,6 +2,7 @@
 
 #![allow(clippy::unwrap_used)] // helpers of tests are tests
 
+mod images;
 mod service;
 
 use std::sync::{Arc, Mutex};

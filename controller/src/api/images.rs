@@ -13,7 +13,7 @@ use drover_proto::v1::{
     ListImagesResponse, NodeState,
 };
 use futures::stream::{self, Stream, StreamExt};
-use tokio::sync::{mpsc, watch};
+use tokio::sync::{mpsc, oneshot};
 use tokio::time::{Instant, timeout};
 use tokio_stream::wrappers::ReceiverStream;
 use tonic::{Request, Response, Status, Streaming};
@@ -47,43 +47,7 @@ impl ImageService for Service {
         &self,
         request: Request<Streaming<ImportImageRequest>>,
     ) -> Result<Response<Progress>, Status> {
-        let mut input = request.into_inner();
-        let first = timeout(FIRST_WAIT, input.message()).await.map_err(|_| {
-            Status::deadline_exceeded("the first message did not come within 10 s")
-        })??;
-        let Some(Message::Spec(spec)) = first.and_then(|first| first.message) else {
-            return Err(invalid("message", "", "spec, in the first message").into());
-        };
-        let (id, spec) = checked(spec)?;
-        let (node, address) = self.look(|cx| receiver(cx, &id, &spec)).await?;
-
-        let channel = agents::connect(&address).await?;
-        // A caller that breaks off must not look like one that has sent everything: its stream
-        // does not end then, and the call as a whole is dropped.
-        let first = ImportImageRequest { message: Some(Message::Spec(spec)) };
-        let (broken, is_broken) = watch::channel(());
-        let (sender, rest) = mpsc::channel(QUEUE);
-        tokio::spawn(async move {
-            loop {
-                match input.message().await {
-                    Ok(Some(message)) => {
-                        if sender.send(message).await.is_err() {
-                            return;
-                        }
-                    }
-                    Ok(None) => return,
-                    Err(_) => {
-                        broken.send_replace(());
-                        return sender.closed().await;
-                    }
-                }
-            }
-        });
-        let inputs = stream::once(async { first }).chain(ReceiverStream::new(rest));
-        let outputs = AgentServiceClient::new(channel).import_image(inputs).await?.into_inner();
-        let (answers, receiver) = mpsc::channel(QUEUE);
-        tokio::spawn(self.clone().relay(id, node, outputs, answers, is_broken));
-        Ok(Response::new(Box::pin(ReceiverStream::new(receiver))))
+        self.import(request.into_inner()).await.map(Response::new)
     }
 
     async fn get_image(
@@ -122,19 +86,43 @@ impl ImageService for Service {
 }
 
 impl Service {
-    /// Passes progress on, and writes the row when the agent has the image.
+    async fn import(&self, mut input: Streaming<ImportImageRequest>) -> Result<Progress, Status> {
+        let first = timeout(FIRST_WAIT, input.message()).await.map_err(|_| {
+            Status::deadline_exceeded("the first message did not come within 10 s")
+        })??;
+        let Some(Message::Spec(spec)) = first.and_then(|first| first.message) else {
+            return Err(invalid("message", "", "spec, in the first message").into());
+        };
+        let (id, spec) = checked(spec)?;
+        let (node, address) = self.look(|cx| receiver(cx, &id, &spec)).await?;
+
+        let channel = agents::connect(&address).await?;
+        // Who breaks off has sent fewer bytes than it said: the agent sees that.
+        let first = ImportImageRequest { message: Some(Message::Spec(spec)) };
+        let rest = input.take_while(|message| std::future::ready(message.is_ok()));
+        let rest = rest.filter_map(|message| async { message.ok() });
+        let (stop, stopped) = oneshot::channel::<()>();
+        let inputs = stream::once(async { first }).chain(rest).take_until(stopped);
+        let outputs = AgentServiceClient::new(channel).import_image(inputs).await?.into_inner();
+        let (answers, receiver) = mpsc::channel(QUEUE);
+        tokio::spawn(self.clone().relay(id, node, outputs, answers, stop));
+        Ok(Box::pin(ReceiverStream::new(receiver)))
+    }
+
+    /// Passes progress on, and writes the row when the agent has the image. The agent is sent no
+    /// more when this ends.
     async fn relay(
         self,
         id: ImageId,
         node: NodeId,
         mut outputs: Streaming<ImportImageResponse>,
         answers: mpsc::Sender<Result<ImportImageResponse, Status>>,
-        mut is_broken: watch::Receiver<()>,
+        _stop: oneshot::Sender<()>,
     ) {
         loop {
             let said = tokio::select! {
                 said = timeout(SILENCE_MAX, outputs.message()) => said,
-                Ok(()) = is_broken.changed() => return,
+                () = answers.closed() => return,
             };
             let answer = match said {
                 Err(_) => Err(Status::deadline_exceeded(format!(

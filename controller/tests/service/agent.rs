@@ -11,9 +11,9 @@ use drover_proto::agent::v1::assignment::Role;
 use drover_proto::agent::v1::session_service_client::SessionServiceClient;
 use drover_proto::agent::v1::{
     AgentMessage, Assignment, Hello, MigrationProgress as P, MigrationRole, ObservedDomain,
-    ObservedMigration, ObservedState as S, Report, agent_message, controller_message,
+    ObservedMigration, ObservedPool, ObservedState as S, Report, agent_message, controller_message,
 };
-use drover_proto::v1::{ExitReason, MigrationReport, NodeCapacity, PowerState};
+use drover_proto::v1::{ExitReason, MigrationReport, NodeCapacity, PoolState, PowerState};
 use tokio::sync::{mpsc, watch};
 use tokio::task::JoinHandle;
 use tokio::time::interval;
@@ -33,6 +33,8 @@ pub(crate) struct Hosts {
     pub(crate) hold: bool,
     /// A domain was seen on two nodes.
     pub(crate) twice: bool,
+    /// Each has a pool of 10 GiB.
+    pub(crate) has_pool: bool,
 }
 
 pub(crate) type Shared = Arc<Mutex<Hosts>>;
@@ -106,15 +108,20 @@ pub(crate) async fn session(
             },
             _ = tick.tick() => {
                 sequence += 1;
-                let domains = {
+                let (domains, pools) = {
                     let mut hosts = hosts.lock().unwrap();
                     if let Some(level) = &level {
                         hosts.work(node, level);
                     }
-                    hosts.on(node)
+                    (hosts.on(node), hosts.pools())
                 };
-                let report =
-                    Report { sequence, desired_sequence: taken_in, domains, ..Report::default() };
+                let report = Report {
+                    sequence,
+                    desired_sequence: taken_in,
+                    domains,
+                    pools,
+                    ..Report::default()
+                };
                 let message = AgentMessage { message: Some(agent_message::Message::Report(report)) };
                 if messages.send(message).await.is_err() {
                     return Status::unavailable("the session has ended");
@@ -126,12 +133,18 @@ pub(crate) async fn session(
 
 /// Keeps a session with whoever leads.
 pub(crate) fn start(node: &str, addresses: Vec<String>, hosts: &Shared) -> Agent {
+    start_at(node, "127.0.0.1:7401".into(), addresses, hosts)
+}
+
+/// The same, of an agent whose service is at `own`.
+pub(crate) fn start_at(node: &str, own: String, addresses: Vec<String>, hosts: &Shared) -> Agent {
     let (opened, sessions) = watch::channel(0);
     let (node, hosts) = (node.to_owned(), hosts.clone());
     let task = tokio::spawn(async move {
         loop {
             for address in &addresses {
-                let status = session(address, hello(&node), &node, &hosts, &opened).await;
+                let hello = Hello { address: own.clone(), ..hello(&node) };
+                let status = session(address, hello, &node, &hosts, &opened).await;
                 assert_ne!(status.code(), Code::FailedPrecondition, "{status}");
             }
             tokio::time::sleep(REPORT_EVERY).await;
@@ -141,6 +154,17 @@ pub(crate) fn start(node: &str, addresses: Vec<String>, hosts: &Shared) -> Agent
 }
 
 impl Hosts {
+    fn pools(&self) -> Vec<ObservedPool> {
+        let pool = ObservedPool {
+            id: "ssd".into(),
+            state: PoolState::Ready.into(),
+            size_bytes: 10 << 30,
+            overcommit: 1.0,
+            ..ObservedPool::default()
+        };
+        if self.has_pool { vec![pool] } else { vec![] }
+    }
+
     fn on(&self, node: &str) -> Vec<ObservedDomain> {
         let mine = self.domains.iter().filter(|((on, _), _)| on == node);
         mine.map(|(_, domain)| domain.clone()).collect()

@@ -14,3 +14,4 @@ mod drains;
 mod lab;
 mod lives;
 mod migrations;
+mod networks;
