@@ -10,7 +10,7 @@ BIN := $(CARGO_TARGET_DIR)/debug
 LAB := $(BIN)/drover-lab
 
 .DEFAULT_GOAL := help
-.PHONY: help setup build test demo bench-migration bench-boot lab-up lab-down lint fmt
+.PHONY: help setup build image test demo bench-migration bench-boot lab-up lab-down lint fmt
 
 help: ## List the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-16s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -21,6 +21,10 @@ setup: ## Install what building and the lab need (Debian 12 or 13, as root)
 build: setup ## Build all programs
 	@echo "==> building (the first time takes long: RocksDB's C++ among others)" >&2
 	cargo build --workspace --bins
+
+image: setup ## The Debian 13 image of domains with disks, from the distribution's packages
+	cargo build --package drover-e2e --bin drover-lab
+	@$(LAB) image
 
 test: setup ## All tests: format, lints, licences, unit tests, simulation, chart, lab
 	@scripts/test

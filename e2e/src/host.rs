@@ -11,6 +11,10 @@ use crate::{Error, Result, paths, switch};
 /// Most hosts in a lab.
 pub const HOSTS_MAX: usize = 8;
 
+/// Size of a host's disk for volumes, bytes. It is sparse: what guests trim is given back to this
+/// machine.
+const DATA_DISK_BYTES: u64 = 16 << 30;
+
 /// What a host is made of.
 #[derive(Debug, Clone, Serialize, Deserialize)]
 pub struct HostSpec {
@@ -38,6 +42,8 @@ impl HostSpec {
 pub struct HostFiles {
     /// What it writes, over the common root disk.
     pub overlay: PathBuf,
+    /// The disk of its volumes.
+    pub data: PathBuf,
     /// Its serial console, from the first start on.
     pub console: PathBuf,
     /// What QEMU itself says.
@@ -54,6 +60,7 @@ impl HostFiles {
         let run = paths::run_dir(lab);
         Self {
             overlay: paths::disk_dir(lab).join(format!("{host}.qcow2")),
+            data: paths::disk_dir(lab).join(format!("{host}-data.qcow2")),
             console: run.join(format!("{host}.console")),
             qemu_log: run.join(format!("{host}.qemu.log")),
             qmp: run.join(format!("{host}.qmp")),
@@ -86,13 +93,18 @@ pub fn has_hardware_virtualization() -> bool {
         && std::path::Path::new("/dev/kvm").exists()
 }
 
-/// Makes an empty overlay over the root disk.
-pub fn make_overlay(lab: &str, spec: &HostSpec, common: &CommonDisks) -> Result<()> {
+/// Makes its disks: an empty overlay over the root disk, and an empty disk for volumes, on which
+/// the host makes its pool at its first boot.
+pub fn make_disks(lab: &str, spec: &HostSpec, common: &CommonDisks) -> Result<()> {
     let files = HostFiles::of(lab, &spec.name());
     run(Command::new("qemu-img")
         .args(["create", "-q", "-f", "qcow2", "-F", "raw", "-b"])
         .arg(&common.root)
-        .arg(&files.overlay))
+        .arg(&files.overlay))?;
+    run(Command::new("qemu-img")
+        .args(["create", "-q", "-f", "qcow2"])
+        .arg(&files.data)
+        .arg(DATA_DISK_BYTES.to_string()))
     .map(|_| ())
 }
 
@@ -151,6 +163,14 @@ pub fn start(
             &format!("if=none,id=payload,format=raw,readonly=on,file={}", common.payload.display()),
         ])
         .args(["-device", "virtio-blk-pci,drive=payload"])
+        .args([
+            "-drive",
+            &format!(
+                "if=none,id=data,format=qcow2,cache=unsafe,discard=unmap,file={}",
+                files.data.display()
+            ),
+        ])
+        .args(["-device", "virtio-blk-pci,drive=data"])
         .args(["-device", "virtio-rng-pci"])
         .args(["-chardev", &format!("file,id=serial,append=on,path={}", files.console.display())])
         .args(["-serial", "chardev:serial"])

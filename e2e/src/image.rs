@@ -1,7 +1,8 @@
-//! What every lab starts from: a root disk, a kernel, an initramfs, and a disk with our programs.
+//! What every lab starts from: a root disk, a kernel, an initramfs, and a disk with our programs;
+//! and the image that domains with disks are made from.
 //!
-//! The root disk takes minutes and is kept in the cache under a hash of its recipe; the rest
-//! takes a second and is made again for each lab.
+//! The root disk and the image take minutes and are kept in the cache under a hash of their recipe;
+//! the rest takes a second and is made again for each lab.
 
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -10,8 +11,8 @@ use std::process::Command;
 use crate::process::run;
 use crate::{Error, Result, initramfs, paths};
 
-/// Root disks of other recipes are kept for labs that still run from them.
-const ROOTS_MAX: usize = 3;
+/// What other recipes made is kept for labs that still run from it: so many of each kind.
+const BUILT_MAX: usize = 3;
 
 /// Debian for the hosts, made by `e2e/image/build-root`.
 #[derive(Debug, Clone)]
@@ -22,25 +23,7 @@ pub struct RootImage {
 impl RootImage {
     /// The image of the present recipe; built first when the cache has none.
     pub fn ensure() -> Result<Self> {
-        let source = paths::source_dir()?;
-        let recipe = source.join("e2e/image");
-        let cache = paths::cache_dir().join("lab");
-        fs::create_dir_all(&cache).map_err(Error::io("cannot create", &cache))?;
-        let dir = cache.join(format!("root-{:016x}", hash_of_recipe(&source)?));
-        let _only_one = lock(&cache.join("root.lock"))?;
-        if !dir.join("root.ext4").exists() {
-            fs::create_dir_all(&dir).map_err(Error::io("cannot create", &dir))?;
-            let status = Command::new(recipe.join("build-root"))
-                .arg(&dir)
-                .status()
-                .map_err(Error::io("cannot run", recipe.join("build-root")))?;
-            if !status.success() {
-                return Err(Error::other(format!(
-                    "the hosts' root disk could not be built (build-root: {status})"
-                )));
-            }
-            keep_newest(&cache, "root-", ROOTS_MAX)?;
-        }
+        let dir = ensure_built("root", "build-root", &["build-root", "files"], "root.ext4")?;
         Ok(Self { dir })
     }
 
@@ -63,6 +46,64 @@ impl RootImage {
     fn modules(&self) -> PathBuf {
         self.dir.join("modules")
     }
+}
+
+/// A stock Debian 13 for domains with disks, made by `e2e/image/build-debian`.
+#[derive(Debug, Clone)]
+pub struct GuestImage {
+    dir: PathBuf,
+}
+
+impl GuestImage {
+    /// The image of the present recipe; built first when the cache has none.
+    pub fn ensure() -> Result<Self> {
+        let recipe = ["build-debian", "debian"];
+        let dir = ensure_built("debian13", "build-debian", &recipe, "debian13.raw")?;
+        Ok(Self { dir })
+    }
+
+    /// The disk: sparse, never written to.
+    pub fn raw(&self) -> PathBuf {
+        self.dir.join("debian13.raw")
+    }
+    /// The same, as qcow2.
+    pub fn qcow2(&self) -> PathBuf {
+        self.dir.join("debian13.qcow2")
+    }
+}
+
+/// The folder of what `e2e/image/{program}` builds, in the cache under a hash of its recipe. The
+/// file `last` is there when it is complete.
+fn ensure_built(name: &str, program: &str, recipe: &[&str], last: &str) -> Result<PathBuf> {
+    let source = paths::source_dir()?;
+    let cache = paths::cache_dir().join("lab");
+    fs::create_dir_all(&cache).map_err(Error::io("cannot create", &cache))?;
+    let hash = hash_of_recipe(&source, recipe)?;
+    let dir = cache.join(format!("{name}-{hash:016x}"));
+    let _only_one = lock(&cache.join(format!("{name}.lock")))?;
+    if !dir.join(last).exists() {
+        fs::create_dir_all(&dir).map_err(Error::io("cannot create", &dir))?;
+        let program = source.join("e2e/image").join(program);
+        let status =
+            Command::new(&program).arg(&dir).status().map_err(Error::io("cannot run", &program))?;
+        if !status.success() {
+            return Err(Error::other(format!(
+                "{} could not be built ({}: {status})",
+                dir.display(),
+                program.display()
+            )));
+        }
+    }
+    touch(&dir)?;
+    keep_newest(&cache, &format!("{name}-"), BUILT_MAX)?;
+    Ok(dir)
+}
+
+/// Used lately: not the next to be removed.
+pub(crate) fn touch(dir: &Path) -> Result<()> {
+    let now = std::time::SystemTime::now();
+    let touched = fs::File::open(dir).and_then(|dir| dir.set_modified(now));
+    touched.map_err(Error::io("cannot touch", dir))
 }
 
 /// Builds the guests' init and the initramfs around it, in `dir`.
@@ -115,10 +156,13 @@ fn copy(from: &Path, to: &Path) -> Result<()> {
     fs::copy(from, to).map(|_| ()).map_err(Error::io("cannot copy", from))
 }
 
-/// Changes with each byte of the recipe's files.
-fn hash_of_recipe(source: &Path) -> Result<u64> {
+/// Changes with each byte of the recipe's files; `recipe` are files and folders in `e2e/image`.
+fn hash_of_recipe(source: &Path, recipe: &[&str]) -> Result<u64> {
     let mut files = vec![source.join("scripts/lib.sh")];
-    collect(&source.join("e2e/image"), &mut files)?;
+    for name in recipe {
+        let path = source.join("e2e/image").join(name);
+        if path.is_dir() { collect(&path, &mut files)? } else { files.push(path) }
+    }
     files.sort();
     let mut hash = Fnv::default();
     for path in files {

@@ -114,10 +114,10 @@ impl Lab {
             let files = HostFiles::of(&lab.name, &spec.name());
             if booted.is_some() {
                 progress(&format!("{}: goes on from where it was after its boot", spec.name()));
-                snapshot.restore_disk(&files.overlay)?;
+                snapshot.restore_disks(&files)?;
             } else {
                 progress(&format!("{}: boots", spec.name()));
-                host::make_overlay(&lab.name, &spec, &state.common)?;
+                host::make_disks(&lab.name, &spec, &state.common)?;
             }
             let process = Some(host::start(&lab.name, &spec, &state.common, booted.as_deref())?);
             if booted.is_some() {

@@ -84,6 +84,8 @@ enum Cmd {
         #[arg(long)]
         keep: bool,
     },
+    /// Build the guests' Debian image, unless the cache has it, and say where it is.
+    Image,
     /// Measure Drover and QEMU in turn, in one run; the last line is JSON.
     Bench(drover_e2e::bench::BenchArgs),
     /// The switch's own process.
@@ -178,6 +180,10 @@ fn run(cli: &Cli) -> Result<ExitCode> {
             return pass_through(vpsctl.command(&arguments)?);
         }
         Cmd::Demo { keep } => drover_e2e::demo::run(&cli.name, *keep)?,
+        Cmd::Image => {
+            let image = drover_e2e::image::GuestImage::ensure()?;
+            println!("{}\n{}", image.raw().display(), image.qcow2().display());
+        }
         Cmd::Bench(args) => return drover_e2e::bench::main(&cli.name, args),
         Cmd::Switch => drover_e2e::switch::serve(&cli.name)?,
     }

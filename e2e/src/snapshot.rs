@@ -1,7 +1,7 @@
 //! Booted hosts, kept in the cache: an emulated host takes 20 s of CPU to boot and one to go on
 //! from where it was.
 //!
-//! A snapshot is what QEMU sends in a migration to a file, and the disk's overlay at that moment,
+//! A snapshot is what QEMU sends in a migration to a file, and the host's disks at that moment,
 //! taken when the host has booted and before it has mounted the disk with our programs. Its key
 //! is all that must not differ: kernel, initramfs, root disk, QEMU, the machine's shape.
 
@@ -13,7 +13,7 @@ use std::time::Duration;
 use serde_json::{Value, json};
 
 use crate::host::{CommonDisks, HostFiles, HostSpec};
-use crate::image::{Fnv, keep_newest};
+use crate::image::{Fnv, keep_newest, touch};
 use crate::process::{run, wait_for};
 use crate::qmp::Qmp;
 use crate::{Error, Result, paths};
@@ -49,14 +49,13 @@ impl Snapshot {
         state.exists().then_some(state)
     }
 
-    /// Copies the disk as it was to where this lab's host has it.
-    pub(crate) fn restore_disk(&self, overlay: &Path) -> Result<()> {
-        let disk = self.dir.join("disk.qcow2");
-        fs::copy(&disk, overlay).map_err(Error::io("cannot copy", &disk))?;
-        // Used lately: not the next to be removed.
-        let now = std::time::SystemTime::now();
-        let touched = fs::File::open(&self.dir).and_then(|dir| dir.set_modified(now));
-        touched.map_err(Error::io("cannot touch", &self.dir))
+    /// Copies the disks as they were to where this lab's host has them.
+    pub(crate) fn restore_disks(&self, files: &HostFiles) -> Result<()> {
+        for (name, disk) in disks(files) {
+            let kept = self.dir.join(name);
+            fs::copy(&kept, disk).map_err(Error::io("cannot copy", &kept))?;
+        }
+        touch(&self.dir)
     }
 
     /// Lets a host go on whose QEMU was started with the state: it was saved while stopped, and so
@@ -91,10 +90,17 @@ fn save_into(folder: &Path, files: &HostFiles) -> Result<()> {
     let uri = format!("file:{}", folder.join("state").display());
     qmp.execute("migrate", json!({ "uri": uri }))?;
     qmp.wait_migration(SAVE_PATIENCE)?;
-    // QEMU has flushed the disk and let go of it.
-    let copied = fs::copy(&files.overlay, folder.join("disk.qcow2"));
+    // QEMU has flushed the disks and let go of them.
+    let copied = disks(files).into_iter().try_for_each(|(name, disk)| {
+        fs::copy(disk, folder.join(name)).map(|_| ()).map_err(Error::io("cannot copy", disk))
+    });
     qmp.execute("cont", Value::Null)?;
-    copied.map(|_| ()).map_err(Error::io("cannot copy", &files.overlay))
+    copied
+}
+
+/// What a host writes to, and its name in a snapshot.
+fn disks(files: &HostFiles) -> [(&'static str, &Path); 2] {
+    [("disk.qcow2", &files.overlay), ("data.qcow2", &files.data)]
 }
 
 fn folder() -> PathBuf {

@@ -28,6 +28,7 @@ pub mod node;
 pub mod observe;
 pub mod process;
 pub mod records;
+pub mod seed;
 pub mod session;
 pub mod usage;
 pub mod wanted;
