@@ -95,7 +95,7 @@ fn peek(path: &Path, offset: u64) -> Done<u8> {
 /// 7 at its beginning, in its middle and at its end.
 fn make_image(pool: &Arc<dyn Pool>, bytes: u64) -> Done<ImageInfo> {
     let mut writer = ImageWriter::new(pool, bytes, ImageLimits::default())?;
-    for offset in [0, bytes / 2, bytes - 512] {
+    for offset in [0, bytes / 2 / MIB * MIB, bytes - 512] {
         writer.write(offset, &[7; 512])?;
     }
     Ok(writer.finish(None)?)
@@ -233,7 +233,7 @@ fn churn(pool: &Arc<dyn Pool>) -> Done {
 fn recover(pool: &Arc<dyn Pool>) -> Done {
     println!("removed {:?}", pool.clean_up()?);
     let all = pool.list()?;
-    assert!(all.leftovers.is_empty() && all.strangers.is_empty(), "{all:#?}");
+    assert!(all.leftovers.is_empty(), "{all:#?}");
     if let Some(volume) = pool.volume(volume_id(3))? {
         assert_eq!(volume.bytes, 64 * MIB);
         let path = pool.activate(volume.id)?;
@@ -246,7 +246,8 @@ fn recover(pool: &Arc<dyn Pool>) -> Done {
         pool.delete_image(image.id)?;
     }
     pool.delete_volume(volume_id(3))?;
-    assert_eq!(pool.list()?, Contents::default());
+    let strangers = all.strangers;
+    assert_eq!(pool.list()?, Contents { strangers, ..Contents::default() });
     println!("nothing is left");
     Ok(())
 }

@@ -9,6 +9,7 @@ use std::time::{Duration, Instant};
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::process::{Pid, PidfdFlags, Signal, kill_process, pidfd_open};
 
+use super::report;
 use crate::{PoolError, Result};
 
 /// A command may wait for others that hold the volume group's lock.
@@ -47,7 +48,7 @@ fn run(program: &str, args: &[&str], time_max: Duration) -> Result<Vec<u8>> {
         .spawn()
         .map_err(|error| failed(format!("cannot start: {error}")))?;
     let ended = watch(child, time_max).map_err(|error| failed(error.to_string()))?;
-    let stderr = String::from_utf8_lossy(&ended.stderr).trim().replace('\n', "; ");
+    let mut stderr = String::from_utf8_lossy(&ended.stderr).trim().replace('\n', "; ");
     if ended.late {
         return Err(PoolError::Timeout { what: command, seconds: time_max.as_secs() });
     }
@@ -56,6 +57,10 @@ fn run(program: &str, args: &[&str], time_max: Duration) -> Result<Vec<u8>> {
         return Err(PoolError::Report { command, detail });
     }
     if !ended.status.success() {
+        if stderr.is_empty() {
+            // With JSON, LVM's complaints are part of it.
+            stderr = report::complaints(&ended.stdout);
+        }
         return Err(PoolError::Command { command, status: ended.status.to_string(), stderr });
     }
     Ok(ended.stdout)

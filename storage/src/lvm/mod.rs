@@ -15,8 +15,8 @@
 //! Between them the volume is missing and `drover_old_…` is there: then the old one is the
 //! volume, and whoever looks first renames it back.
 //!
-//! Volumes are not activated when the node boots (`--setautoactivation n`): what runs here is
-//! for the agent to decide.
+//! Volumes are not activated when the node boots (`--setactivationskip y`): what runs here is for
+//! the agent to decide.
 
 mod command;
 mod delete;
@@ -41,18 +41,9 @@ use crate::pool::{
 };
 use crate::{PoolError, Result};
 
-/// For each new logical volume: ours, inactive until wanted, and not hidden from activation as
-/// thin snapshots are.
-const NEW_ARGS: [&str; 8] = [
-    "--yes",
-    "--setactivationskip",
-    "n",
-    "--setautoactivation",
-    "n",
-    "--addtag",
-    names::TAG,
-    "--quiet",
-];
+/// For each new logical volume: ours, and activated only by who insists.
+const NEW_ARGS: [&str; 6] =
+    ["--quiet", "--yes", "--setactivationskip", "y", "--addtag", names::TAG];
 
 /// A pool in a thin pool. See [`Pool`] for what it does.
 #[derive(Debug)]
@@ -269,7 +260,8 @@ impl Inner {
 
     fn set_active(&self, name: &str, active: bool) -> Result<()> {
         let value = if active { "y" } else { "n" };
-        lvm(&["lvchange", "--quiet", "--yes", "--activate", value, &self.full(name)]).map(drop)
+        let args = ["lvchange", "--quiet", "--yes", "--ignoreactivationskip", "--activate", value];
+        lvm(&[&args[..], &[&self.full(name)]].concat()).map(drop)
     }
 
     fn set_permission(&self, name: &str, value: &str) -> Result<()> {

@@ -9,6 +9,9 @@ pub(super) const FIELDS: &str = "lv_name,lv_size,lv_tags,segtype,pool_lv,data_pe
                                  metadata_percent,lv_active,zero,discards,lv_health_status,\
                                  vg_extent_size";
 
+/// Of a report's complaints, this many are shown.
+const COMPLAINTS_MAX: usize = 8;
+
 /// A logical volume.
 #[derive(Debug, Clone, PartialEq)]
 pub(super) struct Lv {
@@ -52,9 +55,25 @@ pub(super) fn parse(command: &str, json: &[u8]) -> Result<Vec<Lv>> {
     rows.map(|row| row.read().map_err(wrong)).collect()
 }
 
+/// What a report says went wrong; nothing when it is no report.
+pub(super) fn complaints(json: &[u8]) -> String {
+    let log = serde_json::from_slice::<Report>(json).map(|report| report.log).unwrap_or_default();
+    let errors = log.into_iter().filter(|line| line.log_type == "error");
+    let errors: Vec<String> = errors.take(COMPLAINTS_MAX).map(|line| line.log_message).collect();
+    errors.join("; ")
+}
+
 #[derive(Deserialize)]
 struct Report {
     report: Vec<Section>,
+    #[serde(default)]
+    log: Vec<LogLine>,
+}
+
+#[derive(Deserialize)]
+struct LogLine {
+    log_type: String,
+    log_message: String,
 }
 
 #[derive(Deserialize)]
