@@ -38,7 +38,7 @@ mod dir;
 mod error;
 pub mod image;
 mod lock;
-//LVM mod lvm;
+mod lvm;
 pub mod pool;
 pub mod record;
 mod sparse;

@@ -14,7 +14,7 @@ pub use spec::PoolSpec;
 pub use usage::{Level, PoolUsage, Thresholds};
 
 use crate::dir::DirPool;
-//LVM use crate::lvm::LvmPool;
+use crate::lvm::LvmPool;
 use crate::{PoolError, Result};
 
 /// The smallest unit of any disk.
@@ -29,13 +29,7 @@ pub const VOLUME_BYTES_MAX: u64 = 16 << 40;
 pub fn open(spec: &PoolSpec) -> Result<Arc<dyn Pool>> {
     Ok(match spec {
         PoolSpec::Dir { path } => Arc::new(DirPool::open(path)?),
-        PoolSpec::Lvm { vg, thin_pool } => {
-            let _ = (vg, thin_pool);
-            return Err(PoolError::Unfit {
-                pool: spec.to_string(),
-                reason: "the lvm back end comes with the next commit".into(),
-            });
-        }
+        PoolSpec::Lvm { vg, thin_pool } => Arc::new(LvmPool::open(vg, thin_pool)?),
     })
 }
 

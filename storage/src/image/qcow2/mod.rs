@@ -9,6 +9,11 @@
 //! The format: a header; a table (L1) of the offsets of tables (L2) of the offsets of clusters.
 //! `docs/interop/qcow2.rst` in QEMU's tree specifies it.
 
+#[cfg(test)]
+mod fixture;
+#[cfg(test)]
+mod tests;
+
 use std::fs::File;
 use std::io;
 use std::os::unix::fs::FileExt;
@@ -334,6 +339,8 @@ impl Header {
         }
         let version = u32_at(&bytes, 4);
         let header_length = if version == 3 { u32_at(&bytes, 100) } else { 0 };
+        let compression_type = if header_length > 104 { bytes[104] } else { 0 };
+        let is_zstd = compression_type == 1;
         Ok(Self {
             version,
             backing_file_offset: u64_at(&bytes, 8),
@@ -343,17 +350,9 @@ impl Header {
             l1_size: u32_at(&bytes, 36),
             l1_table_offset: u64_at(&bytes, 40),
             incompatible_features: if version == 3 { u64_at(&bytes, 72) } else { 0 },
-            compression_type: if header_length > 104 { bytes[104] } else { 0 },
-            compression: Compression::Zlib,
-        }
-        .with_compression())
-    }
-
-    fn with_compression(mut self) -> Self {
-        if self.compression_type == 1 {
-            self.compression = Compression::Zstd;
-        }
-        self
+            compression_type,
+            compression: if is_zstd { Compression::Zstd } else { Compression::Zlib },
+        })
     }
 
     fn check(&self) -> Result<()> {
