@@ -6,6 +6,7 @@ use std::path::PathBuf;
 use clap::Parser;
 
 use crate::error::Error;
+use crate::storage::PoolFlag;
 
 /// Default port of AgentService.
 pub const PORT_DEFAULT: u16 = 7401;
@@ -61,6 +62,11 @@ pub struct Options {
     /// The bridge of domains' interfaces that name none; made if it is not there
     #[arg(long, env = "DROVER_BRIDGE", value_name = "NAME", default_value = "br0")]
     pub bridge: String,
+    /// A pool for the domains' volumes: ID=lvm:VG/THINPOOL or ID=dir:/path, ",overcommit=2.0"
+    /// behind it when so many times its size may be promised; repeat it for each pool, or put
+    /// a ';' between them in the variable
+    #[arg(long = "pool", env = "DROVER_POOLS", value_name = "ID=POOL", value_delimiter = ';')]
+    pub pools: Vec<PoolFlag>,
     /// vCPUs that are promised for each core
     #[arg(long, env = "DROVER_VCPU_OVERCOMMIT", value_name = "N", default_value_t = 4,
           value_parser = clap::value_parser!(u32).range(1..=i64::from(VCPU_OVERCOMMIT_MAX)))]
@@ -147,7 +153,7 @@ impl Options {
     }
 }
 
-fn parse_id(value: &str) -> Result<String, String> {
+pub(crate) fn parse_id(value: &str) -> Result<String, String> {
     let inner = |b: u8| b.is_ascii_lowercase() || b.is_ascii_digit();
     let bytes = value.as_bytes();
     let right = (1..=63).contains(&bytes.len())

@@ -1,14 +1,13 @@
-//! AgentService: the console of a domain, passed through from its VMM's socket.
+//! The console of a domain, passed through from its VMM's socket.
 
 use std::sync::Arc;
 use std::time::Duration;
 
-use drover_proto::agent::v1::agent_service_server::{AgentService, AgentServiceServer};
 use drover_proto::v1::{ConsoleInput, ConsoleOutput};
 use drover_proto::vmm::v1::vmm_service_client::VmmServiceClient;
 use tokio::sync::{Semaphore, mpsc};
 use tokio_stream::wrappers::ReceiverStream;
-use tonic::{Request, Response, Status, Streaming};
+use tonic::{Status, Streaming};
 
 use crate::domain::client::channel;
 use crate::records::Places;
@@ -21,6 +20,9 @@ const PIECES_MAX: usize = 16;
 /// Readers at the same time, of all consoles of the node.
 const READERS_MAX: usize = 256;
 
+/// What AttachConsole answers.
+pub type ConsoleAnswers = ReceiverStream<Result<ConsoleOutput, Status>>;
+
 /// Serves the consoles of the domains of this node.
 #[derive(Debug, Clone)]
 pub struct Console {
@@ -30,28 +32,22 @@ pub struct Console {
 }
 
 impl Console {
-    /// The service, for domains whose files lie in `places`.
-    pub fn service(places: Places, node: String) -> AgentServiceServer<Self> {
-        let readers = Arc::new(Semaphore::new(READERS_MAX));
-        AgentServiceServer::new(Self { places, node, readers })
+    /// Of domains whose files lie in `places`.
+    pub fn new(places: Places, node: String) -> Self {
+        Self { places, node, readers: Arc::new(Semaphore::new(READERS_MAX)) }
     }
-}
 
-#[tonic::async_trait]
-impl AgentService for Console {
-    type AttachConsoleStream = ReceiverStream<Result<ConsoleOutput, Status>>;
-
-    async fn attach_console(
+    /// As AgentService.AttachConsole.
+    pub(crate) async fn attach(
         &self,
-        request: Request<Streaming<ConsoleInput>>,
-    ) -> Result<Response<Self::AttachConsoleStream>, Status> {
+        mut input: Streaming<ConsoleInput>,
+    ) -> Result<ConsoleAnswers, Status> {
         let reader = Arc::clone(&self.readers).try_acquire_owned().map_err(|_| {
             Status::resource_exhausted(format!(
                 "{READERS_MAX} consoles are open on node {}; close one",
                 self.node
             ))
         })?;
-        let mut input = request.into_inner();
         let first = tokio::time::timeout(ATTACH_TIMEOUT, input.message())
             .await
             .map_err(|_| Status::deadline_exceeded("no first message within 10 s"))??
@@ -101,6 +97,6 @@ impl AgentService for Console {
                 }
             }
         });
-        Ok(Response::new(ReceiverStream::new(output_pieces)))
+        Ok(ReceiverStream::new(output_pieces))
     }
 }

@@ -51,6 +51,20 @@ pub enum Error {
     /// A record on disk.
     #[error(transparent)]
     Storage(#[from] drover_storage::Error),
+    /// A pool of the flags cannot be opened.
+    #[error("--pool {id}: {source}")]
+    Pool {
+        /// Its id.
+        id: String,
+        /// Why.
+        source: drover_storage::PoolError,
+    },
+    /// A pool, or what is in it.
+    #[error(transparent)]
+    InPool(#[from] drover_storage::PoolError),
+    /// There is no room for what is to come.
+    #[error("{0}")]
+    NoRoom(String),
     /// A record that is whole, but says nothing that this agent understands.
     #[error("{path}: the record cannot be used: {reason}")]
     Record {

@@ -13,6 +13,9 @@
 //! Both directions carry levels, never edges: whatever is lost, late or repeated, the next full
 //! picture puts things right. What must be remembered is on disk before it is acted on.
 //!
+//! Beside the domains' tasks stands one for the pools ([`storage`]): it makes the volumes that
+//! domains wait for. Other agents and the controllers call [`service`].
+//!
 //! Start reading at [`decide`], the pure function that holds every rule; [`mod@domain`] carries
 //! its answers out; [`node`] has all domains, [`session`] the controller. [`records`] says where
 //! everything lies on disk, and [`process`] how a VMM is known again.
@@ -29,6 +32,8 @@ pub mod observe;
 pub mod process;
 pub mod records;
 pub mod seed;
+pub mod service;
 pub mod session;
+pub mod storage;
 pub mod usage;
 pub mod wanted;

@@ -12,6 +12,8 @@ use drover_agent::domain::{STARTS_AT_ONCE_MAX, Shared};
 use drover_agent::error::Error;
 use drover_agent::identity::Home;
 use drover_agent::records::Places;
+use drover_agent::service::Service;
+use drover_agent::storage::{self, Images};
 use drover_agent::{node, process, session, usage};
 use drover_proto::agent::v1::Hello;
 use tokio::net::TcpListener;
@@ -80,31 +82,36 @@ async fn run(options: Options) -> Result<(), Error> {
         "drover-agent begins"
     );
     let places = Places { state: options.state_dir.clone(), run: options.run_dir.clone() };
+    let changed = watch::Sender::new(0);
+    let (pools, pools_task) = storage::start(&options.pools, changed.clone()).await?;
+    let images = Images::new(pools.clone(), options.node.clone(), options.state_dir.clone());
     let shared = Arc::new(Shared {
         node: options.node.clone(),
         places: places.clone(),
         vmm: options.vmm,
         bridge: options.bridge,
+        storage: pools,
         migration_listen: addresses.migration_listen,
         boot_id,
         starts: Semaphore::new(STARTS_AT_ONCE_MAX),
         clock: tokio::time::Instant::now(),
-        changed: watch::Sender::new(0),
+        changed,
     });
     let node = node::start(shared, home).await?;
     let server = Server::builder()
         .http2_keepalive_interval(Some(KEEP_ALIVE))
         .http2_keepalive_timeout(Some(KEEP_ALIVE))
-        .add_service(Console::service(places, options.node))
+        .add_service(Service { console: Console::new(places, options.node), images }.server())
         .serve_with_incoming(TcpListenerStream::new(listener));
     tokio::select! {
         error = session::run(options.controllers, hello, node) => Err(error),
         result = server => {
             if let Err(error) = result {
-                tracing::error!(%error, "the console service failed");
+                tracing::error!(%error, "AgentService failed");
             }
-            Err(Error::Ended("console service"))
+            Err(Error::Ended("AgentService"))
         }
+        _ = pools_task => Err(Error::Ended("storage task")),
         () = told_to_end() => {
             tracing::info!("drover-agent ends; the domains go on");
             Ok(())

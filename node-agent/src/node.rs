@@ -4,7 +4,7 @@
 //! away, starts tasks for the new ones, and draws the picture for reports from what the domains'
 //! tasks show. It never waits for a domain.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -18,6 +18,7 @@ use crate::domain::{Domain, Shared, View};
 use crate::error::{Error, blocking};
 use crate::identity::Home;
 use crate::net;
+use crate::storage::{View as StorageView, WantedStorage};
 use crate::usage::Sampler;
 use crate::wanted::{Wanted, is_uid};
 
@@ -40,6 +41,8 @@ pub struct Picture {
     pub usage: NodeUsage,
     /// Every domain of which something is here.
     pub domains: Vec<ObservedDomain>,
+    /// Pools, volumes and images.
+    pub storage: Arc<StorageView>,
 }
 
 /// Why a `Desired` was not taken in.
@@ -162,7 +165,7 @@ impl Node {
                 command = commands.recv() => match command {
                     Some(Command::Desired { desired, reply }) => {
                         // Nobody waiting for the answer is no reason not to do it.
-                        let _ = reply.send(self.desire(*desired));
+                        let _ = reply.send(self.desire(*desired).await);
                     }
                     Some(Command::Picture { reply }) => {
                         let _ = reply.send(self.picture());
@@ -193,14 +196,20 @@ impl Node {
         }
     }
 
-    fn desire(&mut self, desired: Desired) -> Result<(), Stale> {
+    async fn desire(&mut self, desired: Desired) -> Result<(), Stale> {
         let seen = self.home.term();
         if desired.term < seen {
             return Err(Stale::Term { term: desired.term, seen });
         }
         self.home.raise_term(desired.term).map_err(|err| Stale::Disk(err.to_string()))?;
+        let disks = desired.domains.iter().flat_map(|domain| &domain.disks);
+        let used: BTreeSet<String> = disks.map(|disk| disk.volume_uid.clone()).collect();
+        let Desired { domains, volumes, garbage, .. } = desired;
+        // Before the domains: they look for their disks among what is wanted.
+        let wanted = WantedStorage { volumes, garbage, used };
+        self.shared.storage.desire(wanted).await.map_err(|_| Stale::Ending)?;
         let mut assignments: BTreeMap<String, Assignment> = BTreeMap::new();
-        for assignment in desired.domains {
+        for assignment in domains {
             if is_uid(&assignment.uid) {
                 assignments.insert(assignment.uid.clone(), assignment);
             } else {
@@ -276,7 +285,7 @@ impl Node {
             domains.push(observed);
         }
         self.sampler.keep_only(&pids);
-        Picture { usage: self.sampler.node(now), domains }
+        Picture { usage: self.sampler.node(now), domains, storage: self.shared.storage.view() }
     }
 }
 

@@ -6,7 +6,7 @@ use drover_proto::agent::v1::{
 use drover_proto::v1::{ExitReason, RestartPolicy};
 use drover_proto::vmm::v1::{VmmState, VmmStatus};
 
-use crate::decide::{CRASH_RESTARTS_MAX, Facts, Vmm, restart_at};
+use crate::decide::{CRASH_RESTARTS_MAX, Disks, Facts, Vmm, restart_at};
 use crate::records::{DomainRecord, End, EndReason, Handover};
 use crate::wanted::{Outgoing, Role};
 
@@ -81,10 +81,17 @@ fn state(
         }
         Vmm::Gone => match &record.end {
             Some(end) => ended(facts, record, end),
-            None if facts.wanted.owner().is_some_and(|owner| owner.running) => {
-                (ObservedState::Starting, String::new())
-            }
-            None if is_incoming(facts) => (ObservedState::Incoming, String::new()),
+            None if facts.wanted.owner().is_some_and(|owner| owner.running) => match facts.disks {
+                Disks::Ready => (ObservedState::Starting, String::new()),
+                Disks::Waiting(reason) => (ObservedState::Starting, reason.clone()),
+                Disks::Failed(reason) => (ObservedState::Failed, reason.clone()),
+            },
+            None if is_incoming(facts) => match facts.disks {
+                Disks::Ready => (ObservedState::Incoming, String::new()),
+                Disks::Waiting(reason) | Disks::Failed(reason) => {
+                    (ObservedState::Incoming, reason.clone())
+                }
+            },
             None => (ObservedState::Stopped, String::new()),
         },
     }
@@ -159,6 +166,12 @@ fn migration(
                 && id == migration_id
             {
                 return Some(failed(id, MigrationRole::Destination, error.clone()));
+            }
+            if let Disks::Failed(reason) = facts.disks
+                && record.run.is_none()
+                && record.end.is_none()
+            {
+                return Some(failed(migration_id, MigrationRole::Destination, reason.clone()));
             }
         }
         None => {}

@@ -7,6 +7,7 @@
 //!                    /handover.json  written by the VMM before it gives the guest away
 //!                    /vmm.lock       locked for as long as the VMM's process exists
 //!                    /vmm.log        what the VMM says (and .1, the part before)
+//!                    /seed.img       what cloud-init in the guest is told, where it is
 //! RUN/domains/<uid>/vmm.sock         the VMM's API
 //! ```
 //!
@@ -40,6 +41,8 @@ pub struct DomainFiles {
     pub lock: PathBuf,
     /// Standard output and error of the VMM.
     pub log: PathBuf,
+    /// The disk that cloud-init in the guest reads.
+    pub seed: PathBuf,
     /// RUN/domains/<uid>.
     pub run_dir: PathBuf,
     /// The VMM's API.
@@ -67,6 +70,7 @@ impl Places {
             handover: dir.join("handover.json"),
             lock: dir.join("vmm.lock"),
             log: dir.join("vmm.log"),
+            seed: dir.join("seed.img"),
             socket: run_dir.join("vmm.sock"),
             dir,
             run_dir,

@@ -237,6 +237,9 @@ async fn serve(
                     desired_sequence,
                     usage: Some(picture.usage),
                     domains: picture.domains,
+                    pools: picture.storage.pools.clone(),
+                    volumes: picture.storage.volumes.clone(),
+                    images: picture.storage.images.clone(),
                 };
                 let message =
                     AgentMessage { message: Some(agent_message::Message::Report(report)) };

@@ -3,7 +3,7 @@
 use std::time::Duration;
 
 use drover_proto::agent::v1 as pb;
-use drover_proto::v1::{DomainSpec, MigrationLimits, PowerState};
+use drover_proto::v1::{DiskLimits, DomainSpec, MigrationLimits, PowerState};
 
 /// Longest grace period that is waited for after the power button.
 const GRACE_MAX: Duration = Duration::from_secs(3600);
@@ -33,6 +33,21 @@ pub struct Assigned {
     pub spec: DomainSpec,
     /// What this node is to it.
     pub role: Role,
+    /// Its disks, in the order in which the guest finds them.
+    pub disks: Vec<Disk>,
+}
+
+/// A disk of a domain: a volume of this node.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Disk {
+    /// The volume's UUID.
+    pub volume: String,
+    /// The pool's id.
+    pub pool: String,
+    /// The guest can read it only.
+    pub read_only: bool,
+    /// What the guest may ask of it.
+    pub limits: DiskLimits,
 }
 
 /// What the node is to a domain.
@@ -116,7 +131,7 @@ impl Wanted {
 }
 
 fn parse(assignment: pb::Assignment) -> Result<Assigned, String> {
-    let pb::Assignment { uid: _, name, epoch, spec, role, outgoing } = assignment;
+    let pb::Assignment { uid: _, name, epoch, spec, role, outgoing, disks } = assignment;
     let spec = spec.ok_or("the assignment has no spec")?;
     if epoch == 0 {
         return Err("the assignment's epoch is 0; epochs begin at 1".into());
@@ -151,7 +166,32 @@ fn parse(assignment: pb::Assignment) -> Result<Assigned, String> {
             Role::Incoming { migration_id: incoming.migration_id, token: incoming.token }
         }
     };
-    Ok(Assigned { name, epoch, spec, role })
+    // The spec says what shall be, `disks` what is: the volumes that the controller chose.
+    if disks.len() != spec.disks.len() {
+        return Err(format!(
+            "the assignment has {} disks, and its spec {}",
+            disks.len(),
+            spec.disks.len()
+        ));
+    }
+    let disks = disks.into_iter().enumerate().map(|(index, disk)| parse_disk(index, disk));
+    let disks = disks.collect::<Result<_, _>>()?;
+    Ok(Assigned { name, epoch, spec, role, disks })
+}
+
+fn parse_disk(index: usize, disk: pb::AssignedDisk) -> Result<Disk, String> {
+    if !is_uid(&disk.volume_uid) {
+        return Err(format!(
+            "the assignment's disks[{index}].volume_uid: {:?} is no UUID",
+            disk.volume_uid
+        ));
+    }
+    Ok(Disk {
+        volume: disk.volume_uid,
+        pool: disk.pool,
+        read_only: disk.read_only,
+        limits: disk.limits.unwrap_or_default(),
+    })
 }
 
 fn duration(value: Option<prost_types::Duration>) -> Duration {
@@ -195,9 +235,27 @@ mod tests {
             (
                 pb::Assignment {
                     role: Some(pb::assignment::Role::Incoming(pb::Incoming::default())),
-                    ..good
+                    ..good.clone()
                 },
                 "migration_id",
+            ),
+            (
+                pb::Assignment { disks: vec![pb::AssignedDisk::default()], ..good.clone() },
+                "1 disks, and its spec 0",
+            ),
+            (
+                pb::Assignment {
+                    spec: Some(DomainSpec {
+                        disks: vec![drover_proto::v1::Disk::default()],
+                        ..DomainSpec::default()
+                    }),
+                    disks: vec![pb::AssignedDisk {
+                        volume_uid: "../x".into(),
+                        ..pb::AssignedDisk::default()
+                    }],
+                    ..good
+                },
+                "disks[0].volume_uid",
             ),
         ];
         for (assignment, word) in cases {

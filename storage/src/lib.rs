@@ -1,8 +1,8 @@
-//! Durable storage on a node. Today this is one thing: **small records** that survive a crash
-//! at any moment, which the agent uses for its own identity and for what it knows about each
-//! domain. Pools, volumes and images come to live here later; this crate knows nothing of
-//! domains.
+//! Durable storage on a node. This crate knows nothing of domains, nodes or the controller; the
+//! agent joins it with them. It has two parts.
 //!
+//! **Small records** that survive a crash at any moment, which the agent uses for its own
+//! identity and for what it knows about each domain.
 //! A record is a file: one line of text that says what follows, then the payload, so that an
 //! operator can read it with `cat`:
 //!
@@ -18,8 +18,34 @@
 //! treated alike: a missing record means "never seen", a damaged one means "was seen, and I
 //! do not know what it said".
 //!
-//! Start reading at [`record`](mod@record).
+//! **Pools** with volumes, snapshots and images. A pool is opened from a specification
+//! (`lvm:VG/THINPOOL`, `dir:/path`) by [`pool::open`] and used through the trait [`Pool`].
+//! Data flows like this:
+//!
+//! ```text
+//! raw or qcow2 file, stream ──import──▶ ImageWriter ──▶ ImageDraft ──publish──▶ image
+//! another node's chunks ────────────────▲                                        │
+//! another node ◀── OpenImage::chunks ◀───────────────────────────────────────────┤
+//!                         volume, as a VMM opens it ◀── clone_image ─────────────┘
+//! ```
+//!
+//! Inside a pool everything is raw; other formats end at [`image::import`].
+//!
+//! Start reading at [`pool`] for what a pool promises, at [`image`] for identity and import;
+//! then `dir`, the simpler of the two back ends. [`record`](mod@record) stands by itself.
 
+mod dir;
+mod error;
+pub mod image;
+mod lock;
+mod lvm;
+pub mod pool;
 pub mod record;
+mod sparse;
 
+pub use error::PoolError;
+pub use pool::{Pool, PoolSpec};
 pub use record::{Error, RECORD_BYTES_MAX, Record, create_dir, read, remove, sync_dir, write};
+
+/// What pools and images answer.
+pub type Result<T> = std::result::Result<T, PoolError>;

@@ -10,6 +10,10 @@
 //! - nothing is started while a VMM's process exists, answering or not;
 //! - without an assignment nothing is started, and before the first `Desired` nothing is ended.
 //!
+//! A VMM is started, to boot a guest or to wait for one, only when all of the domain's disks are
+//! here ([`Disks`]). Until then its record says that it is to be started, so that what is
+//! reported of the wait counts for this epoch and start.
+//!
 //! ```text
 //!                          Start            StartMigration
 //!            nothing  ───────────►  RUNNING ──────────────► HANDED_OVER
@@ -86,6 +90,18 @@ pub struct Migration {
     pub progress: MigrationProgress,
 }
 
+/// A domain's disks on this node. One without disks has all that it needs.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub enum Disks {
+    /// All of them can be opened.
+    #[default]
+    Ready,
+    /// They are being made; for people, how far.
+    Waiting(String),
+    /// One of them cannot be had, and why. It may be there later all the same.
+    Failed(String),
+}
+
 /// What the agent has done so far and need not remember after its own death.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct Progress {
@@ -122,6 +138,8 @@ pub enum Action {
     Adopt,
     /// Write down how the VMM ended.
     Settle,
+    /// Write down that the domain is to be started when its disks are here.
+    AwaitDisks,
     /// Start a VMM that boots the guest.
     Start,
     /// Start a VMM that waits for the guest.
@@ -155,6 +173,8 @@ pub struct Facts<'a> {
     pub wanted: &'a Wanted,
     /// What was done.
     pub progress: &'a Progress,
+    /// The disks of the assignment.
+    pub disks: &'a Disks,
     /// Now.
     pub now_ms: u64,
 }
@@ -263,11 +283,11 @@ fn decide_stopping(facts: Facts<'_>, owner: &Owner, migration: Option<&Migration
 
 fn decide_owner_without_vmm(facts: Facts<'_>, assigned: &Assigned, owner: &Owner) -> Action {
     let Some(record) = facts.record else {
-        return if owner.running { Action::Start } else { Action::Adopt };
+        return if owner.running { start(facts, assigned, Action::Start) } else { Action::Adopt };
     };
     let Some(end) = &record.end else {
         return match owner.running {
-            true => Action::Start,
+            true => start(facts, assigned, Action::Start),
             false => adopt_if_new(record, assigned),
         };
     };
@@ -280,26 +300,44 @@ fn decide_owner_without_vmm(facts: Facts<'_>, assigned: &Assigned, owner: &Owner
     let decided_anew = assigned.epoch > end.epoch;
     let asked_again = record.start_generation.is_some_and(|seen| owner.start_generation > seen);
     if decided_anew || end.ordered || asked_again {
-        return Action::Start;
+        return start(facts, assigned, Action::Start);
     }
     if record.start_generation.is_none() {
         return Action::Adopt;
     }
     match end.reason {
-        EndReason::HostRebooted | EndReason::Interrupted => Action::Start,
+        EndReason::HostRebooted | EndReason::Interrupted => start(facts, assigned, Action::Start),
         EndReason::Shutdown => Action::Nothing,
         EndReason::Reboot => match assigned.spec.on_reboot() {
             RestartPolicy::Stop => Action::Nothing,
-            RestartPolicy::Restart | RestartPolicy::Unspecified => Action::Start,
+            RestartPolicy::Restart | RestartPolicy::Unspecified => {
+                start(facts, assigned, Action::Start)
+            }
         },
         EndReason::Crash | EndReason::Killed | EndReason::Error => {
             match restart_at(record, end, assigned, facts.progress) {
                 None => Action::Nothing,
                 Some(at) if facts.now_ms < at => Action::WaitUntil(at),
-                Some(_) => Action::Start,
+                Some(_) => start(facts, assigned, Action::Start),
             }
         }
     }
+}
+
+/// `action` when the domain's disks are here. Otherwise the record is made to say that it is to
+/// be started: under this epoch, for this order, and that the last VMM's end is history.
+fn start(facts: Facts<'_>, assigned: &Assigned, action: Action) -> Action {
+    if *facts.disks == Disks::Ready {
+        return action;
+    }
+    let written = facts.record.is_some_and(|record| {
+        let ordered = match &assigned.role {
+            Role::Owner(owner) => record.start_generation == Some(owner.start_generation),
+            Role::Incoming { .. } => true,
+        };
+        record.end.is_none() && record.epoch == assigned.epoch && ordered
+    });
+    if written { Action::Nothing } else { Action::AwaitDisks }
 }
 
 /// When a domain that crashed is to be restarted, if it is at all. One that never ran is not:
@@ -338,7 +376,10 @@ fn decide_incoming(facts: Facts<'_>, assigned: &Assigned, migration_id: &str) ->
                     && end.reason != EndReason::Interrupted
             });
             // Each migration has one waiting VMM: the controller hears how it ended.
-            if tried { Action::Nothing } else { Action::StartIncoming }
+            match tried {
+                true => Action::Nothing,
+                false => start(facts, assigned, Action::StartIncoming),
+            }
         }
         Vmm::Silent { since_ms, .. } if is_its_vmm => wait_for_start(facts, *since_ms),
         Vmm::Silent { .. } => end_vmm(facts),

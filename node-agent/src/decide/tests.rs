@@ -72,7 +72,8 @@ fn silent() -> Vmm {
 
 fn assigned(epoch: u64, role: Role) -> Wanted {
     let spec = DomainSpec::default();
-    Wanted::Assigned(Box::new(Assigned { name: "domains/web".into(), epoch, spec, role }))
+    let disks = Vec::new();
+    Wanted::Assigned(Box::new(Assigned { name: "domains/web".into(), epoch, spec, role, disks }))
 }
 
 fn owner(running: bool) -> Owner {
@@ -131,14 +132,17 @@ fn ask(
     wanted: Wanted,
     progress: Progress,
 ) -> Action {
-    let record = record.into();
-    decide(Facts {
-        record: record.as_ref(),
-        vmm: &vmm,
-        wanted: &wanted,
-        progress: &progress,
-        now_ms: NOW,
-    })
+    ask_with(&Disks::Ready, record.into(), &vmm, &wanted, &progress)
+}
+
+fn ask_with(
+    disks: &Disks,
+    record: Option<DomainRecord>,
+    vmm: &Vmm,
+    wanted: &Wanted,
+    progress: &Progress,
+) -> Action {
+    decide(Facts { record: record.as_ref(), vmm, wanted, progress, disks, now_ms: NOW })
 }
 
 type Row = (&'static str, Option<DomainRecord>, Vmm, Wanted, Action);
@@ -342,6 +346,44 @@ fn migrations_take_their_steps_once() {
     ]);
 }
 
+/// No VMM is started without all disks of its domain; nothing else waits for them.
+#[test]
+fn a_domain_starts_when_its_disks_are_here() {
+    use Action::*;
+    use VmmState::*;
+    let other_start = DomainRecord { start_generation: Some(7), ..record() };
+    let came = DomainRecord { start_generation: None, ..record() };
+    // What is said of a wait is to count for this epoch and this start, so it is written first.
+    let rows: Vec<Row> = vec![
+        ("new", None, Vmm::Gone, run(5), AwaitDisks),
+        ("written down", Some(record()), Vmm::Gone, run(5), Nothing),
+        ("written for an older epoch", Some(record()), Vmm::Gone, run(6), AwaitDisks),
+        ("written for another start", Some(other_start), Vmm::Gone, run(5), AwaitDisks),
+        ("host rebooted", Some(ended(EndReason::HostRebooted)), Vmm::Gone, run(5), AwaitDisks),
+        ("started again", Some(ended(EndReason::Shutdown)), Vmm::Gone, start_again(2), AwaitDisks),
+        ("shut down", Some(ended(EndReason::Shutdown)), Vmm::Gone, run(5), Nothing),
+        ("crashed", Some(ended(EndReason::Crash)), Vmm::Gone, run(5), Nothing),
+        ("handed over", Some(handed_over()), Vmm::Gone, run(6), Nothing),
+        ("handed over, given back", Some(handed_over()), Vmm::Gone, run(7), AwaitDisks),
+        ("to stop", None, Vmm::Gone, stop(5), Adopt),
+        ("no longer wanted", Some(record()), Vmm::Gone, Wanted::Absent, Remove),
+        ("runs", Some(ran()), live(Running), run(5), Nothing),
+        ("runs, to stop", Some(ran()), live(Running), stop(5), PowerButton),
+        ("to receive", None, Vmm::Gone, receive(5), AwaitDisks),
+        ("to receive, written down", Some(came), Vmm::Gone, receive(5), Nothing),
+        ("waits for its guest", Some(waits(M)), live(Incoming), receive(5), PrepareIncoming),
+    ];
+    for disks in [Disks::Waiting("copying".into()), Disks::Failed("gone".into())] {
+        for (what, record, vmm, wanted, expected) in &rows {
+            let action = ask_with(&disks, record.clone(), vmm, wanted, &progress());
+            assert_eq!(action, *expected, "{what}, {disks:?}");
+        }
+    }
+    // What was written down for the wait is what the start goes on from.
+    assert_eq!(ask(record(), Vmm::Gone, run(5), progress()), Start);
+    assert_eq!(ask(record(), Vmm::Gone, receive(5), progress()), StartIncoming);
+}
+
 #[test]
 fn without_a_desired_nothing_ends_and_without_a_place_in_it_all_does() {
     use Action::*;
@@ -491,15 +533,17 @@ fn no_combination_breaks_the_rules() {
         for vmm in &vmms {
             for wanted in &wanteds {
                 for progress in &progresses {
-                    let facts =
-                        Facts { record: record.as_ref(), vmm, wanted, progress, now_ms: NOW };
-                    hold_the_rules(facts, &decide(facts));
-                    count += 1;
+                    for disks in &[Disks::Ready, Disks::Waiting("w".into())] {
+                        let record = record.as_ref();
+                        let facts = Facts { record, vmm, wanted, progress, disks, now_ms: NOW };
+                        hold_the_rules(facts, &decide(facts));
+                        count += 1;
+                    }
                 }
             }
         }
     }
-    assert!(count > 80_000, "{count}");
+    assert!(count > 160_000, "{count}");
 }
 
 fn hold_the_rules(facts: Facts<'_>, action: &Action) {
@@ -510,7 +554,11 @@ fn hold_the_rules(facts: Facts<'_>, action: &Action) {
         .and_then(|record| record.end.as_ref())
         .and_then(|end| end.handover.as_ref())
         .map(|handover| handover.to_epoch);
-    let runs_guest = matches!(action, Action::Start | Action::StartIncoming | Action::TakeOver);
+    // To write down that it is to be started takes the same right as to start it.
+    let runs_guest = matches!(
+        action,
+        Action::Start | Action::StartIncoming | Action::TakeOver | Action::AwaitDisks
+    );
     let ends = matches!(action, Action::Quit | Action::Kill | Action::Remove);
     if runs_guest {
         // Only on an assignment, and never under an epoch that was overtaken.
@@ -521,6 +569,9 @@ fn hold_the_rules(facts: Facts<'_>, action: &Action) {
         }
     }
     if matches!(action, Action::Start | Action::StartIncoming) {
+        assert_eq!(*facts.disks, Disks::Ready, "{}", context());
+    }
+    if matches!(action, Action::Start | Action::StartIncoming | Action::AwaitDisks) {
         // Never beside another process, and never before its end is written down.
         assert_eq!(*facts.vmm, Vmm::Gone, "{}", context());
         assert!(facts.record.is_none_or(|record| record.run.is_none()), "{}", context());

@@ -1,6 +1,7 @@
 //! Carrying out one action. Each writes down first what must not be forgotten, and can be done
 //! again from the beginning after a crash at any point.
 
+use std::path::PathBuf;
 use std::time::Duration;
 
 use drover_proto::vmm::v1::{PrepareIncomingRequest, StartMigrationRequest};
@@ -9,12 +10,12 @@ use tokio::time::Instant;
 
 use super::client::{VmmClient, is_refusal};
 use super::vmm::{Event, Link, describe};
-use super::{Domain, files};
+use super::{Domain, files, seeding};
 use crate::decide::{Action, CRASH_FORGIVEN_AFTER, Progress};
 use crate::error::{Error, blocking};
 use crate::net;
 use crate::records::{DomainRecord, End, EndReason, OutgoingRecord, Run};
-use crate::wanted::{Assigned, Outgoing, Role, Wanted};
+use crate::wanted::{Assigned, Disk, Outgoing, Role, Wanted};
 
 /// After a start, the VMM's first word is waited for so long before others may start.
 const FIRST_WORD_TIMEOUT: Duration = Duration::from_secs(20);
@@ -27,6 +28,7 @@ impl Domain {
         match action {
             Action::Nothing | Action::WaitUntil(_) | Action::Refuse(_) => Ok(()),
             Action::Adopt => self.adopt().await,
+            Action::AwaitDisks => self.await_disks().await,
             Action::Settle => self.settle().await,
             Action::Start | Action::StartIncoming => self.start().await,
             Action::PrepareIncoming => self.prepare_incoming().await,
@@ -67,6 +69,16 @@ impl Domain {
         self.save(record).await
     }
 
+    /// The record of a domain that is to be started, and whose last VMM's end is history. An
+    /// earlier hand-over is, too: the assignment's epoch is greater than what it went to.
+    async fn await_disks(&mut self) -> Result<(), Error> {
+        let assigned = self.assigned()?;
+        let mut record = self.record_for(&assigned);
+        record.crash_restarts = self.crash_restarts_after(&assigned);
+        record.end = None;
+        self.save(record).await
+    }
+
     /// Starts a VMM, to boot the guest or to wait for it. What makes it impossible is written
     /// down as the end of a VMM that never was: it is reported, and not tried for ever.
     async fn start(&mut self) -> Result<(), Error> {
@@ -77,6 +89,11 @@ impl Domain {
         };
         let mut record = self.record_for(&assigned);
         record.crash_restarts = self.crash_restarts_after(&assigned);
+        // Before the queue: a pool that hangs keeps no other domain from its start.
+        let disks = match self.open_disks(&assigned).await {
+            Ok(disks) => disks,
+            Err(error) => return self.could_not_start(record, &assigned, incoming, &error).await,
+        };
         let shared = self.shared.clone();
         let Ok(_permit) = shared.starts.acquire().await else {
             return Err(Error::Ended("start queue"));
@@ -92,7 +109,7 @@ impl Domain {
             incoming = incoming.is_some(),
             "starts the VMM"
         );
-        let config = match self.prepare_start(&assigned, incoming.is_none()).await {
+        let config = match self.prepare_start(&assigned, disks, incoming.is_none()).await {
             Ok(config) => config,
             Err(error) => return self.could_not_start(record, &assigned, incoming, &error).await,
         };
@@ -118,7 +135,8 @@ impl Domain {
     /// Restarts in a row, if this start comes of a crash and not of the operator.
     fn crash_restarts_after(&self, assigned: &Assigned) -> u32 {
         let Some(record) = &self.record else { return 0 };
-        let Some(end) = &record.end else { return 0 };
+        // It waited for its disks since.
+        let Some(end) = &record.end else { return record.crash_restarts };
         let asked = match &assigned.role {
             Role::Owner(owner) => record.start_generation != Some(owner.start_generation),
             Role::Incoming { .. } => true,
@@ -130,20 +148,39 @@ impl Domain {
         }
     }
 
+    /// Where the domain's disks can be opened now, in their order.
+    async fn open_disks(&self, assigned: &Assigned) -> Result<Vec<PathBuf>, Error> {
+        let storage = self.storage.clone();
+        let disks = assigned.disks.clone();
+        blocking(move || {
+            let activate = |(index, disk): (usize, &Disk)| {
+                storage
+                    .activate(&disk.pool, &disk.volume)
+                    .map_err(|err| Error::Domain(format!("disk {}: {err}", index + 1)))
+            };
+            disks.iter().enumerate().map(activate).collect()
+        })
+        .await
+    }
+
     async fn prepare_start(
         &self,
         assigned: &Assigned,
+        disks: Vec<PathBuf>,
         boots: bool,
     ) -> Result<drover_hv::config::DomainConfig, Error> {
         let shared = self.shared.clone();
         let files = self.files.clone();
         let uid = self.uid.clone();
-        let Assigned { name, epoch, spec, .. } = assigned.clone();
+        let assigned = assigned.clone();
         blocking(move || {
+            let spec = &assigned.spec;
             // First what changes nothing.
             let names: Vec<String> =
                 (0..spec.interfaces.len()).map(|index| net::tap_name(&uid, index)).collect();
-            let config = files::domain_config(&uid, &name, epoch, &spec, &names)?;
+            let seed = seeding::seed_bytes(&uid, &assigned)?;
+            let seed_path = seed.as_ref().map(|_| files.seed.as_path());
+            let config = files::domain_config(&uid, &assigned, &names, &disks, seed_path)?;
             if boots {
                 files::check_boot_files(&config, &shared.node)?;
             }
@@ -152,6 +189,7 @@ impl Domain {
             drover_storage::create_dir(&files.dir)?;
             drover_storage::remove(&files.exit)?;
             drover_storage::remove(&files.handover)?;
+            seeding::place(&files.seed, seed.as_deref())?;
             Ok(config)
         })
         .await
@@ -164,7 +202,7 @@ impl Domain {
         incoming: Option<String>,
         error: &Error,
     ) -> Result<(), Error> {
-        let detail = error.to_string();
+        let detail = self.in_a_customers_words(error.to_string()).await;
         tracing::warn!(uid = self.uid, domain = assigned.name, error = detail, "could not start");
         // An earlier hand-over is history: the record's epoch is greater than what it went to.
         record.end = Some(End {
@@ -178,6 +216,13 @@ impl Domain {
         });
         self.progress.ended_ms = self.now_ms();
         self.save(record).await
+    }
+
+    /// A VMM speaks of paths on the node; a customer knows the first, the second … disk.
+    async fn in_a_customers_words(&self, detail: String) -> String {
+        let config = self.files.config.clone();
+        let plain = detail.clone();
+        blocking(move || Ok(files::name_disks(detail, &config))).await.unwrap_or(plain)
     }
 
     /// Waits until the new VMM answers or ends, for a while.
@@ -221,6 +266,7 @@ impl Domain {
         })
         .await?;
         let (reason, detail) = self.why_it_ended(&run, exit, last_line);
+        let detail = self.in_a_customers_words(detail).await;
         let told = self.progress.button_ms.is_some() || self.progress.quit_ms.is_some();
         let ordered = told || self.wanted.wants_end();
         let lived = self.live_since.map_or(Duration::ZERO, |since| since.elapsed());
@@ -433,7 +479,7 @@ impl Domain {
             if !files.dir.exists() {
                 return Ok(());
             }
-            for path in [&files.config, &files.exit, &files.lock, &files.log] {
+            for path in [&files.config, &files.exit, &files.lock, &files.log, &files.seed] {
                 drover_storage::remove(path)?;
             }
             // These two keep the domain from being run again by mistake.

@@ -3,20 +3,26 @@
 use std::fs::{self, File, OpenOptions};
 use std::io::{self, Read, Seek, SeekFrom, Write};
 use std::os::unix::fs::OpenOptionsExt;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
-use drover_hv::config::{DomainConfig, InterfaceConfig, OnReboot};
-use drover_proto::v1::{DomainSpec, RestartPolicy};
+use drover_hv::config::{
+    BootDiskConfig, DiskConfig, DomainConfig, InterfaceConfig, OnReboot, SERIAL_BYTES_MAX,
+};
+use drover_proto::v1::RestartPolicy;
 use serde::Deserialize;
 
 use crate::error::Error;
 use crate::records::{DomainFiles, EndReason, Handover};
+use crate::wanted::Assigned;
 
 /// A VMM's log is cut when it is longer; so much is kept.
 const LOG_BYTES_MAX: u64 = 1 << 20;
 const LOG_BYTES_KEPT: u64 = 128 << 10;
 /// No honest file of a VMM is longer.
 const JSON_BYTES_MAX: u64 = 64 << 10;
+
+/// The serial number of the disk with the seed.
+const SEED_SERIAL: &str = "cidata";
 
 /// `exit.json`: the VMM's last words.
 #[derive(Debug, Clone, PartialEq, Eq, Deserialize)]
@@ -69,32 +75,56 @@ fn read_json<T: serde::de::DeserializeOwned>(path: &Path) -> Option<T> {
     }
 }
 
-/// What the VMM is started with.
+/// What the VMM is started with. `disks` are the paths of the assignment's volumes, `seed` is
+/// what cloud-init in the guest reads: the last disk.
 pub(crate) fn domain_config(
     uid: &str,
-    name: &str,
-    epoch: u64,
-    spec: &DomainSpec,
+    assigned: &Assigned,
     taps: &[String],
+    disks: &[PathBuf],
+    seed: Option<&Path>,
 ) -> Result<DomainConfig, Error> {
+    let spec = &assigned.spec;
     let boot = spec.boot.clone().unwrap_or_default();
     let interfaces = spec.interfaces.iter().zip(taps).map(|(interface, tap)| InterfaceConfig {
         mac: interface.mac.clone(),
         tap: tap.clone(),
         addresses: interface.addresses.clone(),
     });
+    let volumes = assigned.disks.iter().zip(disks).map(|(disk, path)| DiskConfig {
+        path: path.clone(),
+        read_only: disk.read_only,
+        serial: serial(&disk.volume),
+    });
+    let seed = seed.map(|path| DiskConfig {
+        path: path.to_owned(),
+        read_only: true,
+        serial: SEED_SERIAL.to_owned(),
+    });
+    // Without a kernel of the node's, the first disk brings its own.
+    let boot_disk = match (boot.kernel.is_empty(), disks.first()) {
+        (true, Some(path)) => Some(BootDiskConfig { path: path.clone() }),
+        (true, None) => {
+            return Err(Error::Domain(
+                "boot.kernel: is empty, and the domain has no disk to boot from; give it a \
+                 disk, or the path of a kernel on the node"
+                    .into(),
+            ));
+        }
+        (false, _) => None,
+    };
     let config = DomainConfig {
         uid: uid.to_owned(),
-        name: name.to_owned(),
-        epoch,
+        name: assigned.name.clone(),
+        epoch: assigned.epoch,
         vcpus: spec.vcpus,
         memory_bytes: spec.memory_bytes,
-        kernel: Some(boot.kernel.into()),
+        kernel: (!boot.kernel.is_empty()).then(|| boot.kernel.clone().into()),
         initramfs: (!boot.initramfs.is_empty()).then(|| boot.initramfs.into()),
-        boot_disk: None,
+        boot_disk,
         command_line: boot.command_line,
         interfaces: interfaces.collect(),
-        disks: Vec::new(),
+        disks: volumes.chain(seed).collect(),
         on_reboot: match spec.on_reboot() {
             RestartPolicy::Stop => OnReboot::Stop,
             RestartPolicy::Restart | RestartPolicy::Unspecified => OnReboot::Restart,
@@ -102,6 +132,29 @@ pub(crate) fn domain_config(
     };
     config.validate().map_err(|err| Error::Domain(err.to_string()))?;
     Ok(config)
+}
+
+/// What the guest sees of a volume's uid: as much as a serial number holds.
+fn serial(volume: &str) -> String {
+    volume.chars().filter(|c| *c != '-').take(SERIAL_BYTES_MAX).collect()
+}
+
+/// Replaces the paths of the domain's disks by words that mean something without the node.
+pub(crate) fn name_disks(text: String, config: &Path) -> String {
+    if !text.contains('/') {
+        return text;
+    }
+    let Some(config) = read_json::<DomainConfig>(config) else { return text };
+    let mut disks: Vec<_> = config.disks.iter().enumerate().collect();
+    // A path may be the beginning of another.
+    disks.sort_by_key(|(_, disk)| std::cmp::Reverse(disk.path.as_os_str().len()));
+    disks.into_iter().fold(text, |text, (index, disk)| {
+        let name = match disk.serial == SEED_SERIAL {
+            true => "the seed".to_owned(),
+            false => format!("disk {}", index + 1),
+        };
+        text.replace(&disk.path.display().to_string(), &name)
+    })
 }
 
 /// The files that a domain boots from, looked at early for a clear message.

@@ -8,6 +8,7 @@
 mod act;
 pub(crate) mod client;
 mod files;
+mod seeding;
 mod vmm;
 
 use std::path::PathBuf;
@@ -18,10 +19,11 @@ use drover_proto::agent::v1::{ObservedDomain, ObservedState};
 use tokio::sync::{Semaphore, watch};
 use tokio::time::Instant;
 
-use crate::decide::{Action, Facts, Progress, decide};
+use crate::decide::{Action, Disks, Facts, Progress, decide};
 use crate::error::{Error, blocking};
 use crate::observe::{differs, handed_over, observe, shorten};
 use crate::records::{DomainFiles, DomainRecord, Handover, Places};
+use crate::storage::StorageHandle;
 use crate::wanted::Wanted;
 use vmm::Link;
 
@@ -48,6 +50,8 @@ pub struct Shared {
     pub vmm: PathBuf,
     /// The bridge for interfaces that name none.
     pub bridge: String,
+    /// The node's pools, and what is in them.
+    pub storage: StorageHandle,
     /// `ADDR:0`, where a destination listens.
     pub migration_listen: String,
     /// This boot of the host.
@@ -80,6 +84,9 @@ pub(crate) struct Domain {
     view: watch::Sender<View>,
 
     wanted: Wanted,
+    /// The disks of `wanted`, as they were seen last.
+    disks: Disks,
+    storage: StorageHandle,
     record: Option<DomainRecord>,
     /// Why the record cannot be used; then nothing is ever started. With the hand-over that is
     /// on disk beside it.
@@ -104,12 +111,14 @@ impl Domain {
     ) -> Self {
         let files = shared.places.domain(&uid);
         Self {
+            storage: shared.storage.clone(),
             shared,
             uid,
             files,
             wanted_source,
             view,
             wanted: Wanted::Unknown,
+            disks: Disks::Ready,
             record: None,
             record_damage: None,
             link: Link::gone(),
@@ -127,6 +136,10 @@ impl Domain {
         let mut in_a_row = 0;
         loop {
             self.wanted = self.wanted_source.borrow_and_update().clone();
+            self.disks = match self.wanted.assigned() {
+                Some(assigned) => self.storage.disks(&assigned.disks),
+                None => Disks::Ready,
+            };
             self.note_exit();
             let action = self.next_action();
             self.refused = match &action {
@@ -181,8 +194,10 @@ impl Domain {
         let tick = Instant::now() + if self.link.is_silent() { RECONNECT } else { TICK };
         let until = wake.map_or(tick, |wake| wake.min(tick));
         self.bound_log().await;
+        let waits_for_disks = self.disks != Disks::Ready;
         tokio::select! {
             changed = self.wanted_source.changed() => return changed.is_ok(),
+            () = self.storage.changed(), if waits_for_disks => {}
             event = self.link.event() => {
                 let now_ms = self.now_ms();
                 self.link.take(event, now_ms);
@@ -241,6 +256,7 @@ impl Domain {
             vmm: self.link.seen(),
             wanted: &self.wanted,
             progress: &self.progress,
+            disks: &self.disks,
             now_ms: self.now_ms(),
         }
     }

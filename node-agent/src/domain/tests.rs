@@ -9,9 +9,10 @@ use super::*;
 use std::os::unix::fs::PermissionsExt;
 
 use drover_proto::agent::v1::{
-    Assignment, Desired, Incoming, MigrationProgress, Outgoing, Owner, assignment,
+    AssignedDisk, Assignment, Desired, Incoming, MigrationProgress, Outgoing, Owner, WantedVolume,
+    assignment,
 };
-use drover_proto::v1::{Boot, DomainSpec, ExitReason, PowerState, RestartPolicy};
+use drover_proto::v1::{Boot, CloudInit, Disk, DomainSpec, ExitReason, PowerState, RestartPolicy};
 
 use crate::identity::Home;
 use crate::node::{NodeHandle, start_without_network};
@@ -48,6 +49,13 @@ impl Host {
         Places { state: self.dir.path().join("state"), run: self.dir.path().join("run") }
     }
 
+    /// One pool of files.
+    fn pools(&self) -> Vec<crate::storage::PoolFlag> {
+        let dir = self.dir.path().join("pool");
+        std::fs::create_dir_all(&dir).unwrap();
+        vec![format!("main=dir:{}", dir.display()).parse().unwrap()]
+    }
+
     fn files(&self) -> DomainFiles {
         self.places().domain(UID)
     }
@@ -61,7 +69,10 @@ impl Host {
         let runtime = tokio::runtime::Builder::new_multi_thread().enable_all().build().unwrap();
         let places = self.places();
         let home = Home::open(&places.state, "host1", "c1").unwrap();
+        let changed = watch::Sender::new(0);
+        let storage = runtime.block_on(crate::storage::start(&self.pools(), changed.clone()));
         let shared = Shared {
+            storage: storage.unwrap().0,
             node: "host1".into(),
             places,
             vmm: self.dir.path().join("vmm"),
@@ -70,7 +81,7 @@ impl Host {
             boot_id: self.boot_id.clone(),
             starts: Semaphore::new(2),
             clock: Instant::now(),
-            changed: watch::Sender::new(0),
+            changed,
         };
         let node = runtime.block_on(start_without_network(Arc::new(shared), home)).unwrap();
         Agent { runtime: Some(runtime), node, term: self.term }
@@ -102,6 +113,7 @@ impl Host {
             spec: Some(self.spec("")),
             role: Some(assignment::Role::Owner(owner)),
             outgoing: None,
+            disks: vec![],
         }
     }
 
@@ -159,7 +171,12 @@ impl Drop for Agent {
 
 impl Agent {
     fn wish(&self, host: &Host, domains: Vec<Assignment>) {
-        let desired = Desired { term: self.term, sequence: host.next(), domains };
+        self.wish_with(host, domains, vec![]);
+    }
+
+    fn wish_with(&self, host: &Host, domains: Vec<Assignment>, volumes: Vec<WantedVolume>) {
+        let (term, sequence) = (self.term, host.next());
+        let desired = Desired { term, sequence, domains, volumes, ..Desired::default() };
         self.block_on(self.node.desire(desired)).unwrap();
     }
 
@@ -237,6 +254,90 @@ fn a_domain_outlives_its_agent() {
     agent.wish(&host, vec![]);
     agent.until_nothing();
     assert!(!host.files().dir.exists() && !host.files().run_dir.exists());
+}
+
+const VOLUME: &str = "0193f2a5-7e3c-7000-8000-0123456789ab";
+
+/// With a disk of its own to boot from, and a seed.
+fn with_disk(host: &Host, behaviour: &str, assignment: Assignment) -> Assignment {
+    let spec = DomainSpec {
+        boot: Some(Boot { command_line: behaviour.into(), ..Boot::default() }),
+        disks: vec![Disk::default()],
+        cloud_init: Some(CloudInit::default()),
+        ..host.spec("")
+    };
+    let disk =
+        AssignedDisk { volume_uid: VOLUME.into(), pool: "main".into(), ..Default::default() };
+    Assignment { spec: Some(spec), disks: vec![disk], ..assignment }
+}
+
+fn volume(create: bool) -> WantedVolume {
+    let size_bytes = 1 << 20;
+    WantedVolume {
+        uid: VOLUME.into(),
+        pool: "main".into(),
+        size_bytes,
+        create,
+        ..Default::default()
+    }
+}
+
+/// A domain starts when its disk is here, with the disk and its seed, and is told apart from one
+/// whose data is lost.
+#[test]
+fn a_domain_waits_for_its_disk() {
+    let host = Host::new();
+    let agent = host.agent();
+    let assignment = || with_disk(&host, "", host.run(3));
+    agent.wish(&host, vec![assignment()]);
+    let domain = agent.until_state(ObservedState::Starting);
+    assert_eq!((domain.epoch, domain.state_reason.as_str()), (3, "waits for its disk"));
+    agent.wish_with(&host, vec![assignment()], vec![volume(false)]);
+    let domain = agent.until_state(ObservedState::Failed);
+    assert_eq!(domain.state_reason, "disk 1: its data is not there");
+    assert!(host.record().run.is_none() && !host.files().lock.exists(), "no VMM was started");
+
+    agent.wish_with(&host, vec![assignment()], vec![volume(true)]);
+    agent.until_state(ObservedState::Running);
+    let config = drover_hv::config::DomainConfig::load(&host.files().config).unwrap();
+    assert_eq!(config.disks.len(), 2);
+    let (disk, seed) = (&config.disks[0], &config.disks[1]);
+    assert_eq!((disk.serial.as_str(), disk.read_only), ("0193f2a57e3c70008000", false));
+    assert_eq!(config.boot_disk.unwrap().path, disk.path);
+    assert!(std::fs::metadata(&disk.path).unwrap().len() >= 1 << 20);
+    assert_eq!((&seed.path, seed.read_only), (&host.files().seed, true));
+    let bytes = std::fs::read(&seed.path).unwrap();
+    assert!(bytes.windows(36).any(|text| text == UID.as_bytes()), "the instance id");
+
+    agent.wish_with(&host, vec![], vec![volume(false)]);
+    agent.until_nothing();
+    assert!(!host.files().dir.exists());
+}
+
+/// What a VMM says of a path on the node, its customer hears of a disk.
+#[test]
+fn a_disk_that_does_not_boot_is_told_in_words() {
+    let host = Host::new();
+    let agent = host.agent();
+    let assignment = with_disk(&host, "no-boot", host.run(1));
+    agent.wish_with(&host, vec![assignment], vec![volume(true)]);
+    let domain = agent.until_state(ObservedState::Failed);
+    assert_eq!(domain.state_reason, "boot_disk: disk 1: has no partitions");
+    assert_eq!(domain.exit_reason(), ExitReason::Error);
+}
+
+#[test]
+fn a_destination_waits_for_its_disk() {
+    let host = Host::new();
+    let agent = host.agent();
+    let assignment = || with_disk(&host, "", host.incoming(4));
+    agent.wish(&host, vec![assignment()]);
+    let domain = agent.until_state(ObservedState::Incoming);
+    assert_eq!((domain.epoch, domain.state_reason.as_str()), (4, "waits for its disk"));
+    assert!(domain.migration.is_none() && host.record().run.is_none());
+    agent.wish_with(&host, vec![assignment()], vec![volume(true)]);
+    agent.until_progress(MigrationProgress::Listening);
+    assert!(host.files().seed.exists());
 }
 
 /// The reasons of an end are told apart, after the agent's own death as well.

@@ -27,7 +27,8 @@ fn owner(outgoing: Option<Outgoing>) -> Wanted {
 
 fn assigned(role: Role) -> Wanted {
     let spec = DomainSpec::default();
-    Wanted::Assigned(Box::new(Assigned { name: "domains/web".into(), epoch: 6, spec, role }))
+    let (name, disks) = ("domains/web".into(), Vec::new());
+    Wanted::Assigned(Box::new(Assigned { name, epoch: 6, spec, role, disks }))
 }
 
 fn send(cancel: bool) -> Wanted {
@@ -51,9 +52,47 @@ fn said(
     status: Option<VmmStatus>,
     wanted: &Wanted,
 ) -> ObservedDomain {
-    let progress = Progress::default();
-    let facts = Facts { record: Some(record), vmm: &vmm, wanted, progress: &progress, now_ms: 0 };
+    with_disks(&Disks::Ready, record, vmm, status, wanted)
+}
+
+fn with_disks(
+    disks: &Disks,
+    record: &DomainRecord,
+    vmm: Vmm,
+    status: Option<VmmStatus>,
+    wanted: &Wanted,
+) -> ObservedDomain {
+    let progress = &Progress::default();
+    let facts = Facts { record: Some(record), vmm: &vmm, wanted, progress, disks, now_ms: 0 };
     observe(facts, status.as_ref(), None, None).unwrap()
+}
+
+/// A domain that waits for its disks says so, under the epoch that it waits for.
+#[test]
+fn disks_that_are_not_here_are_told() {
+    let to_start = DomainRecord { run: None, ..record(false, None) };
+    let waits = Disks::Waiting("waits for its disk: copying the image, 40 %".into());
+    let fails = Disks::Failed("disk 1: its data is not there".into());
+    let say =
+        |disks: &Disks, wanted: &Wanted| with_disks(disks, &to_start, Vmm::Gone, None, wanted);
+    let told = say(&waits, &owner(None));
+    assert_eq!((told.state(), told.epoch), (ObservedState::Starting, 6));
+    assert!(told.state_reason.ends_with("copying the image, 40 %"));
+    let told = say(&fails, &owner(None));
+    assert_eq!(told.state(), ObservedState::Failed);
+    assert_eq!(told.state_reason, "disk 1: its data is not there");
+    // A destination: the migration has not failed before a disk has.
+    let told = say(&waits, &receive());
+    assert_eq!((told.state(), told.migration), (ObservedState::Incoming, None));
+    let told = say(&fails, &receive());
+    assert_eq!(told.state(), ObservedState::Incoming);
+    let migration = told.migration.unwrap();
+    assert_eq!(migration.progress(), MigrationProgress::Failed);
+    assert!(migration.error.contains("its data is not there"));
+    // Those of a VMM that runs are its own business.
+    let (vmm, status) = running();
+    let told = with_disks(&fails, &record(true, None), vmm, status, &owner(None));
+    assert_eq!(told.state(), ObservedState::Running);
 }
 
 fn running() -> (Vmm, Option<VmmStatus>) {

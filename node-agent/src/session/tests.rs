@@ -131,7 +131,10 @@ async fn served(script: Script) -> Served {
 async fn a_node(dir: &tempfile::TempDir) -> NodeHandle {
     let places = Places { state: dir.path().join("state"), run: dir.path().join("run") };
     let home = Home::open(&places.state, "host1", "c1").unwrap();
+    let changed = watch::Sender::new(0);
+    let (storage, _) = crate::storage::start(&[], changed.clone()).await.unwrap();
     let shared = Shared {
+        storage,
         node: "host1".into(),
         places,
         vmm: "/nonexistent/drover-vmm".into(),
@@ -140,7 +143,7 @@ async fn a_node(dir: &tempfile::TempDir) -> NodeHandle {
         boot_id: crate::process::boot_id().unwrap(),
         starts: Semaphore::new(1),
         clock: Instant::now(),
-        changed: watch::Sender::new(0),
+        changed,
     };
     node::start_without_network(Arc::new(shared), home).await.unwrap()
 }
@@ -158,11 +161,12 @@ fn assignment(epoch: u64, power: PowerState) -> Assignment {
         spec: Some(DomainSpec { vcpus: 1, memory_bytes: 64 << 20, ..DomainSpec::default() }),
         role: Some(assignment::Role::Owner(owner)),
         outgoing: None,
+        disks: vec![],
     }
 }
 
 fn desired(term: u64, sequence: u64, domains: Vec<Assignment>) -> Option<Desired> {
-    Some(Desired { term, sequence, domains })
+    Some(Desired { term, sequence, domains, ..Desired::default() })
 }
 
 /// The first report that fits.
@@ -205,7 +209,7 @@ async fn the_leader_is_found_through_a_follower() {
     assert_eq!(report.desired_sequence, 2);
     let domain = &report.domains[0];
     assert_eq!((domain.uid.as_str(), domain.epoch), (UID, 5));
-    assert!(domain.state_reason.starts_with("kernel:"), "{}", domain.state_reason);
+    assert!(domain.state_reason.starts_with("boot.kernel:"), "{}", domain.state_reason);
 
     // An older epoch is refused, whoever asks; the picture stays, with the reason.
     level.send_replace(desired(3, 3, vec![assignment(4, PowerState::Running)]));

@@ -63,6 +63,10 @@ async fn serve(config: DomainConfig, socket: PathBuf, dir: PathBuf, incoming: bo
     };
     match config.command_line.as_str() {
         "no-kernel" => end(&dir, "error", "boot.kernel: is no kernel"),
+        "no-boot" => {
+            let disk = config.boot_disk.unwrap().path;
+            end(&dir, "error", &format!("boot_disk: {}: has no partitions", disk.display()))
+        }
         "abort" => {
             eprintln!("last line of stderr");
             exit(3);

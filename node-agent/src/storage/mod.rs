@@ -1,0 +1,193 @@
+//! The node's pools, and what is in them: makes volumes equal what the controller wants, fetches
+//! the images that they are made of, and tells what is there.
+//!
+//! ```text
+//!  node ──WantedStorage──► task ◄─── progress, results ─── jobs (blocking calls, bounded)
+//!  reports, domains ◄─View── │                                │
+//!                          plan(): what next?               Pool (drover_storage)
+//!  ImportImage, ReadImage ───────── import, serve ────────────┘
+//! ```
+//!
+//! The task never blocks: each call of a pool runs on a thread of its own, of which there are so
+//! many a pool, and one that hangs makes nothing wait but its own pool. Start reading at [`plan`],
+//! the pure function that holds every rule.
+
+mod feed;
+mod fetch;
+mod flag;
+mod http;
+mod images;
+mod import;
+mod plan;
+
+mod task;
+
+use std::collections::BTreeMap;
+use std::path::PathBuf;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
+
+use drover_proto::agent::v1::{ObservedImage, ObservedPool, ObservedVolume};
+use drover_proto::v1::VolumeState;
+use drover_storage::pool::{ImageInfo, Pool};
+use tokio::sync::{mpsc, oneshot, watch};
+
+use crate::decide::Disks;
+use crate::error::Error;
+use crate::wanted::Disk;
+pub use flag::PoolFlag;
+pub use images::{Images, ImportAnswers, ReadAnswers};
+pub use plan::WantedStorage;
+pub use task::start;
+
+/// A pool of this node.
+#[derive(Debug)]
+struct NodePool {
+    id: String,
+    overcommit: f64,
+    pool: Arc<dyn Pool>,
+}
+
+/// The pools, in the order of their flags.
+type NodePools = Arc<Vec<Arc<NodePool>>>;
+
+/// What is in the node's pools, for reports and for domains.
+#[derive(Debug, Clone, Default)]
+pub struct View {
+    /// Each pool of the flags.
+    pub pools: Vec<ObservedPool>,
+    /// Each volume that is here or shall be.
+    pub volumes: Vec<ObservedVolume>,
+    /// Each image that is here.
+    pub images: Vec<ObservedImage>,
+}
+
+/// The node's pools, as the rest of the agent sees them.
+#[derive(Debug, Clone)]
+pub struct StorageHandle {
+    commands: mpsc::Sender<Command>,
+    view: watch::Receiver<Arc<View>>,
+    pools: NodePools,
+}
+
+#[derive(Debug)]
+enum Command {
+    Desire { wanted: WantedStorage, reply: oneshot::Sender<()> },
+    Imported { pool: String, image: ImageInfo },
+}
+
+impl StorageHandle {
+    /// Takes in what shall be in the pools; when this returns, [`view`](Self::view) speaks of it.
+    pub(crate) async fn desire(&self, wanted: WantedStorage) -> Result<(), Error> {
+        let (reply, answer) = oneshot::channel();
+        let sent = self.commands.send(Command::Desire { wanted, reply }).await;
+        sent.map_err(|_| Error::Ended("storage task"))?;
+        answer.await.map_err(|_| Error::Ended("storage task"))
+    }
+
+    /// What is there now.
+    pub fn view(&self) -> Arc<View> {
+        Arc::clone(&self.view.borrow())
+    }
+
+    /// Returns when the view has changed since it was looked at by [`disks`](Self::disks) of this
+    /// very handle.
+    pub(crate) async fn changed(&mut self) {
+        if self.view.changed().await.is_err() {
+            // The agent is ending.
+            std::future::pending::<()>().await;
+        }
+    }
+
+    /// How a domain's disks stand.
+    pub(crate) fn disks(&mut self, disks: &[Disk]) -> Disks {
+        disks_in(&self.view.borrow_and_update(), disks)
+    }
+
+    /// Makes a volume ready to be opened, and answers its path. Blocks.
+    pub(crate) fn activate(&self, pool: &str, volume: &str) -> Result<PathBuf, Error> {
+        let found = self.pool(pool).ok_or_else(|| {
+            Error::Domain(format!("pool {pool:?}: is not on this node; it has {}", self.names()))
+        })?;
+        Ok(found.pool.activate(volume.parse()?)?)
+    }
+
+    fn pool(&self, id: &str) -> Option<&Arc<NodePool>> {
+        self.pools.iter().find(|pool| pool.id == id)
+    }
+
+    fn names(&self) -> String {
+        let names: Vec<_> = self.pools.iter().map(|pool| pool.id.as_str()).collect();
+        if names.is_empty() { "none".into() } else { names.join(", ") }
+    }
+}
+
+/// How the disks of a domain stand, in the order of what matters: one that failed, then the
+/// first that is not here yet.
+fn disks_in(view: &View, disks: &[Disk]) -> Disks {
+    let mut waits = None;
+    for (index, disk) in disks.iter().enumerate() {
+        let found = view.volumes.iter().find(|v| v.uid == disk.volume && v.pool == disk.pool);
+        let (state, reason) = match found {
+            Some(volume) => (volume.state(), volume.state_reason.as_str()),
+            None => (VolumeState::Unspecified, ""),
+        };
+        match state {
+            VolumeState::Ready => {}
+            VolumeState::Failed => {
+                return Disks::Failed(format!("disk {}: {reason}", index + 1));
+            }
+            VolumeState::Creating | VolumeState::Unspecified if waits.is_some() => {}
+            VolumeState::Creating | VolumeState::Unspecified => {
+                let which = match disks.len() {
+                    1 => "its disk".to_owned(),
+                    _ => format!("disk {}", index + 1),
+                };
+                let colon = if reason.is_empty() { "" } else { ": " };
+                waits = Some(format!("waits for {which}{colon}{reason}"));
+            }
+        }
+    }
+    waits.map_or(Disks::Ready, Disks::Waiting)
+}
+
+/// How far a job is, shared between it and whoever speaks of it.
+#[derive(Debug, Default)]
+struct Progress {
+    done: AtomicU64,
+    total: AtomicU64,
+}
+
+impl Progress {
+    fn set(&self, done: u64, total: u64) {
+        self.done.store(done, Ordering::Relaxed);
+        self.total.store(total, Ordering::Relaxed);
+    }
+
+    fn done(&self) -> u64 {
+        self.done.load(Ordering::Relaxed)
+    }
+
+    fn total(&self) -> u64 {
+        self.total.load(Ordering::Relaxed)
+    }
+
+    /// "copying the image, 40 %"; nothing for a job that does not count.
+    fn say(&self, what: &str) -> String {
+        match (self.done(), self.total()) {
+            (_, 0) => String::new(),
+            (done, total) => {
+                let percent = u128::from(done) * 100 / u128::from(total);
+                format!("{what}, {} %", percent.min(100))
+            }
+        }
+    }
+}
+
+/// Finds pools by id.
+fn by_id(pools: &NodePools) -> BTreeMap<String, Arc<NodePool>> {
+    pools.iter().map(|pool| (pool.id.clone(), Arc::clone(pool))).collect()
+}
+
+#[cfg(test)]
+mod tests;

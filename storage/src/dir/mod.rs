@@ -1,0 +1,449 @@
+//! A pool in a directory: raw sparse files.
+//!
+//! ```text
+//! volumes/<volume>              what VMMs open
+//! snapshots/<volume>@<snapshot>
+//! images/<image>                read-only
+//! new/<random>                  unfinished; removed by clean_up unless locked
+//! ```
+//!
+//! What is made is made in `new/` under a lock, synced, and then linked to its name, which
+//! fails when the name is taken. So a name always has something whole behind it. Copies share
+//! blocks where the filesystem has reflinks (XFS, Btrfs); elsewhere they take time and room.
+
+#[cfg(test)]
+mod tests;
+
+use std::fs::{self, DirBuilder, File, OpenOptions, Permissions};
+use std::io;
+use std::os::unix::fs::{DirBuilderExt, MetadataExt, OpenOptionsExt, PermissionsExt};
+use std::path::{Path, PathBuf};
+
+use rustix::fs::FlockOperation;
+use uuid::Uuid;
+
+use crate::lock::{Claim, open_locked};
+use crate::pool::{
+    Contents, ImageDraft, ImageId, ImageInfo, OpenImage, Pool, PoolSpec, PoolUsage, SnapshotId,
+    SnapshotInfo, VolumeId, VolumeInfo, grows, holds_image, round_up, same_size,
+};
+use crate::{PoolError, Result, sparse};
+
+/// As LVM's usual extent, so that a volume keeps its size when it moves between pools.
+const GRAIN_BYTES: u64 = 4 << 20;
+/// Files in one directory of the pool: far more than a node has, and a bound.
+const FILES_MAX: usize = 1 << 20;
+
+/// A pool in a directory. See [`Pool`] for what it does.
+#[derive(Debug)]
+pub(crate) struct DirPool {
+    spec: PoolSpec,
+    root: PathBuf,
+    has_reflinks: bool,
+}
+
+impl DirPool {
+    /// Opens the pool in an existing directory.
+    pub(crate) fn open(root: &Path) -> Result<Self> {
+        let spec = PoolSpec::Dir { path: root.to_owned() };
+        let unfit = |reason: String| PoolError::Unfit { pool: spec.to_string(), reason };
+        match fs::metadata(root) {
+            Ok(metadata) if metadata.is_dir() => {}
+            Ok(_) => return Err(unfit("is no directory".into())),
+            Err(error) => return Err(unfit(format!("{error}; it must be an existing directory"))),
+        }
+        for name in ["volumes", "snapshots", "images", "new"] {
+            let path = root.join(name);
+            match DirBuilder::new().mode(0o700).create(&path) {
+                Err(error) if error.kind() == io::ErrorKind::AlreadyExists && path.is_dir() => {}
+                other => other.map_err(PoolError::io("create directory", &path))?,
+            }
+        }
+        sync_dir(root)?;
+        let mut pool = Self { spec, root: root.to_owned(), has_reflinks: false };
+        pool.has_reflinks = pool.try_reflink()?;
+        Ok(pool)
+    }
+
+    fn try_reflink(&self) -> Result<bool> {
+        let (from, to) = (self.draft()?, self.draft()?);
+        from.file.set_len(GRAIN_BYTES).map_err(PoolError::io("write", &from.path))?;
+        Ok(rustix::fs::ioctl_ficlone(&to.file, &from.file).is_ok())
+    }
+
+    fn volume_path(&self, id: VolumeId) -> PathBuf {
+        self.root.join("volumes").join(id.to_string())
+    }
+
+    fn snapshot_path(&self, volume: VolumeId, id: SnapshotId) -> PathBuf {
+        self.root.join("snapshots").join(snapshot_name(volume, id))
+    }
+
+    fn image_path(&self, id: ImageId) -> PathBuf {
+        self.root.join("images").join(id.to_string())
+    }
+
+    fn not_found(&self, what: String) -> PoolError {
+        PoolError::NotFound { what, pool: self.spec.to_string() }
+    }
+
+    fn wanted_volume(&self, id: VolumeId) -> Result<VolumeInfo> {
+        self.volume(id)?.ok_or_else(|| self.not_found(format!("volume {id}")))
+    }
+
+    /// An empty file in `new/`, locked.
+    fn draft(&self) -> Result<Draft> {
+        let path = self.root.join("new").join(Uuid::new_v4().to_string());
+        let file = OpenOptions::new()
+            .read(true)
+            .write(true)
+            .create_new(true)
+            .mode(0o600)
+            .open(&path)
+            .map_err(PoolError::io("create", &path))?;
+        let draft = Draft { file, path, root: self.root.clone() };
+        rustix::fs::flock(&draft.file, FlockOperation::NonBlockingLockExclusive)
+            .map_err(|error| PoolError::io("lock", &draft.path)(error.into()))?;
+        Ok(draft)
+    }
+
+    /// A draft with a file's content.
+    fn draft_of(&self, from: &Path, missing: impl FnOnce() -> PoolError) -> Result<Draft> {
+        let source = match File::open(from) {
+            Err(error) if error.kind() == io::ErrorKind::NotFound => return Err(missing()),
+            other => other.map_err(PoolError::io("open", from))?,
+        };
+        let draft = self.draft()?;
+        sparse::copy(&source, &draft.file).map_err(PoolError::io("copy to", &draft.path))?;
+        Ok(draft)
+    }
+
+    /// Ends the making of a volume.
+    fn publish_volume(&self, id: VolumeId, draft: &Draft, bytes: u64) -> Result<VolumeInfo> {
+        draft.file.set_len(bytes).map_err(PoolError::io("write", &draft.path))?;
+        // Who comes second is answered like one who comes later.
+        draft.publish(&self.volume_path(id))?;
+        same_size(self.wanted_volume(id)?, bytes)
+    }
+
+    /// Removes a file that nobody has open; one that is missing is fine.
+    fn remove(&self, path: &Path, what: &str) -> Result<()> {
+        let Some(_lock) = open_locked(path, false, Claim::Exclusive, what)? else {
+            return Ok(());
+        };
+        unlink(path)
+    }
+
+    fn snapshot_ids(&self) -> Result<Vec<(VolumeId, SnapshotId)>> {
+        let names = file_names(&self.root.join("snapshots"))?;
+        Ok(names.iter().filter_map(|name| parse_snapshot(name)).collect())
+    }
+
+    fn snapshot(&self, volume: VolumeId, id: SnapshotId) -> Result<Option<SnapshotInfo>> {
+        let found = measure(&self.snapshot_path(volume, id))?;
+        Ok(found.map(|(bytes, allocated)| SnapshotInfo {
+            volume,
+            id,
+            bytes,
+            allocated_bytes: Some(allocated),
+        }))
+    }
+}
+
+impl Pool for DirPool {
+    fn spec(&self) -> &PoolSpec {
+        &self.spec
+    }
+
+    fn grain_bytes(&self) -> u64 {
+        GRAIN_BYTES
+    }
+
+    fn has_live_snapshots(&self) -> bool {
+        self.has_reflinks
+    }
+
+    fn create_volume(&self, id: VolumeId, bytes: u64) -> Result<VolumeInfo> {
+        let bytes = round_up(bytes, GRAIN_BYTES)?;
+        if let Some(have) = self.volume(id)? {
+            return same_size(have, bytes);
+        }
+        self.publish_volume(id, &self.draft()?, bytes)
+    }
+
+    fn clone_image(&self, id: VolumeId, image: ImageId, bytes: u64) -> Result<VolumeInfo> {
+        let missing = || self.not_found(format!("image {image}"));
+        let bytes = round_up(bytes, GRAIN_BYTES)?;
+        if let Some(have) = self.volume(id)? {
+            return same_size(have, bytes);
+        }
+        holds_image(bytes, &self.image(image)?.ok_or_else(missing)?)?;
+        let draft = self.draft_of(&self.image_path(image), missing)?;
+        self.publish_volume(id, &draft, bytes)
+    }
+
+    fn volume(&self, id: VolumeId) -> Result<Option<VolumeInfo>> {
+        let path = self.volume_path(id);
+        Ok(measure(&path)?.map(|(bytes, allocated)| VolumeInfo {
+            id,
+            bytes,
+            allocated_bytes: Some(allocated),
+            path,
+            active: true,
+        }))
+    }
+
+    fn grow_volume(&self, id: VolumeId, bytes: u64) -> Result<VolumeInfo> {
+        let bytes = round_up(bytes, GRAIN_BYTES)?;
+        let have = self.wanted_volume(id)?;
+        if !grows(&have, bytes)? {
+            return Ok(have);
+        }
+        let opened = OpenOptions::new().write(true).open(&have.path);
+        opened
+            .and_then(|file| {
+                file.set_len(bytes)?;
+                file.sync_all()
+            })
+            .map_err(PoolError::io("grow", &have.path))?;
+        self.wanted_volume(id)
+    }
+
+    fn delete_volume(&self, id: VolumeId) -> Result<()> {
+        let path = self.volume_path(id);
+        // The volume's lock is held while its snapshots go: all of it or nothing is in use.
+        let lock = open_locked(&path, false, Claim::Exclusive, &format!("volume {id}"))?;
+        for (volume, snapshot) in self.snapshot_ids()? {
+            if volume == id {
+                self.delete_snapshot(volume, snapshot)?;
+            }
+        }
+        lock.map_or(Ok(()), |_lock| unlink(&path))
+    }
+
+    fn activate(&self, id: VolumeId) -> Result<PathBuf> {
+        Ok(self.wanted_volume(id)?.path)
+    }
+
+    fn deactivate(&self, id: VolumeId) -> Result<()> {
+        let what = format!("volume {id}");
+        open_locked(&self.volume_path(id), false, Claim::Exclusive, &what).map(drop)
+    }
+
+    fn create_snapshot(&self, volume: VolumeId, id: SnapshotId) -> Result<SnapshotInfo> {
+        let missing = || self.not_found(format!("volume {volume}"));
+        if let Some(have) = self.snapshot(volume, id)? {
+            return Ok(have);
+        }
+        let draft = self.draft_of(&self.volume_path(volume), missing)?;
+        draft.publish(&self.snapshot_path(volume, id))?;
+        self.snapshot(volume, id)?.ok_or_else(|| self.not_found(format!("snapshot {id}")))
+    }
+
+    fn roll_back(&self, volume: VolumeId, id: SnapshotId) -> Result<VolumeInfo> {
+        let path = self.volume_path(volume);
+        let what = format!("volume {volume}");
+        let Some(lock) = open_locked(&path, false, Claim::Exclusive, &what)? else {
+            return Err(self.not_found(what));
+        };
+        let missing = || self.not_found(format!("snapshot {id} of volume {volume}"));
+        let draft = self.draft_of(&self.snapshot_path(volume, id), missing)?;
+        let bytes = lock.metadata().map_err(PoolError::io("look at", &path))?.len();
+        draft.replace(&path, bytes)?;
+        self.wanted_volume(volume)
+    }
+
+    fn delete_snapshot(&self, volume: VolumeId, id: SnapshotId) -> Result<()> {
+        self.remove(&self.snapshot_path(volume, id), &format!("snapshot {id}"))
+    }
+
+    fn image(&self, id: ImageId) -> Result<Option<ImageInfo>> {
+        let found = measure(&self.image_path(id))?;
+        let info = |(bytes, allocated)| ImageInfo { id, bytes, allocated_bytes: Some(allocated) };
+        Ok(found.map(info))
+    }
+
+    fn open_image(&self, id: ImageId) -> Result<OpenImage> {
+        let path = self.image_path(id);
+        let what = format!("image {id}");
+        let Some(file) = open_locked(&path, false, Claim::Shared, &what)? else {
+            return Err(self.not_found(what));
+        };
+        let bytes = file.metadata().map_err(PoolError::io("look at", &path))?.len();
+        Ok(OpenImage { file, path, bytes })
+    }
+
+    fn delete_image(&self, id: ImageId) -> Result<()> {
+        self.remove(&self.image_path(id), &format!("image {id}"))
+    }
+
+    fn draft_image(&self, bytes: u64) -> Result<Box<dyn ImageDraft>> {
+        let draft = self.draft()?;
+        draft.file.set_len(bytes).map_err(PoolError::io("write", &draft.path))?;
+        Ok(Box::new(draft))
+    }
+
+    fn usage(&self) -> Result<PoolUsage> {
+        let stat = rustix::fs::statvfs(&self.root)
+            .map_err(|error| PoolError::io("measure", &self.root)(error.into()))?;
+        // What is kept for root is not room for volumes.
+        let free = stat.f_bavail * stat.f_frsize;
+        let used_bytes = (stat.f_blocks - stat.f_bfree) * stat.f_frsize;
+        Ok(PoolUsage { bytes: used_bytes + free, used_bytes, metadata_fraction: None, fault: None })
+    }
+
+    fn list(&self) -> Result<Contents> {
+        let mut all = Contents::default();
+        let mut strange = |dir: &str, name: &str| all.strangers.push(format!("{dir}/{name}"));
+        for name in file_names(&self.root.join("volumes"))? {
+            match name.parse() {
+                Ok(id) => all.volumes.extend(self.volume(id)?),
+                Err(_) => strange("volumes", &name),
+            }
+        }
+        for name in file_names(&self.root.join("snapshots"))? {
+            match parse_snapshot(&name) {
+                Some((volume, id)) => all.snapshots.extend(self.snapshot(volume, id)?),
+                None => strange("snapshots", &name),
+            }
+        }
+        for name in file_names(&self.root.join("images"))? {
+            match name.parse() {
+                Ok(id) => all.images.extend(self.image(id)?),
+                Err(_) => strange("images", &name),
+            }
+        }
+        for name in file_names(&self.root.join("new"))? {
+            match name.parse::<VolumeId>() {
+                Ok(_) => all.leftovers.push(format!("new/{name}")),
+                Err(_) => strange("new", &name),
+            }
+        }
+        Ok(all)
+    }
+
+    fn clean_up(&self) -> Result<Vec<String>> {
+        let mut removed = Vec::new();
+        for name in self.list()?.leftovers {
+            // Somebody works on what is locked.
+            match self.remove(&self.root.join(&name), &name) {
+                Ok(()) => removed.push(name),
+                Err(PoolError::Busy { .. }) => {}
+                Err(error) => return Err(error),
+            }
+        }
+        Ok(removed)
+    }
+}
+
+/// A file in `new/`; removed when dropped, whatever became of it.
+#[derive(Debug)]
+struct Draft {
+    file: File,
+    path: PathBuf,
+    root: PathBuf,
+}
+
+impl Draft {
+    /// Makes it durable and gives it its name; false when that is taken.
+    fn publish(&self, path: &Path) -> Result<bool> {
+        self.file.sync_all().map_err(PoolError::io("sync", &self.path))?;
+        match fs::hard_link(&self.path, path) {
+            Err(error) if error.kind() == io::ErrorKind::AlreadyExists => return Ok(false),
+            other => other.map_err(PoolError::io("create", path))?,
+        }
+        sync_parent(path)?;
+        Ok(true)
+    }
+
+    /// Puts it in the place of a volume of `bytes`; it is grown to that if it is smaller.
+    fn replace(&self, path: &Path, bytes: u64) -> Result<()> {
+        let have = self.file.metadata().map_err(PoolError::io("look at", &self.path))?.len();
+        self.file
+            .set_len(have.max(bytes))
+            .and_then(|()| self.file.sync_all())
+            .map_err(PoolError::io("write", &self.path))?;
+        fs::rename(&self.path, path).map_err(PoolError::io("replace", path))?;
+        sync_parent(path)
+    }
+}
+
+impl Drop for Draft {
+    fn drop(&mut self) {
+        // Nothing to be done about an error: clean_up tries again.
+        let _ = fs::remove_file(&self.path);
+    }
+}
+
+impl ImageDraft for Draft {
+    fn file(&self) -> &File {
+        &self.file
+    }
+
+    fn path(&self) -> &Path {
+        &self.path
+    }
+
+    fn publish(self: Box<Self>, id: ImageId) -> Result<ImageInfo> {
+        let read_only = Permissions::from_mode(0o400);
+        self.file.set_permissions(read_only).map_err(PoolError::io("protect", &self.path))?;
+        let path = self.root.join("images").join(id.to_string());
+        Draft::publish(&self, &path)?;
+        let gone = || PoolError::NotFound {
+            what: format!("image {id}"),
+            pool: self.root.display().to_string(),
+        };
+        let (bytes, allocated) = measure(&path)?.ok_or_else(gone)?;
+        Ok(ImageInfo { id, bytes, allocated_bytes: Some(allocated) })
+    }
+}
+
+/// A file's length and the room it takes.
+fn measure(path: &Path) -> Result<Option<(u64, u64)>> {
+    match fs::symlink_metadata(path) {
+        Ok(metadata) if metadata.is_file() => Ok(Some((metadata.len(), metadata.blocks() * 512))),
+        Ok(_) => Err(PoolError::io("use", path)(io::Error::other("it is no regular file"))),
+        Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(None),
+        Err(error) => Err(PoolError::io("look at", path)(error)),
+    }
+}
+
+/// The names in a directory, in order.
+fn file_names(path: &Path) -> Result<Vec<String>> {
+    let entries = fs::read_dir(path).map_err(PoolError::io("list", path))?;
+    let mut names = Vec::new();
+    for entry in entries.take(FILES_MAX) {
+        let entry = entry.map_err(PoolError::io("list", path))?;
+        names.push(entry.file_name().to_string_lossy().into_owned());
+    }
+    names.sort();
+    Ok(names)
+}
+
+fn unlink(path: &Path) -> Result<()> {
+    match fs::remove_file(path) {
+        Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(()),
+        other => {
+            other.map_err(PoolError::io("remove", path))?;
+            sync_parent(path)
+        }
+    }
+}
+
+fn sync_parent(path: &Path) -> Result<()> {
+    path.parent().map_or(Ok(()), sync_dir)
+}
+
+fn sync_dir(path: &Path) -> Result<()> {
+    File::open(path).and_then(|dir| dir.sync_all()).map_err(PoolError::io("sync", path))
+}
+
+/// Says of which volume it is.
+fn snapshot_name(volume: VolumeId, id: SnapshotId) -> String {
+    format!("{volume}@{id}")
+}
+
+fn parse_snapshot(name: &str) -> Option<(VolumeId, SnapshotId)> {
+    let (volume, id) = name.split_once('@')?;
+    Some((volume.parse().ok()?, id.parse().ok()?))
+}

@@ -1,0 +1,85 @@
+//! Reading an image: what another node gets of it.
+
+use std::os::unix::fs::FileExt;
+use std::path::Path;
+
+use super::{CHUNK_BYTES, Digester};
+use crate::pool::{ImageId, OpenImage};
+use crate::{PoolError, Result, sparse};
+
+/// A piece of an image that is not all zeros.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Chunk {
+    /// Where it lies; a multiple of [`CHUNK_BYTES`].
+    pub offset: u64,
+    /// Its content: [`CHUNK_BYTES`], or what is left at the end.
+    pub bytes: Vec<u8>,
+}
+
+impl OpenImage {
+    /// The image's size.
+    pub fn bytes(&self) -> u64 {
+        self.bytes
+    }
+
+    /// Its file or device node.
+    pub fn path(&self) -> &Path {
+        &self.path
+    }
+
+    /// Its chunks from the first one that ends after `offset`, in order. The rest is zeros.
+    pub fn chunks(&self, offset: u64) -> Chunks<'_> {
+        Chunks { image: self, next: offset - offset % CHUNK_BYTES }
+    }
+
+    /// Reads all of it and says what it is: damage shows as another id.
+    pub fn verify(&self) -> Result<ImageId> {
+        let mut digester = Digester::new(self.bytes);
+        let mut at = 0;
+        for chunk in self.chunks(0) {
+            let chunk = chunk?;
+            digester.zeros(chunk.offset - at);
+            digester.data(&chunk.bytes);
+            at = chunk.offset + chunk.bytes.len() as u64;
+        }
+        Ok(digester.finish())
+    }
+
+    fn next_chunk(&self, from: u64) -> Result<Option<Chunk>> {
+        let mut next = from;
+        while let Some(data) = sparse::next_data(&self.file, next, self.bytes)
+            .map_err(PoolError::io("look for data in", &self.path))?
+        {
+            let offset = data.start - data.start % CHUNK_BYTES;
+            let mut bytes = vec![0; CHUNK_BYTES.min(self.bytes - offset) as usize];
+            self.file
+                .read_exact_at(&mut bytes, offset)
+                .map_err(PoolError::io("read", &self.path))?;
+            if !sparse::is_zero(&bytes) {
+                return Ok(Some(Chunk { offset, bytes }));
+            }
+            next = offset + CHUNK_BYTES;
+        }
+        Ok(None)
+    }
+}
+
+/// The chunks of an image. Ends after the first error.
+#[derive(Debug)]
+pub struct Chunks<'a> {
+    image: &'a OpenImage,
+    next: u64,
+}
+
+impl Iterator for Chunks<'_> {
+    type Item = Result<Chunk>;
+
+    fn next(&mut self) -> Option<Self::Item> {
+        let chunk = self.image.next_chunk(self.next).transpose()?;
+        self.next = match &chunk {
+            Ok(chunk) => chunk.offset + CHUNK_BYTES,
+            Err(_) => self.image.bytes,
+        };
+        Some(chunk)
+    }
+}
