@@ -168,9 +168,11 @@ impl Cluster {
         let ssh = self.lab.ssh(host)?;
         let settings = format!(
             "DROVER_NODE={host}\nDROVER_CLUSTER_ID={CLUSTER_ID}\nDROVER_CONTROLLERS={}\n\
-             DROVER_MIGRATION_ADDRESS={}\nDROVER_VCPU_OVERCOMMIT={overcommit}\n",
+             DROVER_MIGRATION_ADDRESS={}\nDROVER_VCPU_OVERCOMMIT={overcommit}\n\
+             DROVER_POOLS={}=lvm:drover/thin\n",
             servers(),
-            ssh.address
+            ssh.address,
+            crate::vps::POOL
         );
         let script = format!(
             "set -e; mkdir -p /etc/drover; printf %s {} > /etc/drover/agent.env; \

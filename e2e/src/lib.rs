@@ -38,6 +38,7 @@ mod qmp;
 pub(crate) mod snapshot;
 pub mod ssh;
 pub mod switch;
+pub mod vps;
 pub mod vpsctl;
 
 pub use cluster::Cluster;

@@ -4,6 +4,7 @@
 //! the words. A failed run leaves the logs of everything in the cache, under `logs/test`.
 
 mod bad_input;
+mod disks;
 mod faults;
 mod story;
 mod world;
@@ -19,7 +20,7 @@ type Test = (&'static str, fn(&mut World) -> Result<()>);
 
 fn main() -> ExitCode {
     let words: Vec<String> = std::env::args().skip(1).filter(|a| !a.starts_with('-')).collect();
-    let all = [story::TESTS, bad_input::TESTS, faults::TESTS].concat();
+    let all = [story::TESTS, disks::TESTS, bad_input::TESTS, faults::TESTS].concat();
     let wanted = |name: &str| words.is_empty() || words.iter().any(|w| name.contains(w.as_str()));
     let tests: Vec<Test> = all.iter().copied().filter(|(name, _)| wanted(name)).collect();
     if std::env::args().any(|a| a == "--list") {

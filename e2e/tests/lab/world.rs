@@ -165,6 +165,13 @@ impl World {
         Ok(answer)
     }
 
+    /// The volumes on a host, by LVM's own word.
+    pub(crate) fn volumes_on(&self, host: &str) -> Result<Vec<String>> {
+        let list = "lvs --noheadings -o lv_name drover | grep -vE 'drover_image_| thin$' || true";
+        let list = self.lab().ssh(host)?.run(list)?;
+        Ok(list.split_whitespace().map(str::to_owned).collect())
+    }
+
     /// After each test: no domain is left, all nodes take domains, all members run.
     pub(crate) fn tidy(&mut self) -> Result<()> {
         let vpsctl = self.vpsctl();
@@ -178,6 +185,7 @@ impl World {
                 Ok(self.cluster.vmm_pids(&host)?.is_empty().then_some(()))
             });
             left.map_err(|e| Error::other(format!("{e}; {:?}", self.cluster.vmm_pids(&host))))?;
+            self.leaks_nothing(&host)?;
         }
         let active = vpsctl.json(&["operation", "list", "--active"])?;
         let stuck: Vec<&Value> = list(&active).collect();
@@ -188,6 +196,20 @@ impl World {
             self.moves_before.insert(mac, moves);
         }
         Ok(())
+    }
+
+    /// Without domains there are no volumes, seeds, loop devices or taps.
+    fn leaks_nothing(&self, host: &str) -> Result<()> {
+        let mut left = Vec::new();
+        wait_for(&format!("{host} without leaks"), PATIENCE, || {
+            left = self.volumes_on(host)?;
+            let rest = "losetup -nO NAME; ip -o link | grep -oE ' dv[^:@]*' || true; \
+                        ls -d /var/lib/drover/domains/* 2>/dev/null || true";
+            let rest = self.lab().ssh(host)?.run(rest)?;
+            left.extend(rest.split_whitespace().map(str::to_owned));
+            Ok(left.is_empty().then_some(()))
+        })
+        .map_err(|e| Error::other(format!("{e}: {left:?}")))
     }
 
     /// After a failed test: everything that may be missing is started again.
