@@ -29,6 +29,7 @@ mod tests;
 mod transport;
 mod worker;
 
+use std::any::Any;
 use std::os::fd::RawFd;
 use std::time::{Duration, Instant};
 
@@ -101,7 +102,7 @@ pub enum Progress {
 }
 
 /// The behaviour of a device.
-pub trait VirtioDevice: Send {
+pub trait VirtioDevice: Any + Send {
     /// What it is.
     fn kind(&self) -> DeviceKind;
     /// The sizes of its queues, powers of two.

@@ -12,6 +12,7 @@ use virtio_bindings::virtio_blk::{
 use vm_memory::Bytes;
 
 use super::backend::{self, Backend, Buffers, Done, Job, Reply, Work};
+use super::limits::{Cost, Limits, Throttle};
 use super::requests::{
     DISCARD_SECTORS_MAX, ID_BYTES, RANGES_MAX, Request, Rules, Status, ZERO_SECTORS_MAX, parse,
 };
@@ -57,6 +58,7 @@ pub struct Blk {
     left_alone: u8,
     /// The system had no room for all that was begun; then it is tried again.
     retry: Option<Instant>,
+    throttle: Throttle,
     segments: Vec<Segment>,
     done: Vec<Done>,
     errors: u32,
@@ -104,10 +106,16 @@ impl Blk {
             bytes_under_way: 0,
             left_alone: 0,
             retry: None,
+            throttle: Throttle::default(),
             segments: Vec::new(),
             done: Vec::new(),
             errors: 0,
         }
+    }
+
+    /// Limits what the guest may ask for from now on.
+    pub fn set_limits(&mut self, limits: Limits, now: Instant) {
+        self.throttle.set(limits, now);
     }
 
     fn has(&self, feature: u32) -> bool {
@@ -140,6 +148,7 @@ impl Blk {
             if self.bytes_under_way >= UNDER_WAY_BYTES_MAX {
                 // Looked at again when some of them are done.
                 self.left_alone |= 1 << index;
+                self.throttle.leave(index, turn.now);
                 return Ok(Progress::Done);
             }
             let queue = &mut turn.queues[index];
@@ -147,18 +156,34 @@ impl Blk {
                 if queue.enable_kicks(turn.memory)? {
                     continue;
                 }
+                self.throttle.leave(index, turn.now);
                 return Ok(Progress::Done);
             };
             if self.in_flight[index] >= queue.size() {
                 let what = "is in the queue while more than the queue holds is under way";
                 return Err(Violation::Shape { queue: index, head, what });
             }
-            bytes += self.begin(turn, index, head, &rules)?;
+            let Some(begun) = self.begin(turn, index, head, &rules)? else {
+                // Looked at again when there is budget for it.
+                turn.queues[index].rewind(1);
+                return Ok(Progress::Done);
+            };
+            bytes += begun;
             if bytes > TURN_BYTES_MAX {
                 break;
             }
         }
         Ok(Progress::More)
+    }
+
+    /// Looks again at the queue that has waited for budget.
+    fn take_due(&mut self, turn: &mut Turn<'_>) -> Result<(), Violation> {
+        if let Some(index) = self.throttle.due(turn.now)
+            && self.take(turn, index)? == Progress::More
+        {
+            self.throttle.look_again(turn.now);
+        }
+        Ok(())
     }
 
     /// Looks again at the queues that were left alone.
@@ -175,16 +200,20 @@ impl Blk {
     }
 
     /// Begins the request whose buffers are in `segments`, or answers it at once. Answers how
-    /// many bytes it moves.
+    /// many bytes it moves, and nothing when there is no budget for it.
     fn begin(
         &mut self,
         turn: &mut Turn<'_>,
         index: usize,
         head: u16,
         rules: &Rules,
-    ) -> Result<u64, Violation> {
+    ) -> Result<Option<u64>, Violation> {
         let parsed = parse(turn.memory, &self.segments, rules)
             .map_err(|what| Violation::Shape { queue: index, head, what })?;
+        let cost = parsed.request.as_ref().map_or_else(|_| Cost::default(), Cost::of);
+        if !self.throttle.pay(index, cost, turn.now) {
+            return Ok(None);
+        }
         let mut reply = Reply {
             queue: index,
             head,
@@ -196,15 +225,15 @@ impl Blk {
         };
         let durable = !self.has(VIRTIO_BLK_F_FLUSH);
         let (work, bytes) = match parsed.request {
-            Err(status) => return answer(turn, &reply, status).map(|()| 0),
+            Err(status) => return answer(turn, &reply, status).map(|()| Some(0)),
             Ok(Request::Id(room)) => {
                 let status = self.write_id(&room);
                 reply.answer_bytes = parsed.room_bytes.min(ID_BYTES as u64);
-                return answer(turn, &reply, status).map(|()| 0);
+                return answer(turn, &reply, status).map(|()| Some(0));
             }
             Ok(Request::Read { offset, data }) => {
                 let Some(buffers) = buffers(turn.memory, &data) else {
-                    return answer(turn, &reply, Status::IoError).map(|()| 0);
+                    return answer(turn, &reply, Status::IoError).map(|()| Some(0));
                 };
                 reply.written = data;
                 reply.answer_bytes = parsed.room_bytes;
@@ -212,7 +241,7 @@ impl Blk {
             }
             Ok(Request::Write { offset, data }) => {
                 let Some(buffers) = buffers(turn.memory, &data) else {
-                    return answer(turn, &reply, Status::IoError).map(|()| 0);
+                    return answer(turn, &reply, Status::IoError).map(|()| Some(0));
                 };
                 let bytes = data.iter().map(|segment| u64::from(segment.len)).sum();
                 (Work::Write { offset, buffers, durable }, bytes)
@@ -225,7 +254,7 @@ impl Blk {
             }
         };
         if work.is_nothing() {
-            return answer(turn, &reply, Status::Ok).map(|()| 0);
+            return answer(turn, &reply, Status::Ok).map(|()| Some(0));
         }
         self.in_flight[index] += 1;
         self.bytes_under_way += bytes;
@@ -233,7 +262,7 @@ impl Blk {
         // SAFETY: `buffers` made the pointers from slices of guest memory. `self.memory` keeps it
         // mapped for longer than the backend exists; nothing here holds a reference into it.
         unsafe { self.backend.start(Job { work, reply }) };
-        Ok(bytes)
+        Ok(Some(bytes))
     }
 
     /// Writes the serial number into these, as much of it as fits.
@@ -416,6 +445,7 @@ impl VirtioDevice for Blk {
         // Without a driver there is nobody to tell, and nothing that could go wrong.
         let _ = self.drain(None, None);
         self.left_alone = 0;
+        self.throttle.forget_waiting();
         self.features = 0;
     }
 
@@ -430,6 +460,7 @@ impl VirtioDevice for Blk {
             }
             Event::Timer => {
                 self.submit(turn.now);
+                self.take_due(turn)?;
                 Ok(Progress::Done)
             }
         }
@@ -444,7 +475,7 @@ impl VirtioDevice for Blk {
     }
 
     fn deadline(&self) -> Option<Instant> {
-        self.retry
+        [self.retry, self.throttle.deadline()].into_iter().flatten().min()
     }
 
     fn settle(

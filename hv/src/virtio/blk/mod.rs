@@ -1,7 +1,7 @@
 //! The block device (VIRTIO 1.2, 5.2): a volume of the node, a raw file or a block device.
 //!
-//! [`device`] is the virtio side, [`requests`] tells what a chain asks for, [`backend`] does it,
-//! [`volume`] is the file: opened, measured and locked.
+//! [`device`] is the virtio side, [`requests`] tells what a chain asks for, [`limits`] when it may
+//! begin, [`backend`] does it, [`volume`] is the file: opened, measured and locked.
 //!
 //! ```text
 //!   queue ─► requests::parse ─► Job ─► Backend ─► io_uring, or a thread with preadv and pwritev
@@ -21,10 +21,12 @@
 
 mod backend;
 mod device;
+mod limits;
 mod requests;
 #[cfg(test)]
 mod tests;
 mod volume;
 
 pub use device::Blk;
+pub use limits::Limits;
 pub use volume::{Volume, VolumeError};
