@@ -11,6 +11,10 @@ use std::str::FromStr;
 
 use serde::{Deserialize, Serialize};
 
+mod disk;
+
+pub use disk::{DISKS_MAX, DiskConfig, DiskLimits, SERIAL_BYTES_MAX, validate_limits};
+
 /// Most vCPUs a domain may have.
 pub const VCPUS_MAX: u32 = 8;
 /// Least memory, bytes: a stock kernel and a small initramfs need about this much.
@@ -21,10 +25,6 @@ pub const MEMORY_BYTES_MAX: u64 = 1 << 39;
 pub const MEMORY_BYTES_STEP: u64 = 1 << 20;
 /// Most network interfaces.
 pub const INTERFACES_MAX: usize = 4;
-/// Most disks.
-pub const DISKS_MAX: usize = 8;
-/// Longest serial number of a disk, bytes: VIRTIO_BLK_ID_BYTES.
-pub const SERIAL_BYTES_MAX: usize = 20;
 /// Most addresses that are announced for one interface.
 pub const ADDRESSES_MAX: usize = 16;
 /// Longest kernel command line, bytes: x86's COMMAND_LINE_SIZE without the final zero.
@@ -162,21 +162,6 @@ pub struct InterfaceConfig {
     pub addresses: Vec<String>,
 }
 
-/// One disk.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(deny_unknown_fields)]
-pub struct DiskConfig {
-    /// A raw file (a multiple of 512 bytes long) or a block device. It is locked while the domain
-    /// has it open.
-    pub path: PathBuf,
-    /// The guest can read it only.
-    #[serde(default)]
-    pub read_only: bool,
-    /// What the guest finds as the disk's serial number; empty for none.
-    #[serde(default)]
-    pub serial: String,
-}
-
 impl DomainConfig {
     /// Reads and checks a configuration file.
     pub fn load(path: &Path) -> Result<Self, ConfigError> {
@@ -262,27 +247,7 @@ impl DomainConfig {
                 ));
             }
         }
-        self.validate_disks()
-    }
-
-    fn validate_disks(&self) -> Result<(), FieldError> {
-        if self.disks.len() > DISKS_MAX {
-            let accepted = format!("at most {DISKS_MAX}");
-            return Err(FieldError::new("disks", self.disks.len(), accepted));
-        }
-        for (index, disk) in self.disks.iter().enumerate() {
-            let at = format!("disks[{index}]");
-            disk.validate(&at)?;
-            let others = &self.disks[..index];
-            let accepted = "one that no other disk of the domain has";
-            if others.iter().any(|other| other.path == disk.path) {
-                return Err(FieldError::new(format!("{at}.path"), disk.path.display(), accepted));
-            }
-            if !disk.serial.is_empty() && others.iter().any(|other| other.serial == disk.serial) {
-                return Err(FieldError::new(format!("{at}.serial"), &disk.serial, accepted));
-            }
-        }
-        Ok(())
+        disk::validate(&self.disks)
     }
 
     /// Exactly one source of the kernel.
@@ -363,22 +328,6 @@ impl InterfaceConfig {
             }
         }
         Ok(())
-    }
-}
-
-impl DiskConfig {
-    fn validate(&self, at: &str) -> Result<(), FieldError> {
-        validate_path(&format!("{at}.path"), &self.path)?;
-        let fine = self.serial.len() <= SERIAL_BYTES_MAX
-            && self.serial.bytes().all(|b| b.is_ascii_alphanumeric() || b"-_.".contains(&b));
-        if fine {
-            return Ok(());
-        }
-        Err(FieldError::new(
-            format!("{at}.serial"),
-            &self.serial,
-            format!("at most {SERIAL_BYTES_MAX} of a-z, A-Z, 0-9, '-', '_' and '.'"),
-        ))
     }
 }
 
@@ -479,6 +428,7 @@ mod tests {
                 path: "/srv/web-1/root.raw".into(),
                 read_only: false,
                 serial: "web-1-root".into(),
+                limits: DiskLimits { iops: 500, iops_burst: 2000, ..DiskLimits::default() },
             }],
             on_reboot: OnReboot::Restart,
         }
@@ -532,6 +482,13 @@ mod tests {
             ("disks[0].path", |c| c.disks[0].path = "root.raw".into()),
             ("disks[0].serial", |c| c.disks[0].serial = "x".repeat(21)),
             ("disks[0].serial", |c| c.disks[0].serial = "a b".into()),
+            ("disks[0].limits.iops_burst", |c| c.disks[0].limits.iops = 0),
+            ("disks[0].limits.iops", |c| c.disks[0].limits.iops = 1 << 40),
+            ("disks[0].limits.bytes_per_second", |c| c.disks[0].limits.bytes_per_second = 512),
+            ("disks[0].limits.bytes_burst", |c| {
+                c.disks[0].limits.bytes_per_second = 1 << 20;
+                c.disks[0].limits.bytes_burst = 1 << 60;
+            }),
             ("disks[1].path", |c| {
                 c.disks.push(DiskConfig { serial: String::new(), ..c.disks[0].clone() });
             }),
@@ -565,6 +522,8 @@ mod tests {
         let disk = minimal.replace("\"epoch\"", "\"disks\":[{\"path\":\"/d\"}],\"epoch\"");
         let config: DomainConfig = serde_json::from_str(&disk).unwrap();
         assert_eq!((config.disks[0].read_only, config.disks[0].serial.as_str()), (false, ""));
+        assert_eq!(config.disks[0].limits, DiskLimits::default());
+        assert!(!serde_json::to_string(&config).unwrap().contains("limits"));
         let unknown = minimal.replace("\"epoch\"", "\"cpu\":1,\"epoch\"");
         let error = serde_json::from_str::<DomainConfig>(&unknown).unwrap_err();
         assert!(error.to_string().contains("cpu"), "{error}");

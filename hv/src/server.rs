@@ -7,15 +7,16 @@ use bytes::Bytes;
 use drover_proto::v1::{ConsoleInput, ConsoleOutput};
 use drover_proto::vmm::v1::vmm_service_server::VmmService;
 use drover_proto::vmm::v1::{
-    CancelMigrationRequest, GetStatusRequest, PauseRequest, PowerButtonRequest,
-    PrepareIncomingRequest, PrepareIncomingResponse, QuitRequest, QuitResponse, ResetRequest,
-    ResumeRequest, StartMigrationRequest, TakeOverRequest, VmmState, VmmStatus,
+    CancelMigrationRequest, GetStatusRequest, GrowDiskRequest, GrowDiskResponse, PauseRequest,
+    PowerButtonRequest, PrepareIncomingRequest, PrepareIncomingResponse, QuitRequest, QuitResponse,
+    ResetRequest, ResumeRequest, SetDiskLimitsRequest, StartMigrationRequest, TakeOverRequest,
+    VmmState, VmmStatus,
 };
 use futures::{Stream, StreamExt, stream};
 use tokio::time::Instant;
 use tonic::{Response, Status, Streaming};
 
-use crate::vmm::{Request, Vmm, VmmError};
+use crate::vmm::{Reply, Request, Vmm, VmmError};
 
 /// Shortest time between two statuses of which only counters differ.
 const STATUS_INTERVAL: Duration = Duration::from_millis(200);
@@ -89,6 +90,25 @@ impl VmmService for Server {
         Ok(Response::new(QuitResponse {}))
     }
 
+    async fn set_disk_limits(
+        &self,
+        request: tonic::Request<SetDiskLimitsRequest>,
+    ) -> Result<Response<VmmStatus>, Status> {
+        self.ask(Request::SetDiskLimits(request.into_inner())).await
+    }
+
+    async fn grow_disk(
+        &self,
+        request: tonic::Request<GrowDiskRequest>,
+    ) -> Result<Response<GrowDiskResponse>, Status> {
+        match self.vmm.ask(Request::GrowDisk(request.into_inner())).await? {
+            Reply::Grown { bytes_before, bytes } => {
+                Ok(Response::new(GrowDiskResponse { bytes_before, bytes }))
+            }
+            other => Err(unexpected(&other)),
+        }
+    }
+
     type AttachConsoleStream = BoxStream<ConsoleOutput>;
 
     async fn attach_console(
@@ -106,8 +126,12 @@ impl VmmService for Server {
         &self,
         request: tonic::Request<PrepareIncomingRequest>,
     ) -> Result<Response<PrepareIncomingResponse>, Status> {
-        let listen_address = self.vmm.ask(Request::PrepareIncoming(request.into_inner())).await?;
-        Ok(Response::new(PrepareIncomingResponse { listen_address }))
+        match self.vmm.ask(Request::PrepareIncoming(request.into_inner())).await? {
+            Reply::Listening(listen_address) => {
+                Ok(Response::new(PrepareIncomingResponse { listen_address }))
+            }
+            other => Err(unexpected(&other)),
+        }
     }
 
     async fn start_migration(
@@ -130,6 +154,10 @@ impl VmmService for Server {
     ) -> Result<Response<VmmStatus>, Status> {
         self.ask(Request::TakeOver(request.into_inner())).await
     }
+}
+
+fn unexpected(reply: &Reply) -> Status {
+    Status::internal(format!("the supervisor answered something else: {reply:?}"))
 }
 
 /// The status now and after each change; changes of counters alone at most 5 times a second.

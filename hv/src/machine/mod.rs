@@ -33,14 +33,14 @@ use kvm_ioctls::{Cap, Kvm, VmFd};
 use vm_memory::GuestMemoryError;
 use vmm_sys_util::eventfd::EventFd;
 
-use crate::config::{DomainConfig, FieldError};
+use crate::config::{DiskLimits, DomainConfig, FieldError};
 use crate::console::Console;
 use crate::memory::{self, DirtyPages, DirtyTracker, GuestMemory, KvmDirtyLog, MemoryError};
 use crate::migration::{Shape, cpu_features};
 use crate::pci::{KvmWiring, PciBus, RestoreError, Wiring};
 use crate::serial::SerialPort;
 use crate::state::{self, kind};
-use crate::virtio::blk::{Blk, Volume};
+use crate::virtio::blk::{Blk, Volume, VolumeError};
 use crate::virtio::net::{MacAddress, Net, NetCounters, Tap};
 use crate::virtio::rng::Rng;
 use crate::virtio::{VirtioDevice, VirtioPci};
@@ -101,6 +101,8 @@ pub struct Machine {
     vcpus: Vec<Vcpu>,
     devices: Arc<Devices>,
     virtio: Vec<Arc<VirtioPci>>,
+    /// Those of them that are the configuration's disks, in its order.
+    disks: Vec<Arc<VirtioPci>>,
     dirty: DirtyTracker,
     vm: Arc<VmFd>,
     memory: GuestMemory,
@@ -224,8 +226,8 @@ impl Machine {
                 .map_err(|source| MachineError::Device { device: name, source })?;
             let function = Arc::new(function);
             pci.add(Arc::clone(&function) as _);
-            virtio.push(function);
-            Ok::<_, MachineError>(())
+            virtio.push(Arc::clone(&function));
+            Ok::<_, MachineError>(function)
         };
         for (index, interface) in config.interfaces.iter().enumerate() {
             let mac = interface.mac_address()?;
@@ -237,14 +239,16 @@ impl Machine {
             counters.push(net.counters());
             add(Box::new(net), format!("interfaces[{index}]"))?;
         }
+        let mut disks = Vec::new();
         for (index, disk) in config.disks.iter().enumerate() {
             let volume = Volume::open(&disk.path, disk.read_only).map_err(|error| {
                 FieldError::new(format!("disks[{index}].path"), &error, error.accepted())
             })?;
             let device = || format!("disks[{index}]");
-            let blk = Blk::new(volume, &disk.serial, config.vcpus, memory.clone())
+            let mut blk = Blk::new(volume, &disk.serial, config.vcpus, memory.clone())
                 .map_err(|source| MachineError::Device { device: device(), source })?;
-            add(Box::new(blk), device())?;
+            blk.set_limits(disk.limits, Instant::now());
+            disks.push(add(Box::new(blk), device())?);
         }
         add(Box::new(Rng::new()), "the entropy device".into())?;
         let devices = Arc::new(Devices { serial, power, pci });
@@ -254,6 +258,7 @@ impl Machine {
             vcpus,
             devices,
             virtio,
+            disks,
             dirty,
             vm,
             memory,
@@ -339,6 +344,22 @@ impl Machine {
     /// What has gone through each network interface.
     pub fn net_counters(&self) -> &[Arc<NetCounters>] {
         &self.counters
+    }
+
+    /// Limits a disk from now on; `index` is its place in the configuration.
+    pub fn set_disk_limits(&mut self, index: usize, limits: DiskLimits) {
+        let done =
+            self.disks[index].with(|blk: &mut Blk, _| blk.set_limits(limits, Instant::now()));
+        assert!(done.is_some(), "disks are block devices");
+    }
+
+    /// A disk's volume has grown: tells the guest. Answers its length before and now, in bytes.
+    ///
+    /// # Errors
+    /// When it has shrunk; then nothing has changed.
+    pub fn grow_disk(&mut self, index: usize) -> Result<(u64, u64), VolumeError> {
+        let grown = self.disks[index].with(|blk: &mut Blk, interrupt| blk.grow(interrupt));
+        grown.unwrap_or_else(|| unreachable!("disks are block devices"))
     }
 
     /// What must fit for this machine to move, on either side.

@@ -16,12 +16,14 @@ use super::limits::{Cost, Limits, Throttle};
 use super::requests::{
     DISCARD_SECTORS_MAX, ID_BYTES, RANGES_MAX, Request, Rules, Status, ZERO_SECTORS_MAX, parse,
 };
-use super::volume::{SECTOR_BYTES, Volume};
+use super::volume::{SECTOR_BYTES, Volume, VolumeError};
 use crate::memory::GuestMemory;
 use crate::pci::ClassCode;
 use crate::state::{Decoder, Encoder, StateError, kind};
 use crate::virtio::buffers::{gather, mark_written};
-use crate::virtio::{DeviceKind, Event, Progress, Segment, Turn, Violation, VirtioDevice};
+use crate::virtio::{
+    DeviceKind, Event, Interrupt, Progress, Segment, Turn, Violation, VirtioDevice,
+};
 
 /// Most queues: more than this many vCPUs share them.
 pub(super) const QUEUES_MAX: usize = 4;
@@ -116,6 +118,18 @@ impl Blk {
     /// Limits what the guest may ask for from now on.
     pub fn set_limits(&mut self, limits: Limits, now: Instant) {
         self.throttle.set(limits, now);
+    }
+
+    /// The volume has grown: the guest is told. Answers its length before and now, in bytes.
+    ///
+    /// # Errors
+    /// When it has not grown but shrunk; then nothing has changed.
+    pub fn grow(&mut self, interrupt: &Interrupt) -> Result<(u64, u64), VolumeError> {
+        let (before, now) = self.volume.measure_again()?;
+        if now > before {
+            interrupt.raise_config();
+        }
+        Ok((before, now))
     }
 
     fn has(&self, feature: u32) -> bool {

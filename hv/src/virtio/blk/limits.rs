@@ -9,6 +9,8 @@
 use std::collections::VecDeque;
 use std::time::{Duration, Instant};
 
+use serde::{Deserialize, Serialize};
+
 use super::requests::Request;
 
 /// How much of the time for which a worker came late to a waiting request is made up for.
@@ -18,7 +20,8 @@ const BURST_SECONDS_DIVISOR: u64 = 10;
 const NANOS_PER_SECOND: u64 = 1_000_000_000;
 
 /// Limits of one disk; 0 is none.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
+#[serde(deny_unknown_fields, default)]
 pub struct Limits {
     /// Requests a second.
     pub iops: u64,
@@ -28,6 +31,13 @@ pub struct Limits {
     pub bytes_per_second: u64,
     /// Bytes that may begin at once after a rest; 0 is a tenth of a second's.
     pub bytes_burst: u64,
+}
+
+impl Limits {
+    /// Whether nothing is limited.
+    pub fn is_none(&self) -> bool {
+        *self == Self::default()
+    }
 }
 
 /// What a request takes from the budget.

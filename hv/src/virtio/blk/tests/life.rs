@@ -225,3 +225,48 @@ fn the_bytes_under_way_have_a_bound() {
     }
     assert!(gate.state.lock().unwrap().held_max <= bound);
 }
+
+/// The volume grows under the guest: it is told, sees the new size, and can use it at once. A
+/// volume that has shrunk changes nothing.
+#[test]
+fn a_disk_grows_while_the_guest_runs() {
+    for which in backends() {
+        let mut bench = Bench::new(which);
+        let capacity = |bench: &Bench| u64::from_le_bytes(bench.config()[..8].try_into().unwrap());
+        let generation = |bench: &Bench| {
+            let mut byte = [0];
+            bench.driver.device.read_window(0x15, &mut byte);
+            byte[0]
+        };
+        let grow =
+            |bench: &Bench| bench.driver.device.with(|blk: &mut Blk, i| blk.grow(i)).unwrap();
+        let ask = Ask { kind: IN, sector: 64, room: 512, ..Ask::default() };
+        assert_eq!(bench.ask(ask), (IOERR, 0));
+        let before = generation(&bench);
+        let _ = bench.driver.wiring.raised(0);
+        assert_eq!(grow(&bench).unwrap(), (64 * 512, 64 * 512));
+        assert_eq!((generation(&bench), bench.driver.wiring.raised(0)), (before, 0));
+
+        bench.file.as_file().set_len(100 * 512).unwrap();
+        assert_eq!(grow(&bench).unwrap(), (64 * 512, 100 * 512));
+        assert_eq!((capacity(&bench), bench.driver.wiring.raised(0)), (100, 1));
+        assert_ne!(generation(&bench), before);
+        assert_eq!(bench.read(64, 36), [0; 36 * 512]);
+        assert_eq!(bench.ask(Ask { sector: 100, ..ask }), (IOERR, 0));
+
+        for (bytes, said) in
+            [(99 * 512, "has 50688 bytes, and had 51200"), (101 * 512 + 1, "has 51713 bytes")]
+        {
+            bench.file.as_file().set_len(bytes).unwrap();
+            let error = grow(&bench).unwrap_err().to_string();
+            assert_eq!(error, format!("{}: {said}", bench.file.path().display()));
+            assert_eq!(capacity(&bench), 100);
+        }
+        // The state says the new length, and wants it at the destination.
+        let state = bench.driver.state();
+        let memory = bench.driver.memory.clone();
+        let make = |volume: &Arc<Volume>| make(which, volume);
+        let moved = Bench::unstarted(file(100), false, make, Some(memory));
+        moved.driver.device.restore(1, &state).unwrap();
+    }
+}
