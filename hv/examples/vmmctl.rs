@@ -8,9 +8,10 @@ use std::time::Duration;
 use drover_proto::v1::{ConsoleInput, MigrationLimits};
 use drover_proto::vmm::v1::vmm_service_client::VmmServiceClient;
 use drover_proto::vmm::v1::{
-    CancelMigrationRequest, Disk, DiskLimits, GetStatusRequest, GrowDiskRequest, PauseRequest,
-    PowerButtonRequest, PrepareIncomingRequest, QuitRequest, ResetRequest, ResumeRequest,
-    SetDiskLimitsRequest, StartMigrationRequest, TakeOverRequest, VmmStatus, disk,
+    CancelMigrationRequest, Disk, DiskLimits, GetStatusRequest, GrowDiskRequest,
+    GuestAgentCallRequest, PauseRequest, PowerButtonRequest, PrepareIncomingRequest, QuitRequest,
+    ResetRequest, ResumeRequest, SetDiskLimitsRequest, StartMigrationRequest, TakeOverRequest,
+    VmmStatus, disk,
 };
 use hyper_util::rt::TokioIo;
 use tokio::net::UnixStream;
@@ -21,6 +22,7 @@ const COMMANDS: &str = "commands:
   status | watch | pause | resume | power-button | reset | quit
   limit INDEX IOPS IOPS_BURST BYTES_PER_SECOND BYTES_BURST
   grow INDEX                  the disk's volume is larger now
+  agent COMMAND               a command of the guest agent protocol, JSON
   console SECONDS             show history and what comes
   type TEXT                   type a line
   prepare ID TOKEN ADDR EPOCH
@@ -91,6 +93,11 @@ async fn main() -> Result<(), Box<dyn std::error::Error>> {
         ["grow", index] => {
             let request = GrowDiskRequest { disk: Some(disk(index)?) };
             println!("{:?}", vmm.grow_disk(request).await?.into_inner());
+            return Ok(());
+        }
+        ["agent", command] => {
+            let request = GuestAgentCallRequest { command: command.into(), timeout: None };
+            println!("{}", vmm.guest_agent_call(request).await?.into_inner().result);
             return Ok(());
         }
         ["cancel", id] => {

@@ -136,6 +136,9 @@ pub struct DomainConfig {
     /// At most [`DISKS_MAX`], in the order in which the guest finds them.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub disks: Vec<DiskConfig>,
+    /// There is a port for the guest's agent.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub guest_agent: bool,
     /// What a reboot by the guest does.
     #[serde(default)]
     pub on_reboot: OnReboot,
@@ -430,6 +433,7 @@ mod tests {
                 serial: "web-1-root".into(),
                 limits: DiskLimits { iops: 500, iops_burst: 2000, ..DiskLimits::default() },
             }],
+            guest_agent: true,
             on_reboot: OnReboot::Restart,
         }
     }
@@ -518,7 +522,8 @@ mod tests {
         config.validate().unwrap();
         assert_eq!(config.boot_disk, Some(BootDiskConfig { path: "/d".into() }));
         // A VMM from before there were disks reads what needs none.
-        assert!(!serde_json::to_string(&config).unwrap().contains("disks"));
+        let text = serde_json::to_string(&config).unwrap();
+        assert!(!text.contains("disks") && !text.contains("guest_agent"));
         let disk = minimal.replace("\"epoch\"", "\"disks\":[{\"path\":\"/d\"}],\"epoch\"");
         let config: DomainConfig = serde_json::from_str(&disk).unwrap();
         assert_eq!((config.disks[0].read_only, config.disks[0].serial.as_str()), (false, ""));

@@ -35,12 +35,14 @@ use vmm_sys_util::eventfd::EventFd;
 
 use crate::config::{DiskLimits, DomainConfig, FieldError};
 use crate::console::Console;
+use crate::guest_agent::GuestAgent;
 use crate::memory::{self, DirtyPages, DirtyTracker, GuestMemory, KvmDirtyLog, MemoryError};
 use crate::migration::{Shape, cpu_features};
 use crate::pci::{KvmWiring, PciBus, RestoreError, Wiring};
 use crate::serial::SerialPort;
 use crate::state::{self, kind};
 use crate::virtio::blk::{Blk, Volume, VolumeError};
+use crate::virtio::console::{Port, VirtioConsole};
 use crate::virtio::net::{MacAddress, Net, NetCounters, Tap};
 use crate::virtio::rng::Rng;
 use crate::virtio::{VirtioDevice, VirtioPci};
@@ -103,6 +105,7 @@ pub struct Machine {
     virtio: Vec<Arc<VirtioPci>>,
     /// Those of them that are the configuration's disks, in its order.
     disks: Vec<Arc<VirtioPci>>,
+    guest_agent: Option<Arc<GuestAgent>>,
     dirty: DirtyTracker,
     vm: Arc<VmFd>,
     memory: GuestMemory,
@@ -251,6 +254,14 @@ impl Machine {
             disks.push(add(Box::new(blk), device())?);
         }
         add(Box::new(Rng::new()), "the entropy device".into())?;
+        let mut guest_agent = None;
+        if config.guest_agent {
+            let device = || "guest_agent".to_owned();
+            let port =
+                Port::new().map_err(|source| MachineError::Device { device: device(), source })?;
+            add(Box::new(VirtioConsole::new(Arc::clone(&port))), device())?;
+            guest_agent = Some(Arc::new(GuestAgent::new(port)));
+        }
         let devices = Arc::new(Devices { serial, power, pci });
 
         let (vcpus, cpuid) = vcpus(&system, &vm, config.vcpus, &devices, &on_exit)?;
@@ -259,6 +270,7 @@ impl Machine {
             devices,
             virtio,
             disks,
+            guest_agent,
             dirty,
             vm,
             memory,
@@ -344,6 +356,11 @@ impl Machine {
     /// What has gone through each network interface.
     pub fn net_counters(&self) -> &[Arc<NetCounters>] {
         &self.counters
+    }
+
+    /// The way to the guest's agent, if the domain has one.
+    pub fn guest_agent(&self) -> Option<&Arc<GuestAgent>> {
+        self.guest_agent.as_ref()
     }
 
     /// Limits a disk from now on; `index` is its place in the configuration.

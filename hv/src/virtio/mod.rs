@@ -19,6 +19,7 @@
 
 pub mod blk;
 mod buffers;
+pub mod console;
 mod core;
 mod interrupt;
 pub mod net;

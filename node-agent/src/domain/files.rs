@@ -95,6 +95,7 @@ pub(crate) fn domain_config(
         command_line: boot.command_line,
         interfaces: interfaces.collect(),
         disks: Vec::new(),
+        guest_agent: false,
         on_reboot: match spec.on_reboot() {
             RestartPolicy::Stop => OnReboot::Stop,
             RestartPolicy::Restart | RestartPolicy::Unspecified => OnReboot::Restart,

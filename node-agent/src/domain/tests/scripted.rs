@@ -160,6 +160,13 @@ impl VmmService for Vmm {
         Err(Status::unimplemented(""))
     }
 
+    async fn guest_agent_call(
+        &self,
+        _: Request<GuestAgentCallRequest>,
+    ) -> Answer<GuestAgentCallResponse> {
+        Err(Status::unimplemented(""))
+    }
+
     async fn quit(&self, _: Request<QuitRequest>) -> Answer<QuitResponse> {
         end(&self.dir, "killed", "told to quit")
     }
