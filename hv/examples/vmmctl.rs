@@ -10,8 +10,8 @@ use drover_proto::vmm::v1::vmm_service_client::VmmServiceClient;
 use drover_proto::vmm::v1::{
     CancelMigrationRequest, Disk, DiskLimits, GetStatusRequest, GrowDiskRequest,
     GuestAgentCallRequest, PauseRequest, PowerButtonRequest, PrepareIncomingRequest, QuitRequest,
-    ResetRequest, ResumeRequest, SetDiskLimitsRequest, StartMigrationRequest, TakeOverRequest,
-    VmmStatus, disk,
+    ResetRequest, ResumeRequest, SetDiskLimitsRequest, SetGenerationRequest, StartMigrationRequest,
+    TakeOverRequest, VmmStatus, disk,
 };
 use hyper_util::rt::TokioIo;
 use tokio::net::UnixStream;
@@ -23,6 +23,7 @@ const COMMANDS: &str = "commands:
   limit INDEX IOPS IOPS_BURST BYTES_PER_SECOND BYTES_BURST
   grow INDEX                  the disk's volume is larger now
   agent COMMAND               a command of the guest agent protocol, JSON
+  generation UUID             the guest has become another one
   console SECONDS             show history and what comes
   type TEXT                   type a line
   prepare ID TOKEN ADDR EPOCH
@@ -94,6 +95,10 @@ async fn main() -> Result<(), Box<dyn std::error::Error>> {
             let request = GrowDiskRequest { disk: Some(disk(index)?) };
             println!("{:?}", vmm.grow_disk(request).await?.into_inner());
             return Ok(());
+        }
+        ["generation", id] => {
+            let request = SetGenerationRequest { generation_id: id.into() };
+            vmm.set_generation(request).await?.into_inner()
         }
         ["agent", command] => {
             let request = GuestAgentCallRequest { command: command.into(), timeout: None };

@@ -10,6 +10,7 @@ use std::path::{Path, PathBuf};
 use std::str::FromStr;
 
 use serde::{Deserialize, Serialize};
+use uuid::Uuid;
 
 mod disk;
 
@@ -139,6 +140,10 @@ pub struct DomainConfig {
     /// There is a port for the guest's agent.
     #[serde(default, skip_serializing_if = "std::ops::Not::not")]
     pub guest_agent: bool,
+    /// A UUID that is another one for a clone, or for an earlier state that goes on: the guest is
+    /// shown it. None: the guest has no such device.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub generation_id: Option<String>,
     /// What a reboot by the guest does.
     #[serde(default)]
     pub on_reboot: OnReboot,
@@ -250,7 +255,16 @@ impl DomainConfig {
                 ));
             }
         }
-        disk::validate(&self.disks)
+        disk::validate(&self.disks)?;
+        self.generation().map(drop)
+    }
+
+    /// The generation, if the domain has one.
+    ///
+    /// # Errors
+    /// When it is no UUID.
+    pub fn generation(&self) -> Result<Option<Uuid>, FieldError> {
+        self.generation_id.as_deref().map(parse_generation).transpose()
     }
 
     /// Exactly one source of the kernel.
@@ -341,6 +355,21 @@ fn validate_uid(uid: &str) -> Result<(), FieldError> {
         return Ok(());
     }
     Err(FieldError::new("uid", uid, "a UUID"))
+}
+
+/// A generation's text.
+///
+/// # Errors
+/// When it is no UUID.
+pub fn parse_generation(text: &str) -> Result<Uuid, FieldError> {
+    const HYPHENATED_BYTES: usize = 36;
+    match Uuid::try_parse(text) {
+        Ok(id) if text.len() == HYPHENATED_BYTES && !id.is_nil() => Ok(id),
+        _ => {
+            let accepted = "a UUID such as 324e6eaf-d1d1-4bf6-bf41-b9bb6c91fb87, not all zeros";
+            Err(FieldError::new("generation_id", text, accepted))
+        }
+    }
 }
 
 fn validate_name(name: &str) -> Result<(), FieldError> {
@@ -434,6 +463,7 @@ mod tests {
                 limits: DiskLimits { iops: 500, iops_burst: 2000, ..DiskLimits::default() },
             }],
             guest_agent: true,
+            generation_id: Some("324e6eaf-d1d1-4bf6-bf41-b9bb6c91fb87".into()),
             on_reboot: OnReboot::Restart,
         }
     }
@@ -482,6 +512,11 @@ mod tests {
                     ..c.interfaces[0].clone()
                 });
             }),
+            ("generation_id", |c| c.generation_id = Some(String::new())),
+            ("generation_id", |c| {
+                c.generation_id = Some("{324e6eafd1d14bf6bf41b9bb6c91fb87}".into())
+            }),
+            ("generation_id", |c| c.generation_id = Some(Uuid::nil().to_string())),
             ("disks", |c| c.disks = vec![c.disks[0].clone(); 9]),
             ("disks[0].path", |c| c.disks[0].path = "root.raw".into()),
             ("disks[0].serial", |c| c.disks[0].serial = "x".repeat(21)),
@@ -524,6 +559,7 @@ mod tests {
         // A VMM from before there were disks reads what needs none.
         let text = serde_json::to_string(&config).unwrap();
         assert!(!text.contains("disks") && !text.contains("guest_agent"));
+        assert!(!text.contains("generation"));
         let disk = minimal.replace("\"epoch\"", "\"disks\":[{\"path\":\"/d\"}],\"epoch\"");
         let config: DomainConfig = serde_json::from_str(&disk).unwrap();
         assert_eq!((config.disks[0].read_only, config.disks[0].serial.as_str()), (false, ""));

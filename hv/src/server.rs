@@ -10,8 +10,8 @@ use drover_proto::vmm::v1::{
     CancelMigrationRequest, GetStatusRequest, GrowDiskRequest, GrowDiskResponse,
     GuestAgentCallRequest, GuestAgentCallResponse, PauseRequest, PowerButtonRequest,
     PrepareIncomingRequest, PrepareIncomingResponse, QuitRequest, QuitResponse, ResetRequest,
-    ResumeRequest, SetDiskLimitsRequest, StartMigrationRequest, TakeOverRequest, VmmState,
-    VmmStatus,
+    ResumeRequest, SetDiskLimitsRequest, SetGenerationRequest, StartMigrationRequest,
+    TakeOverRequest, VmmState, VmmStatus,
 };
 use futures::{Stream, StreamExt, stream};
 use tokio::time::Instant;
@@ -112,6 +112,13 @@ impl VmmService for Server {
             }
             other => Err(unexpected(&other)),
         }
+    }
+
+    async fn set_generation(
+        &self,
+        request: tonic::Request<SetGenerationRequest>,
+    ) -> Result<Response<VmmStatus>, Status> {
+        self.ask(Request::SetGeneration(request.into_inner())).await
     }
 
     /// Not by way of the supervisor, which has more to do than to wait for a guest.

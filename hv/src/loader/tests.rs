@@ -105,6 +105,7 @@ fn config(kernel: PathBuf, initramfs: Option<PathBuf>) -> DomainConfig {
         interfaces: Vec::new(),
         disks: Vec::new(),
         guest_agent: false,
+        generation_id: None,
         on_reboot: OnReboot::Restart,
     }
 }

@@ -12,7 +12,9 @@
 //! [`resume`]: migratable::MigratableVm::resume
 
 mod cpuid;
+mod devices;
 pub mod exit;
+pub mod generation;
 mod landing;
 pub mod migratable;
 pub mod ports;
@@ -30,6 +32,7 @@ use kvm_bindings::{
     KVM_MAX_CPUID_ENTRIES, KVM_PIT_SPEAKER_DUMMY, kvm_cpuid_entry2, kvm_pit_config,
 };
 use kvm_ioctls::{Cap, Kvm, VmFd};
+use uuid::Uuid;
 use vm_memory::GuestMemoryError;
 use vmm_sys_util::eventfd::EventFd;
 
@@ -47,9 +50,11 @@ use crate::virtio::net::{MacAddress, Net, NetCounters, Tap};
 use crate::virtio::rng::Rng;
 use crate::virtio::{VirtioDevice, VirtioPci};
 use crate::{acpi, loader};
-use exit::GuestExit;
+pub use devices::Devices;
+use devices::SciLine;
+use generation::Generation;
 use migratable::{MachineState, MigratableError, MigratableVm, StateSection};
-use power::{LevelLine, Power};
+use power::Power;
 use vcpu::{Bus, OnExit, Vcpu};
 use vcpu_state::{VcpuStateError, VcpuStates};
 use vm_state::{Clock, mismatch, step};
@@ -106,6 +111,7 @@ pub struct Machine {
     /// Those of them that are the configuration's disks, in its order.
     disks: Vec<Arc<VirtioPci>>,
     guest_agent: Option<Arc<GuestAgent>>,
+    generation: Option<Generation>,
     dirty: DirtyTracker,
     vm: Arc<VmFd>,
     memory: GuestMemory,
@@ -123,67 +129,6 @@ pub struct Machine {
 impl std::fmt::Debug for Machine {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         f.debug_struct("Machine").field("paused", &self.paused).finish_non_exhaustive()
-    }
-}
-
-/// What the guest reaches by ports and addresses.
-#[derive(Debug)]
-pub struct Devices {
-    /// The serial port.
-    pub serial: SerialPort,
-    /// Power button, power off, reset, pvpanic.
-    pub power: Power,
-    /// Everything virtio.
-    pub pci: PciBus,
-}
-
-impl Bus for Devices {
-    fn read_port(&self, port: u16, data: &mut [u8]) {
-        if let Some(register) = serial_register(port) {
-            self.serial.read(register, data);
-        } else if power::owns(port, data.len()) {
-            self.power.read(port, data);
-        } else if !self.pci.read_port(port, data) {
-            data.fill(0xff);
-        }
-    }
-
-    fn write_port(&self, port: u16, data: &[u8]) -> Option<GuestExit> {
-        if let Some(register) = serial_register(port) {
-            self.serial.write(register, data);
-        } else if power::owns(port, data.len()) {
-            return self.power.write(port, data);
-        } else {
-            // To nobody, like on a PC.
-            self.pci.write_port(port, data);
-        }
-        None
-    }
-
-    fn read_memory(&self, address: u64, data: &mut [u8]) {
-        if !self.pci.read_memory(address, data) {
-            data.fill(0xff);
-        }
-    }
-
-    fn write_memory(&self, address: u64, data: &[u8]) {
-        self.pci.write_memory(address, data);
-    }
-}
-
-fn serial_register(port: u16) -> Option<u8> {
-    let register = port.checked_sub(ports::SERIAL)?;
-    (register < ports::SERIAL_PORTS).then_some(register as u8)
-}
-
-/// ACPI's interrupt line.
-struct SciLine(Arc<VmFd>);
-
-impl LevelLine for SciLine {
-    fn set(&self, active: bool) {
-        if let Err(error) = self.0.set_irq_line(ports::SCI_LINE, active) {
-            tracing::error!(%error, "the power button's interrupt line cannot be set");
-        }
     }
 }
 
@@ -262,6 +207,8 @@ impl Machine {
             add(Box::new(VirtioConsole::new(Arc::clone(&port))), device())?;
             guest_agent = Some(Arc::new(GuestAgent::new(port)));
         }
+        let generation =
+            config.generation()?.map(|_| generation(&vm, memory.clone())).transpose()?;
         let devices = Arc::new(Devices { serial, power, pci });
 
         let (vcpus, cpuid) = vcpus(&system, &vm, config.vcpus, &devices, &on_exit)?;
@@ -271,6 +218,7 @@ impl Machine {
             virtio,
             disks,
             guest_agent,
+            generation,
             dirty,
             vm,
             memory,
@@ -289,7 +237,10 @@ impl Machine {
     /// # Errors
     /// When kernel or initramfs are not what they should be; the machine is of no use then.
     pub fn boot(&mut self) -> Result<(), MachineError> {
-        let rsdp = acpi::write(&self.memory, self.config.vcpus)?;
+        let rsdp = acpi::write(&self.memory, self.config.vcpus, self.generation.is_some())?;
+        if let (Some(generation), Some(id)) = (&self.generation, self.config.generation()?) {
+            generation.begin(id)?;
+        }
         let kernel = loader::load(&self.memory, &self.config, rsdp)?;
         self.vcpus[0].set_entry(kernel).wait()??;
         Ok(())
@@ -363,6 +314,18 @@ impl Machine {
         self.guest_agent.as_ref()
     }
 
+    /// The guest has become another one, a clone or an earlier state of itself: it is told. Answers
+    /// false when it has no generation.
+    ///
+    /// # Errors
+    /// Never, as memory reaches beyond 1 MiB.
+    pub fn set_generation(&mut self, id: Uuid) -> Result<bool, MachineError> {
+        match &self.generation {
+            Some(generation) => Ok(generation.change(id).map(|()| true)?),
+            None => Ok(false),
+        }
+    }
+
     /// Limits a disk from now on; `index` is its place in the configuration.
     pub fn set_disk_limits(&mut self, index: usize, limits: DiskLimits) {
         let done =
@@ -402,6 +365,14 @@ fn serial(vm: &VmFd, console: Arc<Console>) -> Result<SerialPort, MachineError> 
     let interrupt = EventFd::new(libc::EFD_NONBLOCK | libc::EFD_CLOEXEC).map_err(device)?;
     kvm("wiring the serial port's interrupt", vm.register_irqfd(&interrupt, ports::SERIAL_LINE))?;
     Ok(SerialPort::new(console, interrupt))
+}
+
+fn generation(vm: &VmFd, memory: GuestMemory) -> Result<Generation, MachineError> {
+    let device = |source| MachineError::Device { device: "the generation's device".into(), source };
+    let interrupt = EventFd::new(libc::EFD_NONBLOCK | libc::EFD_CLOEXEC).map_err(device)?;
+    let registered = vm.register_irqfd(&interrupt, ports::GENERATION_LINE);
+    kvm("wiring the generation's interrupt", registered)?;
+    Ok(Generation::new(memory, interrupt))
 }
 
 /// The vCPUs, parked, and the CPUID of the first.

@@ -1,10 +1,12 @@
 //! Requests that change something about a machine while it runs.
 
-use drover_proto::vmm::v1::{Disk, GrowDiskRequest, SetDiskLimitsRequest, disk};
+use drover_proto::vmm::v1::{
+    Disk, GrowDiskRequest, SetDiskLimitsRequest, SetGenerationRequest, disk,
+};
 
 use super::supervisor::{Place, Supervisor};
 use super::{Reply, VmmError};
-use crate::config::{DiskConfig, DiskLimits, FieldError, validate_limits};
+use crate::config::{DiskConfig, DiskLimits, FieldError, parse_generation, validate_limits};
 
 impl Supervisor {
     pub(super) fn set_disk_limits(
@@ -26,6 +28,22 @@ impl Supervisor {
         machine.set_disk_limits(index, limits);
         // The machine after a reboot is made from it.
         self.options.config.disks[index].limits = limits;
+        Ok(())
+    }
+
+    pub(super) fn set_generation(
+        &mut self,
+        request: &SetGenerationRequest,
+    ) -> Result<(), VmmError> {
+        const ASKED: &str = "change the generation";
+        let id = parse_generation(&request.generation_id)?;
+        let Place::Owned(machine) = &mut self.place else { return Err(self.refuse(ASKED)) };
+        let changed = machine.set_generation(id);
+        if !changed.map_err(|error| VmmError::Failed(error.to_string()))? {
+            let state = "the domain has none (generation_id in its configuration)".to_owned();
+            return Err(VmmError::State { asked: ASKED, state });
+        }
+        self.options.config.generation_id = Some(id.to_string());
         Ok(())
     }
 

@@ -26,7 +26,7 @@ use std::time::Duration;
 
 use drover_proto::vmm::v1::{
     CancelMigrationRequest, GrowDiskRequest, PrepareIncomingRequest, SetDiskLimitsRequest,
-    StartMigrationRequest, TakeOverRequest,
+    SetGenerationRequest, StartMigrationRequest, TakeOverRequest,
 };
 use tokio::sync::oneshot;
 
@@ -65,6 +65,8 @@ pub enum Request {
     SetDiskLimits(SetDiskLimitsRequest),
     /// A disk's volume has grown.
     GrowDisk(GrowDiskRequest),
+    /// The guest has become another one.
+    SetGeneration(SetGenerationRequest),
     /// End the VMM; the text says on whose behalf.
     Quit(String),
     /// Destination: listen. The answer is the address.

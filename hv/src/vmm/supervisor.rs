@@ -237,6 +237,7 @@ impl Supervisor {
             Request::PowerButton => self.power_button()?,
             Request::Reset => self.reset()?,
             Request::SetDiskLimits(request) => self.set_disk_limits(request)?,
+            Request::SetGeneration(request) => self.set_generation(&request)?,
             Request::GrowDisk(request) => return Ok(self.grow_disk(request)?),
             Request::PrepareIncoming(request) => {
                 return Ok(Reply::Listening(self.prepare_incoming(request)?));

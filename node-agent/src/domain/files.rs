@@ -96,6 +96,7 @@ pub(crate) fn domain_config(
         interfaces: interfaces.collect(),
         disks: Vec::new(),
         guest_agent: false,
+        generation_id: None,
         on_reboot: match spec.on_reboot() {
             RestartPolicy::Stop => OnReboot::Stop,
             RestartPolicy::Restart | RestartPolicy::Unspecified => OnReboot::Restart,

@@ -160,6 +160,10 @@ impl VmmService for Vmm {
         Err(Status::unimplemented(""))
     }
 
+    async fn set_generation(&self, _: Request<SetGenerationRequest>) -> Answer<VmmStatus> {
+        Err(Status::unimplemented(""))
+    }
+
     async fn guest_agent_call(
         &self,
         _: Request<GuestAgentCallRequest>,
