@@ -280,6 +280,10 @@ impl VirtioPci {
     }
 
     fn write_status(&self, inner: &mut Inner, new: u8) {
+        if inner.resetting {
+            // The driver is to wait until it reads 0.
+            return;
+        }
         if new == 0 {
             inner.reset(&self.core);
             self.core.wake();

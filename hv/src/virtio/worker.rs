@@ -80,8 +80,11 @@ impl Worker {
             } else {
                 (self.queues, self.source) = (0, false);
             }
+            if inner.resetting {
+                inner.reset(&core);
+            }
             self.watch_source(&inner)?;
-            self.deadline = if inner.is_live() { inner.device.deadline() } else { None };
+            self.deadline = if inner.works() { inner.device.deadline() } else { None };
             drop(inner);
             self.arm()?;
         }
@@ -148,7 +151,7 @@ impl Worker {
     /// Epoll watches the source only while the device would read it. It is taken out rather than
     /// left without events, because a dead descriptor reports its error always.
     fn watch_source(&mut self, inner: &Inner) -> io::Result<()> {
-        let wanted = inner.is_live() && inner.device.wants_source();
+        let wanted = inner.works() && inner.device.wants_source();
         match (self.source_fd, inner.device.source()) {
             (None, Some(fd)) if wanted => {
                 watch(&self.epoll, fd, SOURCE)?;

@@ -287,11 +287,15 @@ impl Supervisor {
     fn restart(&mut self) -> Result<(), ExitRecord> {
         // The old one first: it has the taps and the memory.
         self.shared.forget_machine();
-        self.place = Place::Lost;
+        let failed = |error: &dyn std::fmt::Display| {
+            ExitRecord::new(ExitReason::Error, format!("starting again: {error}"))
+        };
+        if let Place::Owned(machine) = std::mem::replace(&mut self.place, Place::Lost) {
+            machine.end().map_err(|error| failed(&error))?;
+        }
         self.exit.lock().unwrap_or_else(PoisonError::into_inner).take();
         self.shared.count_reboot();
-        self.boot()
-            .map_err(|error| ExitRecord::new(ExitReason::Error, format!("starting again: {error}")))
+        self.boot().map_err(|error| failed(&error))
     }
 
     fn quit(&mut self, why: String) -> ExitRecord {

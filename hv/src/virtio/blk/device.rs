@@ -11,7 +11,7 @@ use virtio_bindings::virtio_blk::{
 };
 use vm_memory::Bytes;
 
-use super::backend::{self, Backend, Buffers, Done, Job, Reply, Work};
+use super::backend::{self, Backend, Buffers, Done, Job, Reply, Work, wait_readable};
 use super::limits::{Cost, Limits, Throttle};
 use super::requests::{
     DISCARD_SECTORS_MAX, ID_BYTES, RANGES_MAX, Request, Rules, Status, ZERO_SECTORS_MAX, parse,
@@ -338,18 +338,19 @@ impl Blk {
     fn drain(
         &mut self,
         mut turn: Option<&mut Turn<'_>>,
-        deadline: Option<Instant>,
+        deadline: Instant,
     ) -> Result<usize, Violation> {
         while self.backend.in_flight() > 0 {
             let now = Instant::now();
-            if deadline.is_some_and(|deadline| now >= deadline) {
-                return Ok(self.backend.in_flight());
-            }
             self.submit(now);
-            let until = [self.retry, deadline].into_iter().flatten().min();
-            let left = until.map(|until| until.saturating_duration_since(now));
-            backend::wait_readable(self.backend.fd(), left);
             self.finish(turn.as_deref_mut())?;
+            if self.backend.in_flight() > 0 {
+                if now >= deadline {
+                    return Ok(self.backend.in_flight());
+                }
+                let until = self.retry.map_or(deadline, |retry| retry.min(deadline));
+                wait_readable(self.backend.fd(), until.saturating_duration_since(now));
+            }
         }
         self.retry = None;
         Ok(0)
@@ -456,8 +457,7 @@ impl VirtioDevice for Blk {
     }
 
     fn reset(&mut self) {
-        // Without a driver there is nobody to tell, and nothing that could go wrong.
-        let _ = self.drain(None, None);
+        assert_eq!(self.backend.in_flight(), 0, "the kernel still has requests of this driver");
         self.left_alone = 0;
         self.throttle.forget_waiting();
         self.features = 0;
@@ -497,7 +497,11 @@ impl VirtioDevice for Blk {
         turn: Option<&mut Turn<'_>>,
         deadline: Instant,
     ) -> Result<usize, Violation> {
-        self.drain(turn, Some(deadline))
+        if turn.is_none() {
+            self.left_alone = 0;
+            self.throttle.forget_waiting();
+        }
+        self.drain(turn, deadline)
     }
 
     /// Requests under way are no part of it: a paused device has none.

@@ -15,9 +15,11 @@
 //! write is made durable before it is completed.
 //!
 //! A job owns pointers into guest memory from its start until it comes back. Nothing drops a job
-//! that the kernel may still work on: resetting and dropping the device wait for all of them, as
-//! long as it takes, and pausing waits for a while and then fails. How long depends on the host's
-//! disk alone, as the bytes under way are bounded.
+//! that the kernel may still work on. A reset is done when all of them have come back: until then the
+//! driver reads a status that is not 0, and nobody else waits. Pausing waits for a while and then
+//! fails. Dropping the device waits as long as it takes, so that a machine settles its devices
+//! before it is dropped. How long all that takes depends on the host's disk alone, as the bytes
+//! under way are bounded.
 
 mod backend;
 mod device;
