@@ -6,7 +6,8 @@ use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Path, PathBuf};
 
 use drover_hv::config::{
-    BootDiskConfig, DiskConfig, DomainConfig, InterfaceConfig, OnReboot, SERIAL_BYTES_MAX,
+    BootDiskConfig, DiskConfig, DiskLimits, DomainConfig, InterfaceConfig, OnReboot,
+    SERIAL_BYTES_MAX,
 };
 use drover_proto::v1::RestartPolicy;
 use serde::Deserialize;
@@ -95,11 +96,18 @@ pub(crate) fn domain_config(
         path: path.clone(),
         read_only: disk.read_only,
         serial: serial(&disk.volume),
+        limits: DiskLimits {
+            iops: disk.limits.requests_per_second,
+            iops_burst: disk.limits.requests_burst,
+            bytes_per_second: disk.limits.bytes_per_second,
+            bytes_burst: disk.limits.bytes_burst,
+        },
     });
     let seed = seed.map(|path| DiskConfig {
         path: path.to_owned(),
         read_only: true,
         serial: SEED_SERIAL.to_owned(),
+        limits: DiskLimits::default(),
     });
     // Without a kernel of the node's, the first disk brings its own.
     let boot_disk = match (boot.kernel.is_empty(), disks.first()) {
@@ -113,6 +121,7 @@ pub(crate) fn domain_config(
         }
         (false, _) => None,
     };
+    let boots_from_disk = boot_disk.is_some();
     let config = DomainConfig {
         uid: uid.to_owned(),
         name: assigned.name.clone(),
@@ -125,6 +134,9 @@ pub(crate) fn domain_config(
         command_line: boot.command_line,
         interfaces: interfaces.collect(),
         disks: volumes.chain(seed).collect(),
+        // A guest that brings its own system may bring the agent for it, too.
+        guest_agent: boots_from_disk,
+        generation_id: None,
         on_reboot: match spec.on_reboot() {
             RestartPolicy::Stop => OnReboot::Stop,
             RestartPolicy::Restart | RestartPolicy::Unspecified => OnReboot::Restart,
