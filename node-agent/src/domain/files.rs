@@ -274,6 +274,21 @@ mod tests {
         assert_eq!(ExitFile::read(&path), None);
     }
 
+    #[test]
+    fn paths_of_disks_become_words() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("config.json");
+        let say = |text: &str| name_disks(text.to_owned(), &path);
+        assert_eq!(say("boot_disk: /dev/vg/a: is empty"), "boot_disk: /dev/vg/a: is empty");
+        let json = r#"{"uid":"u","name":"domains/a","epoch":1,"vcpus":1,"memory_bytes":67108864,
+            "boot_disk":{"path":"/dev/vg/a"},"disks":[{"path":"/dev/vg/a"},
+            {"path":"/dev/vg/ab"},{"path":"/state/seed.img","serial":"cidata"}]}"#;
+        fs::write(&path, json).unwrap();
+        assert_eq!(say("boot_disk: /dev/vg/a: is empty"), "boot_disk: disk 1: is empty");
+        assert_eq!(say("/dev/vg/ab: is locked"), "disk 2: is locked");
+        assert_eq!(say("/state/seed.img: is short"), "the seed: is short");
+    }
+
     /// "Cannot be read" is not "has not handed over".
     #[test]
     fn a_damaged_handover_is_an_error() {
