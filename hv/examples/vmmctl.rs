@@ -8,9 +8,10 @@ use std::time::Duration;
 use drover_proto::v1::{ConsoleInput, MigrationLimits};
 use drover_proto::vmm::v1::vmm_service_client::VmmServiceClient;
 use drover_proto::vmm::v1::{
-    CancelMigrationRequest, GetStatusRequest, PauseRequest, PowerButtonRequest,
-    PrepareIncomingRequest, QuitRequest, ResetRequest, ResumeRequest, StartMigrationRequest,
-    TakeOverRequest, VmmStatus,
+    CancelMigrationRequest, Disk, DiskLimits, GetStatusRequest, GrowDiskRequest,
+    GuestAgentCallRequest, PauseRequest, PowerButtonRequest, PrepareIncomingRequest, QuitRequest,
+    ResetRequest, ResumeRequest, SetDiskLimitsRequest, SetGenerationRequest, StartMigrationRequest,
+    TakeOverRequest, VmmStatus, disk,
 };
 use hyper_util::rt::TokioIo;
 use tokio::net::UnixStream;
@@ -19,6 +20,10 @@ use tonic::transport::{Channel, Endpoint, Uri};
 
 const COMMANDS: &str = "commands:
   status | watch | pause | resume | power-button | reset | quit
+  limit INDEX IOPS IOPS_BURST BYTES_PER_SECOND BYTES_BURST
+  grow INDEX                  the disk's volume is larger now
+  agent COMMAND               a command of the guest agent protocol, JSON
+  generation UUID             the guest has become another one
   console SECONDS             show history and what comes
   type TEXT                   type a line
   prepare ID TOKEN ADDR EPOCH
@@ -75,6 +80,31 @@ async fn main() -> Result<(), Box<dyn std::error::Error>> {
             };
             vmm.start_migration(request).await?.into_inner()
         }
+        ["limit", index, iops, iops_burst, bytes_per_second, bytes_burst] => {
+            let limits = DiskLimits {
+                iops: iops.parse()?,
+                iops_burst: iops_burst.parse()?,
+                bytes_per_second: bytes_per_second.parse()?,
+                bytes_burst: bytes_burst.parse()?,
+            };
+            let disk = Some(disk(index)?);
+            let request = SetDiskLimitsRequest { disk, limits: Some(limits) };
+            vmm.set_disk_limits(request).await?.into_inner()
+        }
+        ["grow", index] => {
+            let request = GrowDiskRequest { disk: Some(disk(index)?) };
+            println!("{:?}", vmm.grow_disk(request).await?.into_inner());
+            return Ok(());
+        }
+        ["generation", id] => {
+            let request = SetGenerationRequest { generation_id: id.into() };
+            vmm.set_generation(request).await?.into_inner()
+        }
+        ["agent", command] => {
+            let request = GuestAgentCallRequest { command: command.into(), timeout: None };
+            println!("{}", vmm.guest_agent_call(request).await?.into_inner().result);
+            return Ok(());
+        }
         ["cancel", id] => {
             let request = CancelMigrationRequest { migration_id: id.into() };
             vmm.cancel_migration(request).await?.into_inner()
@@ -86,6 +116,10 @@ async fn main() -> Result<(), Box<dyn std::error::Error>> {
     };
     show(&shown);
     Ok(())
+}
+
+fn disk(index: &str) -> Result<Disk, std::num::ParseIntError> {
+    Ok(Disk { which: Some(disk::Which::Index(index.parse()?)) })
 }
 
 async fn connect(socket: &str) -> Result<VmmServiceClient<Channel>, tonic::transport::Error> {

@@ -2,15 +2,17 @@
 //!
 //! Built at once for a number of vCPUs and placed into the reserved area below 1 MiB. The
 //! hardware they describe is the fixed-feature block of the [`power`](crate::machine::power)
-//! device, the in-kernel interrupt controllers, one PCI bus, the serial port and pvpanic. What
+//! device, the in-kernel interrupt controllers, one PCI bus, the serial port and pvpanic; where
+//! the domain has a [`generation`](crate::machine::generation), its device and the event device
+//! that tells of its changes (the fixed hardware has only buttons). What
 //! PCs had and we have not is said not to be there (VGA, CMOS clock, 8042), so that no time goes
 //! into probing.
 //!
 //! Field offsets are those of the ACPI specification 6.5: FADT 5.2.9, FACS 5.2.10, MADT 5.2.12.
 
 use acpi_tables::aml::{
-    AddressSpace, AddressSpaceCacheable, Device, EISAName, IO, Interrupt, Name, Package,
-    ResourceTemplate,
+    AddressSpace, AddressSpaceCacheable, Device, EISAName, IO, Interrupt, Method, Name, Notify,
+    Package, Path, ResourceTemplate,
 };
 use acpi_tables::rsdp::Rsdp;
 use acpi_tables::sdt::Sdt;
@@ -23,8 +25,10 @@ use crate::pci;
 
 /// Where the RSDP lies; the other tables follow. The area is reserved in the memory map.
 pub const RSDP_START: GuestAddress = GuestAddress(0xe_0000);
+/// Where the domain's generation lies, 16 bytes: a page of its own in the reserved area.
+pub const GENERATION_START: GuestAddress = GuestAddress(0xf_f000);
 /// First address behind the area for tables.
-const TABLES_END: u64 = 0x10_0000;
+const TABLES_END: u64 = GENERATION_START.0;
 /// Guest-physical address of the in-kernel I/O APIC.
 const IOAPIC_START: u32 = 0xfec0_0000;
 /// Guest-physical address of every CPU's local APIC.
@@ -36,11 +40,15 @@ const OEM_REVISION: u32 = 1;
 /// The longest table that is written piecewise begins with this header, bytes.
 const HEADER_BYTES: u32 = 36;
 
-/// Builds the tables for so many vCPUs and writes them into memory.
+/// Builds the tables for so many vCPUs and writes them into memory. `generation`: there is one.
 ///
 /// # Errors
 /// When memory ends below 1 MiB.
-pub fn write(memory: &GuestMemory, vcpus: u32) -> Result<GuestAddress, GuestMemoryError> {
+pub fn write(
+    memory: &GuestMemory,
+    vcpus: u32,
+    generation: bool,
+) -> Result<GuestAddress, GuestMemoryError> {
     let mut next = RSDP_START.0 + Rsdp::len() as u64;
     let mut place = |table: &[u8]| -> Result<u64, GuestMemoryError> {
         // The FACS must be aligned to 64 bytes; it harms no other.
@@ -51,7 +59,7 @@ pub fn write(memory: &GuestMemory, vcpus: u32) -> Result<GuestAddress, GuestMemo
         Ok(start)
     };
     let facs = place(&facs())?;
-    let dsdt = place(dsdt().as_slice())?;
+    let dsdt = place(dsdt(generation).as_slice())?;
     let fadt = place(fadt(facs, dsdt).as_slice())?;
     let madt = place(madt(vcpus).as_slice())?;
     let mut xsdt = sdt(*b"XSDT", 1);
@@ -155,7 +163,7 @@ fn madt(vcpus: u32) -> Sdt {
     table
 }
 
-fn dsdt() -> Sdt {
+fn dsdt(generation: bool) -> Sdt {
     let window_end = (pci::MMIO_END - 1) as u32;
     let pci = Device::new(
         "_SB_.PCI0".into(),
@@ -224,7 +232,54 @@ fn dsdt() -> Sdt {
     for part in [off, pci, serial, panic] {
         table.append_slice(&part);
     }
+    if generation {
+        for part in generation_devices() {
+            table.append_slice(&part);
+        }
+    }
     table
+}
+
+/// The generation's device, and the one that tells of its changes (ACPI 6.5, 5.6.9).
+fn generation_devices() -> [Vec<u8>; 2] {
+    /// What the driver is told: the generation has changed.
+    const CHANGED: u8 = 0x80;
+    // The second id is the specification's, by which guests find it; the first QEMU's.
+    let counter = Device::new(
+        "_SB_.VGEN".into(),
+        vec![
+            &Name::new("_HID".into(), &"QEMUVGID"),
+            &Name::new("_CID".into(), &"VM_Gen_Counter"),
+            &Name::new("_DDN".into(), &"VM_Gen_Counter"),
+            &Name::new(
+                "ADDR".into(),
+                &Package::new(vec![&(GENERATION_START.0 as u32), &aml::ZERO]),
+            ),
+        ],
+    )
+    .bytes();
+    let path: Path = "\\_SB_.VGEN".into();
+    let events = Device::new(
+        "_SB_.GED_".into(),
+        vec![
+            &Name::new("_HID".into(), &"ACPI0013"),
+            &Name::new("_UID".into(), &aml::ZERO),
+            &Name::new(
+                "_CRS".into(),
+                &ResourceTemplate::new(vec![&Interrupt::new(
+                    true,
+                    true,
+                    false,
+                    false,
+                    ports::GENERATION_LINE,
+                )]),
+            ),
+            // Its one argument, which line it was, has only one value.
+            &Method::new("_EVT".into(), 1, true, vec![&Notify::new(&path, &CHANGED)]),
+        ],
+    )
+    .bytes();
+    [counter, events]
 }
 
 trait AmlBytes: Aml {
@@ -260,7 +315,7 @@ mod tests {
     #[test]
     fn tables_are_linked_and_sum_up() {
         let memory = memory::create(32 << 20).unwrap();
-        let rsdp = write(&memory, 8).unwrap();
+        let rsdp = write(&memory, 8, true).unwrap();
         let mut root = [0; 36];
         memory.read_slice(&mut root, rsdp).unwrap();
         assert_eq!(&root[..8], b"RSD PTR ");
@@ -284,5 +339,30 @@ mod tests {
             rest = &rest[usize::from(*length)..];
         }
         assert_eq!(kinds, [0, 0, 0, 0, 0, 0, 0, 0, 1, 2, 4]);
+    }
+
+    /// The generation's device says where the number lies, and only a domain that has one shows
+    /// it.
+    #[test]
+    fn the_generation_is_there_when_it_is_asked_for() {
+        let with = dsdt(true);
+        let has = |table: &Sdt, bytes: &[u8]| {
+            table.as_slice().windows(bytes.len()).any(|window| window == bytes)
+        };
+        assert!(has(&with, b"QEMUVGID\0") && has(&with, b"VM_Gen_Counter\0"));
+        // Name ADDR, a package of two: a double word, zero.
+        assert!(has(&with, b"\x08ADDR\x12\x08\x02\x0c\x00\xf0\x0f\x00\x00"));
+        // An interrupt, edge and active high, by the serial port's neighbour; then Notify.
+        assert!(has(&with, &[0x89, 6, 0, 0b11, 1, 5, 0, 0, 0]));
+        assert!(has(&with, b"\x86\x5c\x2e_SB_VGEN\x0a\x80"));
+        assert!(!has(&dsdt(false), b"VM_Gen_Counter"));
+        assert!(!has(&dsdt(false), b"ACPI0013"));
+        // It lies where the guest has no memory of its own.
+        let memory = memory::create(32 << 20).unwrap();
+        const { assert!(GENERATION_START.0 >= TABLES_END) };
+        write(&memory, 8, true).unwrap();
+        let mut page = [0xff; 4096];
+        memory.read_slice(&mut page, GENERATION_START).unwrap();
+        assert_eq!(page, [0; 4096]);
     }
 }

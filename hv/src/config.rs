@@ -10,6 +10,11 @@ use std::path::{Path, PathBuf};
 use std::str::FromStr;
 
 use serde::{Deserialize, Serialize};
+use uuid::Uuid;
+
+mod disk;
+
+pub use disk::{DISKS_MAX, DiskConfig, DiskLimits, SERIAL_BYTES_MAX, validate_limits};
 
 /// Most vCPUs a domain may have.
 pub const VCPUS_MAX: u32 = 8;
@@ -21,10 +26,6 @@ pub const MEMORY_BYTES_MAX: u64 = 1 << 39;
 pub const MEMORY_BYTES_STEP: u64 = 1 << 20;
 /// Most network interfaces.
 pub const INTERFACES_MAX: usize = 4;
-/// Most disks.
-pub const DISKS_MAX: usize = 8;
-/// Longest serial number of a disk, bytes: VIRTIO_BLK_ID_BYTES.
-pub const SERIAL_BYTES_MAX: usize = 20;
 /// Most addresses that are announced for one interface.
 pub const ADDRESSES_MAX: usize = 16;
 /// Longest kernel command line, bytes: x86's COMMAND_LINE_SIZE without the final zero.
@@ -136,6 +137,13 @@ pub struct DomainConfig {
     /// At most [`DISKS_MAX`], in the order in which the guest finds them.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub disks: Vec<DiskConfig>,
+    /// There is a port for the guest's agent.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub guest_agent: bool,
+    /// A UUID that is another one for a clone, or for an earlier state that goes on: the guest is
+    /// shown it. None: the guest has no such device.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub generation_id: Option<String>,
     /// What a reboot by the guest does.
     #[serde(default)]
     pub on_reboot: OnReboot,
@@ -160,21 +168,6 @@ pub struct InterfaceConfig {
     /// IP addresses that are announced after a migration.
     #[serde(default)]
     pub addresses: Vec<String>,
-}
-
-/// One disk.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(deny_unknown_fields)]
-pub struct DiskConfig {
-    /// A raw file (a multiple of 512 bytes long) or a block device. It is locked while the domain
-    /// has it open.
-    pub path: PathBuf,
-    /// The guest can read it only.
-    #[serde(default)]
-    pub read_only: bool,
-    /// What the guest finds as the disk's serial number; empty for none.
-    #[serde(default)]
-    pub serial: String,
 }
 
 impl DomainConfig {
@@ -262,27 +255,16 @@ impl DomainConfig {
                 ));
             }
         }
-        self.validate_disks()
+        disk::validate(&self.disks)?;
+        self.generation().map(drop)
     }
 
-    fn validate_disks(&self) -> Result<(), FieldError> {
-        if self.disks.len() > DISKS_MAX {
-            let accepted = format!("at most {DISKS_MAX}");
-            return Err(FieldError::new("disks", self.disks.len(), accepted));
-        }
-        for (index, disk) in self.disks.iter().enumerate() {
-            let at = format!("disks[{index}]");
-            disk.validate(&at)?;
-            let others = &self.disks[..index];
-            let accepted = "one that no other disk of the domain has";
-            if others.iter().any(|other| other.path == disk.path) {
-                return Err(FieldError::new(format!("{at}.path"), disk.path.display(), accepted));
-            }
-            if !disk.serial.is_empty() && others.iter().any(|other| other.serial == disk.serial) {
-                return Err(FieldError::new(format!("{at}.serial"), &disk.serial, accepted));
-            }
-        }
-        Ok(())
+    /// The generation, if the domain has one.
+    ///
+    /// # Errors
+    /// When it is no UUID.
+    pub fn generation(&self) -> Result<Option<Uuid>, FieldError> {
+        self.generation_id.as_deref().map(parse_generation).transpose()
     }
 
     /// Exactly one source of the kernel.
@@ -366,22 +348,6 @@ impl InterfaceConfig {
     }
 }
 
-impl DiskConfig {
-    fn validate(&self, at: &str) -> Result<(), FieldError> {
-        validate_path(&format!("{at}.path"), &self.path)?;
-        let fine = self.serial.len() <= SERIAL_BYTES_MAX
-            && self.serial.bytes().all(|b| b.is_ascii_alphanumeric() || b"-_.".contains(&b));
-        if fine {
-            return Ok(());
-        }
-        Err(FieldError::new(
-            format!("{at}.serial"),
-            &self.serial,
-            format!("at most {SERIAL_BYTES_MAX} of a-z, A-Z, 0-9, '-', '_' and '.'"),
-        ))
-    }
-}
-
 fn validate_uid(uid: &str) -> Result<(), FieldError> {
     let fine = (1..=64).contains(&uid.len())
         && uid.bytes().all(|b| b.is_ascii_alphanumeric() || b == b'-');
@@ -389,6 +355,21 @@ fn validate_uid(uid: &str) -> Result<(), FieldError> {
         return Ok(());
     }
     Err(FieldError::new("uid", uid, "a UUID"))
+}
+
+/// A generation's text.
+///
+/// # Errors
+/// When it is no UUID.
+pub fn parse_generation(text: &str) -> Result<Uuid, FieldError> {
+    const HYPHENATED_BYTES: usize = 36;
+    match Uuid::try_parse(text) {
+        Ok(id) if text.len() == HYPHENATED_BYTES && !id.is_nil() => Ok(id),
+        _ => {
+            let accepted = "a UUID such as 324e6eaf-d1d1-4bf6-bf41-b9bb6c91fb87, not all zeros";
+            Err(FieldError::new("generation_id", text, accepted))
+        }
+    }
 }
 
 fn validate_name(name: &str) -> Result<(), FieldError> {
@@ -479,7 +460,10 @@ mod tests {
                 path: "/srv/web-1/root.raw".into(),
                 read_only: false,
                 serial: "web-1-root".into(),
+                limits: DiskLimits { iops: 500, iops_burst: 2000, ..DiskLimits::default() },
             }],
+            guest_agent: true,
+            generation_id: Some("324e6eaf-d1d1-4bf6-bf41-b9bb6c91fb87".into()),
             on_reboot: OnReboot::Restart,
         }
     }
@@ -528,10 +512,22 @@ mod tests {
                     ..c.interfaces[0].clone()
                 });
             }),
+            ("generation_id", |c| c.generation_id = Some(String::new())),
+            ("generation_id", |c| {
+                c.generation_id = Some("{324e6eafd1d14bf6bf41b9bb6c91fb87}".into())
+            }),
+            ("generation_id", |c| c.generation_id = Some(Uuid::nil().to_string())),
             ("disks", |c| c.disks = vec![c.disks[0].clone(); 9]),
             ("disks[0].path", |c| c.disks[0].path = "root.raw".into()),
             ("disks[0].serial", |c| c.disks[0].serial = "x".repeat(21)),
             ("disks[0].serial", |c| c.disks[0].serial = "a b".into()),
+            ("disks[0].limits.iops_burst", |c| c.disks[0].limits.iops = 0),
+            ("disks[0].limits.iops", |c| c.disks[0].limits.iops = 1 << 40),
+            ("disks[0].limits.bytes_per_second", |c| c.disks[0].limits.bytes_per_second = 512),
+            ("disks[0].limits.bytes_burst", |c| {
+                c.disks[0].limits.bytes_per_second = 1 << 20;
+                c.disks[0].limits.bytes_burst = 1 << 60;
+            }),
             ("disks[1].path", |c| {
                 c.disks.push(DiskConfig { serial: String::new(), ..c.disks[0].clone() });
             }),
@@ -561,10 +557,14 @@ mod tests {
         config.validate().unwrap();
         assert_eq!(config.boot_disk, Some(BootDiskConfig { path: "/d".into() }));
         // A VMM from before there were disks reads what needs none.
-        assert!(!serde_json::to_string(&config).unwrap().contains("disks"));
+        let text = serde_json::to_string(&config).unwrap();
+        assert!(!text.contains("disks") && !text.contains("guest_agent"));
+        assert!(!text.contains("generation"));
         let disk = minimal.replace("\"epoch\"", "\"disks\":[{\"path\":\"/d\"}],\"epoch\"");
         let config: DomainConfig = serde_json::from_str(&disk).unwrap();
         assert_eq!((config.disks[0].read_only, config.disks[0].serial.as_str()), (false, ""));
+        assert_eq!(config.disks[0].limits, DiskLimits::default());
+        assert!(!serde_json::to_string(&config).unwrap().contains("limits"));
         let unknown = minimal.replace("\"epoch\"", "\"cpu\":1,\"epoch\"");
         let error = serde_json::from_str::<DomainConfig>(&unknown).unwrap_err();
         assert!(error.to_string().contains("cpu"), "{error}");

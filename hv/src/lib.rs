@@ -13,6 +13,7 @@ pub mod acpi;
 pub mod bootdisk;
 pub mod config;
 pub mod console;
+pub mod guest_agent;
 pub mod loader;
 pub mod machine;
 pub mod memory;

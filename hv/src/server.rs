@@ -7,15 +7,19 @@ use bytes::Bytes;
 use drover_proto::v1::{ConsoleInput, ConsoleOutput};
 use drover_proto::vmm::v1::vmm_service_server::VmmService;
 use drover_proto::vmm::v1::{
-    CancelMigrationRequest, GetStatusRequest, PauseRequest, PowerButtonRequest,
+    CancelMigrationRequest, GetStatusRequest, GrowDiskRequest, GrowDiskResponse,
+    GuestAgentCallRequest, GuestAgentCallResponse, PauseRequest, PowerButtonRequest,
     PrepareIncomingRequest, PrepareIncomingResponse, QuitRequest, QuitResponse, ResetRequest,
-    ResumeRequest, StartMigrationRequest, TakeOverRequest, VmmState, VmmStatus,
+    ResumeRequest, SetDiskLimitsRequest, SetGenerationRequest, StartMigrationRequest,
+    TakeOverRequest, VmmState, VmmStatus,
 };
 use futures::{Stream, StreamExt, stream};
 use tokio::time::Instant;
 use tonic::{Response, Status, Streaming};
 
-use crate::vmm::{Request, Vmm, VmmError};
+use crate::config::FieldError;
+use crate::guest_agent::{TIMEOUT_MAX, TIMEOUT_MIN};
+use crate::vmm::{Reply, Request, Vmm, VmmError};
 
 /// Shortest time between two statuses of which only counters differ.
 const STATUS_INTERVAL: Duration = Duration::from_millis(200);
@@ -23,6 +27,8 @@ const STATUS_INTERVAL: Duration = Duration::from_millis(200);
 const CONSOLE_CHUNK_BYTES: usize = 16 << 10;
 /// A console that speaks byte by byte is read after this, so that bytes gather.
 const CONSOLE_INTERVAL: Duration = Duration::from_millis(10);
+/// How long the guest's agent may take when the caller does not say.
+const AGENT_TIMEOUT: Duration = Duration::from_secs(5);
 
 /// The service.
 #[derive(Debug, Clone)]
@@ -89,6 +95,55 @@ impl VmmService for Server {
         Ok(Response::new(QuitResponse {}))
     }
 
+    async fn set_disk_limits(
+        &self,
+        request: tonic::Request<SetDiskLimitsRequest>,
+    ) -> Result<Response<VmmStatus>, Status> {
+        self.ask(Request::SetDiskLimits(request.into_inner())).await
+    }
+
+    async fn grow_disk(
+        &self,
+        request: tonic::Request<GrowDiskRequest>,
+    ) -> Result<Response<GrowDiskResponse>, Status> {
+        match self.vmm.ask(Request::GrowDisk(request.into_inner())).await? {
+            Reply::Grown { bytes_before, bytes } => {
+                Ok(Response::new(GrowDiskResponse { bytes_before, bytes }))
+            }
+            other => Err(unexpected(&other)),
+        }
+    }
+
+    async fn set_generation(
+        &self,
+        request: tonic::Request<SetGenerationRequest>,
+    ) -> Result<Response<VmmStatus>, Status> {
+        self.ask(Request::SetGeneration(request.into_inner())).await
+    }
+
+    /// Not by way of the supervisor, which has more to do than to wait for a guest.
+    async fn guest_agent_call(
+        &self,
+        request: tonic::Request<GuestAgentCallRequest>,
+    ) -> Result<Response<GuestAgentCallResponse>, Status> {
+        let GuestAgentCallRequest { command, timeout } = request.into_inner();
+        let timeout = agent_timeout(timeout).map_err(VmmError::from)?;
+        let refuse = |state: &str| VmmError::State {
+            asked: "call the guest's agent",
+            state: state.to_owned(),
+        };
+        let shared = self.vmm.shared();
+        let state = shared.status().state();
+        if state != VmmState::Running {
+            return Err(refuse(state.as_str_name()).into());
+        }
+        let agent = shared.guest_agent().ok_or_else(|| {
+            refuse("the domain has no port for one (guest_agent in its configuration)")
+        })?;
+        let result = agent.call(&command, timeout).await.map_err(VmmError::from)?;
+        Ok(Response::new(GuestAgentCallResponse { result }))
+    }
+
     type AttachConsoleStream = BoxStream<ConsoleOutput>;
 
     async fn attach_console(
@@ -106,8 +161,12 @@ impl VmmService for Server {
         &self,
         request: tonic::Request<PrepareIncomingRequest>,
     ) -> Result<Response<PrepareIncomingResponse>, Status> {
-        let listen_address = self.vmm.ask(Request::PrepareIncoming(request.into_inner())).await?;
-        Ok(Response::new(PrepareIncomingResponse { listen_address }))
+        match self.vmm.ask(Request::PrepareIncoming(request.into_inner())).await? {
+            Reply::Listening(listen_address) => {
+                Ok(Response::new(PrepareIncomingResponse { listen_address }))
+            }
+            other => Err(unexpected(&other)),
+        }
     }
 
     async fn start_migration(
@@ -130,6 +189,19 @@ impl VmmService for Server {
     ) -> Result<Response<VmmStatus>, Status> {
         self.ask(Request::TakeOver(request.into_inner())).await
     }
+}
+
+fn agent_timeout(asked: Option<prost_types::Duration>) -> Result<Duration, FieldError> {
+    let Some(asked) = asked else { return Ok(AGENT_TIMEOUT) };
+    let accepted = || format!("{TIMEOUT_MIN:?} to {TIMEOUT_MAX:?}");
+    match Duration::try_from(asked) {
+        Ok(timeout) if (TIMEOUT_MIN..=TIMEOUT_MAX).contains(&timeout) => Ok(timeout),
+        _ => Err(FieldError::new("timeout", asked, accepted())),
+    }
+}
+
+fn unexpected(reply: &Reply) -> Status {
+    Status::internal(format!("the supervisor answered something else: {reply:?}"))
 }
 
 /// The status now and after each change; changes of counters alone at most 5 times a second.

@@ -231,6 +231,9 @@ mod tests {
             ("--controller", "::1"),
             ("--listen", "host"),
             ("--migration-address", "10.77"),
+            ("--pool", "main"),
+            ("--pool", "main=zfs:tank"),
+            ("--pool", "MAIN=dir:/srv"),
             ("--vcpu-overcommit", "0"),
             ("--memory-reserved", "12Q"),
             ("--memory-reserved", "99999999999TiB"),
@@ -268,6 +271,19 @@ mod tests {
         let told = with(&["--listen", "10.1.0.1:99", "--advertise", "host1:7401"]).unwrap();
         assert_eq!(told.advertise, "host1:7401");
         assert_eq!(told.migration_listen, "10.1.0.1:0");
+    }
+
+    #[test]
+    fn pools_are_listed() {
+        let controller = ["--controller", "c1"];
+        let with = |args: &[&str]| {
+            let args: Vec<&str> = controller.iter().chain(args).copied().collect();
+            parse(&args).unwrap().pools.into_iter().map(|pool| pool.id).collect::<Vec<_>>()
+        };
+        assert_eq!(with(&[]), [""; 0]);
+        let two = ["main=lvm:vg0/thin,overcommit=2.0", "files=dir:/srv/pool"];
+        assert_eq!(with(&["--pool", two[0], "--pool", two[1]]), ["main", "files"]);
+        assert_eq!(with(&["--pool", &two.join(";")]), ["main", "files"]);
     }
 
     #[test]

@@ -40,13 +40,19 @@ fn main() -> Done {
     let pool = pool::open(&spec.parse()?)?;
     match (*command, rest) {
         ("tour", []) => tour(&pool),
-        ("list", []) => Ok(println!("{:#?}", pool.list()?)),
+        ("list", []) => {
+            println!("{:#?}", pool.list()?);
+            Ok(())
+        }
         ("usage", []) => {
             let usage = pool.usage()?;
             println!("{usage}: {:?}", usage.level(Thresholds::default()));
             Ok(())
         }
-        ("clean-up", []) => Ok(println!("removed {:?}", pool.clean_up()?)),
+        ("clean-up", []) => {
+            println!("removed {:?}", pool.clean_up()?);
+            Ok(())
+        }
         ("import", [format, file]) => import_file(&pool, format, Path::new(file)),
         ("hold", [volume]) => {
             let _file = hold(&pool.activate(volume.parse()?)?)?;

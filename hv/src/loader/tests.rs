@@ -104,6 +104,8 @@ fn config(kernel: PathBuf, initramfs: Option<PathBuf>) -> DomainConfig {
         command_line: "console=ttyS0".into(),
         interfaces: Vec::new(),
         disks: Vec::new(),
+        guest_agent: false,
+        generation_id: None,
         on_reboot: OnReboot::Restart,
     }
 }

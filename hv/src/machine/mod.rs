@@ -12,7 +12,9 @@
 //! [`resume`]: migratable::MigratableVm::resume
 
 mod cpuid;
+mod devices;
 pub mod exit;
+pub mod generation;
 mod landing;
 pub mod migratable;
 pub mod ports;
@@ -30,24 +32,29 @@ use kvm_bindings::{
     KVM_MAX_CPUID_ENTRIES, KVM_PIT_SPEAKER_DUMMY, kvm_cpuid_entry2, kvm_pit_config,
 };
 use kvm_ioctls::{Cap, Kvm, VmFd};
+use uuid::Uuid;
 use vm_memory::GuestMemoryError;
 use vmm_sys_util::eventfd::EventFd;
 
-use crate::config::{DomainConfig, FieldError};
+use crate::config::{DiskLimits, DomainConfig, FieldError};
 use crate::console::Console;
+use crate::guest_agent::GuestAgent;
 use crate::memory::{self, DirtyPages, DirtyTracker, GuestMemory, KvmDirtyLog, MemoryError};
 use crate::migration::{Shape, cpu_features};
 use crate::pci::{KvmWiring, PciBus, RestoreError, Wiring};
 use crate::serial::SerialPort;
 use crate::state::{self, kind};
-use crate::virtio::blk::{Blk, Volume};
+use crate::virtio::blk::{Blk, Volume, VolumeError};
+use crate::virtio::console::{Port, VirtioConsole};
 use crate::virtio::net::{MacAddress, Net, NetCounters, Tap};
 use crate::virtio::rng::Rng;
 use crate::virtio::{VirtioDevice, VirtioPci};
 use crate::{acpi, loader};
-use exit::GuestExit;
+pub use devices::Devices;
+use devices::SciLine;
+use generation::Generation;
 use migratable::{MachineState, MigratableError, MigratableVm, StateSection};
-use power::{LevelLine, Power};
+use power::Power;
 use vcpu::{Bus, OnExit, Vcpu};
 use vcpu_state::{VcpuStateError, VcpuStates};
 use vm_state::{Clock, mismatch, step};
@@ -101,6 +108,10 @@ pub struct Machine {
     vcpus: Vec<Vcpu>,
     devices: Arc<Devices>,
     virtio: Vec<Arc<VirtioPci>>,
+    /// Those of them that are the configuration's disks, in its order.
+    disks: Vec<Arc<VirtioPci>>,
+    guest_agent: Option<Arc<GuestAgent>>,
+    generation: Option<Generation>,
     dirty: DirtyTracker,
     vm: Arc<VmFd>,
     memory: GuestMemory,
@@ -118,67 +129,6 @@ pub struct Machine {
 impl std::fmt::Debug for Machine {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         f.debug_struct("Machine").field("paused", &self.paused).finish_non_exhaustive()
-    }
-}
-
-/// What the guest reaches by ports and addresses.
-#[derive(Debug)]
-pub struct Devices {
-    /// The serial port.
-    pub serial: SerialPort,
-    /// Power button, power off, reset, pvpanic.
-    pub power: Power,
-    /// Everything virtio.
-    pub pci: PciBus,
-}
-
-impl Bus for Devices {
-    fn read_port(&self, port: u16, data: &mut [u8]) {
-        if let Some(register) = serial_register(port) {
-            self.serial.read(register, data);
-        } else if power::owns(port, data.len()) {
-            self.power.read(port, data);
-        } else if !self.pci.read_port(port, data) {
-            data.fill(0xff);
-        }
-    }
-
-    fn write_port(&self, port: u16, data: &[u8]) -> Option<GuestExit> {
-        if let Some(register) = serial_register(port) {
-            self.serial.write(register, data);
-        } else if power::owns(port, data.len()) {
-            return self.power.write(port, data);
-        } else {
-            // To nobody, like on a PC.
-            self.pci.write_port(port, data);
-        }
-        None
-    }
-
-    fn read_memory(&self, address: u64, data: &mut [u8]) {
-        if !self.pci.read_memory(address, data) {
-            data.fill(0xff);
-        }
-    }
-
-    fn write_memory(&self, address: u64, data: &[u8]) {
-        self.pci.write_memory(address, data);
-    }
-}
-
-fn serial_register(port: u16) -> Option<u8> {
-    let register = port.checked_sub(ports::SERIAL)?;
-    (register < ports::SERIAL_PORTS).then_some(register as u8)
-}
-
-/// ACPI's interrupt line.
-struct SciLine(Arc<VmFd>);
-
-impl LevelLine for SciLine {
-    fn set(&self, active: bool) {
-        if let Err(error) = self.0.set_irq_line(ports::SCI_LINE, active) {
-            tracing::error!(%error, "the power button's interrupt line cannot be set");
-        }
     }
 }
 
@@ -224,8 +174,8 @@ impl Machine {
                 .map_err(|source| MachineError::Device { device: name, source })?;
             let function = Arc::new(function);
             pci.add(Arc::clone(&function) as _);
-            virtio.push(function);
-            Ok::<_, MachineError>(())
+            virtio.push(Arc::clone(&function));
+            Ok::<_, MachineError>(function)
         };
         for (index, interface) in config.interfaces.iter().enumerate() {
             let mac = interface.mac_address()?;
@@ -237,16 +187,28 @@ impl Machine {
             counters.push(net.counters());
             add(Box::new(net), format!("interfaces[{index}]"))?;
         }
+        let mut disks = Vec::new();
         for (index, disk) in config.disks.iter().enumerate() {
             let volume = Volume::open(&disk.path, disk.read_only).map_err(|error| {
                 FieldError::new(format!("disks[{index}].path"), &error, error.accepted())
             })?;
             let device = || format!("disks[{index}]");
-            let blk = Blk::new(volume, &disk.serial, config.vcpus, memory.clone())
+            let mut blk = Blk::new(volume, &disk.serial, config.vcpus, memory.clone())
                 .map_err(|source| MachineError::Device { device: device(), source })?;
-            add(Box::new(blk), device())?;
+            blk.set_limits(disk.limits, Instant::now());
+            disks.push(add(Box::new(blk), device())?);
         }
         add(Box::new(Rng::new()), "the entropy device".into())?;
+        let mut guest_agent = None;
+        if config.guest_agent {
+            let device = || "guest_agent".to_owned();
+            let port =
+                Port::new().map_err(|source| MachineError::Device { device: device(), source })?;
+            add(Box::new(VirtioConsole::new(Arc::clone(&port))), device())?;
+            guest_agent = Some(Arc::new(GuestAgent::new(port)));
+        }
+        let generation =
+            config.generation()?.map(|_| generation(&vm, memory.clone())).transpose()?;
         let devices = Arc::new(Devices { serial, power, pci });
 
         let (vcpus, cpuid) = vcpus(&system, &vm, config.vcpus, &devices, &on_exit)?;
@@ -254,6 +216,9 @@ impl Machine {
             vcpus,
             devices,
             virtio,
+            disks,
+            guest_agent,
+            generation,
             dirty,
             vm,
             memory,
@@ -272,7 +237,10 @@ impl Machine {
     /// # Errors
     /// When kernel or initramfs are not what they should be; the machine is of no use then.
     pub fn boot(&mut self) -> Result<(), MachineError> {
-        let rsdp = acpi::write(&self.memory, self.config.vcpus)?;
+        let rsdp = acpi::write(&self.memory, self.config.vcpus, self.generation.is_some())?;
+        if let (Some(generation), Some(id)) = (&self.generation, self.config.generation()?) {
+            generation.begin(id)?;
+        }
         let kernel = loader::load(&self.memory, &self.config, rsdp)?;
         self.vcpus[0].set_entry(kernel).wait()??;
         Ok(())
@@ -289,6 +257,21 @@ impl Machine {
                     self.vcpus.iter().for_each(Vcpu::run);
                 }
                 return Err(step("pausing the guest", error));
+            }
+        }
+        Ok(())
+    }
+
+    /// Ends the machine, when its devices let go of what they began; otherwise it stays in memory,
+    /// as the kernel may still write to the guest's, and the process has to end.
+    ///
+    /// # Errors
+    /// When a disk of the node hangs.
+    pub fn end(self) -> Result<(), MigratableError> {
+        for function in &self.virtio {
+            if let Err(error) = function.pause() {
+                std::mem::forget(self);
+                return Err(step("ending the machine", error));
             }
         }
         Ok(())
@@ -341,6 +324,39 @@ impl Machine {
         &self.counters
     }
 
+    /// The way to the guest's agent, if the domain has one.
+    pub fn guest_agent(&self) -> Option<&Arc<GuestAgent>> {
+        self.guest_agent.as_ref()
+    }
+
+    /// The guest has become another one, a clone or an earlier state of itself: it is told. Answers
+    /// false when it has no generation.
+    ///
+    /// # Errors
+    /// Never, as memory reaches beyond 1 MiB.
+    pub fn set_generation(&mut self, id: Uuid) -> Result<bool, MachineError> {
+        match &self.generation {
+            Some(generation) => Ok(generation.change(id).map(|()| true)?),
+            None => Ok(false),
+        }
+    }
+
+    /// Limits a disk from now on; `index` is its place in the configuration.
+    pub fn set_disk_limits(&mut self, index: usize, limits: DiskLimits) {
+        let done =
+            self.disks[index].with(|blk: &mut Blk, _| blk.set_limits(limits, Instant::now()));
+        assert!(done.is_some(), "disks are block devices");
+    }
+
+    /// A disk's volume has grown: tells the guest. Answers its length before and now, in bytes.
+    ///
+    /// # Errors
+    /// When it has shrunk; then nothing has changed.
+    pub fn grow_disk(&mut self, index: usize) -> Result<(u64, u64), VolumeError> {
+        let grown = self.disks[index].with(|blk: &mut Blk, interrupt| blk.grow(interrupt));
+        grown.unwrap_or_else(|| unreachable!("disks are block devices"))
+    }
+
     /// What must fit for this machine to move, on either side.
     pub fn shape(&self) -> Shape {
         let macs = self.config.interfaces.iter().filter_map(|i| i.mac_address().ok());
@@ -364,6 +380,14 @@ fn serial(vm: &VmFd, console: Arc<Console>) -> Result<SerialPort, MachineError> 
     let interrupt = EventFd::new(libc::EFD_NONBLOCK | libc::EFD_CLOEXEC).map_err(device)?;
     kvm("wiring the serial port's interrupt", vm.register_irqfd(&interrupt, ports::SERIAL_LINE))?;
     Ok(SerialPort::new(console, interrupt))
+}
+
+fn generation(vm: &VmFd, memory: GuestMemory) -> Result<Generation, MachineError> {
+    let device = |source| MachineError::Device { device: "the generation's device".into(), source };
+    let interrupt = EventFd::new(libc::EFD_NONBLOCK | libc::EFD_CLOEXEC).map_err(device)?;
+    let registered = vm.register_irqfd(&interrupt, ports::GENERATION_LINE);
+    kvm("wiring the generation's interrupt", registered)?;
+    Ok(Generation::new(memory, interrupt))
 }
 
 /// The vCPUs, parked, and the CPUID of the first.

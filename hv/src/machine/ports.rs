@@ -7,6 +7,9 @@ pub const SERIAL_PORTS: u16 = 8;
 /// Interrupt line of the serial port.
 pub const SERIAL_LINE: u32 = 4;
 
+/// Interrupt line by which the guest is told that its generation has changed.
+pub const GENERATION_LINE: u32 = 5;
+
 /// pvpanic's port, where QEMU has it.
 pub const PANIC: u16 = 0x505;
 

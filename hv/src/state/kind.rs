@@ -43,8 +43,11 @@ pub const VIRTIO_RNG: SectionKind = kind(21, "virtio-rng");
 /// A virtio block device's own state; the instance is its slot.
 pub const VIRTIO_BLK: SectionKind = kind(22, "virtio-blk");
 
+/// A virtio console device's own state; the instance is its slot.
+pub const VIRTIO_CONSOLE: SectionKind = kind(23, "virtio-console");
+
 /// Every kind that this program knows.
-pub const ALL: [SectionKind; 14] = [
+pub const ALL: [SectionKind; 15] = [
     VM,
     VCPU,
     IRQCHIP,
@@ -59,6 +62,7 @@ pub const ALL: [SectionKind; 14] = [
     VIRTIO_NET,
     VIRTIO_RNG,
     VIRTIO_BLK,
+    VIRTIO_CONSOLE,
 ];
 
 impl SectionKind {

@@ -45,6 +45,9 @@ pub(super) struct Inner {
     pub(super) paused: bool,
     /// Every queue has a turn coming, whether it was kicked or not.
     pub(super) look_at_all: bool,
+    /// The driver has reset the device, which has not let go of all that it began: its status is
+    /// not 0 yet, for which a driver waits.
+    pub(super) resetting: bool,
     /// The state was taken over and has not run yet: an interrupt may have been lost on the way.
     pub(super) restored: bool,
     pub(super) ended: bool,
@@ -70,6 +73,7 @@ impl Core {
             queue_select: 0,
             paused: false,
             look_at_all: false,
+            resetting: false,
             restored: false,
             ended: false,
             violations: 0,
@@ -125,6 +129,9 @@ impl Core {
             let device = inner.device.kind().name;
             return Err(Unsettled { device, under_way, waited: wait_max });
         }
+        if inner.resetting {
+            inner.finish_reset(self);
+        }
         inner.paused = true;
         Ok(())
     }
@@ -161,6 +168,11 @@ impl Inner {
     pub(super) fn is_live(&self) -> bool {
         self.status & (status::DRIVER_OK | status::NEEDS_RESET | status::FAILED)
             == status::DRIVER_OK
+    }
+
+    /// The device has something to do, be it only to come to its end.
+    pub(super) fn works(&self) -> bool {
+        self.is_live() || self.resetting
     }
 
     /// One turn of the device. A guest that broke the rules has lost the device afterwards.
@@ -212,8 +224,20 @@ impl Inner {
         core.interrupt.raise_config();
     }
 
-    /// The driver wrote status 0, or the machine was reset.
+    /// The driver wrote status 0, or the machine was reset. The reset is done when nothing is under
+    /// way: at once, or the worker sees to it. Nobody waits for that, as a disk may hang.
     pub(super) fn reset(&mut self, core: &Core) {
+        // Without a driver there is nobody to tell, and nothing that could go wrong.
+        if self.device.settle(None, Instant::now()) == Ok(0) {
+            self.finish_reset(core);
+            return;
+        }
+        self.status = status::NEEDS_RESET;
+        self.resetting = true;
+    }
+
+    fn finish_reset(&mut self, core: &Core) {
+        self.resetting = false;
         self.device.reset();
         self.queues.iter_mut().for_each(GuestQueue::reset);
         self.status = 0;

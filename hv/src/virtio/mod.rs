@@ -19,6 +19,7 @@
 
 pub mod blk;
 mod buffers;
+pub mod console;
 mod core;
 mod interrupt;
 pub mod net;
@@ -29,6 +30,7 @@ mod tests;
 mod transport;
 mod worker;
 
+use std::any::Any;
 use std::os::fd::RawFd;
 use std::time::{Duration, Instant};
 
@@ -101,7 +103,7 @@ pub enum Progress {
 }
 
 /// The behaviour of a device.
-pub trait VirtioDevice: Send {
+pub trait VirtioDevice: Any + Send {
     /// What it is.
     fn kind(&self) -> DeviceKind;
     /// The sizes of its queues, powers of two.
@@ -112,7 +114,7 @@ pub trait VirtioDevice: Send {
     fn read_config(&self, offset: u64, data: &mut [u8]);
     /// The driver is ready; `features` are those that it took.
     fn activate(&mut self, features: u64);
-    /// The driver has reset the device: when this returns, it touches no guest memory.
+    /// The driver has reset the device, and nothing that it began is under way.
     fn reset(&mut self);
     /// One turn, bounded in time whatever the guest does.
     fn run(&mut self, turn: &mut Turn<'_>, event: Event) -> Result<Progress, Violation>;
@@ -135,9 +137,10 @@ pub trait VirtioDevice: Send {
     /// The machine has moved here: tell whoever needs to know. The device is not paused.
     fn announce(&mut self, _turn: &mut Turn<'_>) {}
 
-    /// The device is about to be paused: waits until nothing that it began is under way, or until
-    /// the deadline, and answers how much still is. What is finished goes to the driver; there is
-    /// no `turn` when the driver has lost the device, and then it is dropped.
+    /// The device is about to be paused or reset: waits until nothing that it began is under way,
+    /// or until the deadline, and answers how much still is. What is finished goes to the driver;
+    /// there is no `turn` when the driver has lost the device, and then it is dropped, and what
+    /// has not begun is forgotten.
     fn settle(
         &mut self,
         _turn: Option<&mut Turn<'_>>,

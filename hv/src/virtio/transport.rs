@@ -1,5 +1,6 @@
 //! The virtio-pci transport, modern only (virtio 1.2, 4.1).
 
+use std::any::Any;
 use std::io;
 use std::sync::atomic::Ordering;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -138,6 +139,17 @@ impl VirtioPci {
         self.core.wake();
     }
 
+    /// Asks the device something between two of its turns, if it is one of this type.
+    pub fn with<D: VirtioDevice, T>(&self, ask: impl FnOnce(&mut D, &Interrupt) -> T) -> Option<T> {
+        let mut inner = self.core.lock();
+        let device: &mut dyn Any = inner.device.as_mut();
+        let answer = ask(device.downcast_mut()?, &self.core.interrupt);
+        drop(inner);
+        // What it waits for may have changed.
+        self.core.wake();
+        Some(answer)
+    }
+
     fn config(&self) -> MutexGuard<'_, ConfigSpace> {
         self.config.lock().unwrap_or_else(PoisonError::into_inner)
     }
@@ -268,6 +280,10 @@ impl VirtioPci {
     }
 
     fn write_status(&self, inner: &mut Inner, new: u8) {
+        if inner.resetting {
+            // The driver is to wait until it reads 0.
+            return;
+        }
         if new == 0 {
             inner.reset(&self.core);
             self.core.wake();

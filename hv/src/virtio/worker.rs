@@ -7,6 +7,7 @@ use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
 use vmm_sys_util::epoll::{ControlOperation, Epoll, EpollEvent, EventSet};
+use vmm_sys_util::timerfd::TimerFd;
 
 use super::core::{Core, Inner};
 use super::{Event, Progress};
@@ -14,6 +15,7 @@ use super::{Event, Progress};
 /// Tokens below this are queues.
 const SOURCE: u64 = 1 << 32;
 const WAKE: u64 = SOURCE + 1;
+const TIMER: u64 = SOURCE + 2;
 /// Events taken from the kernel at once; more come with the next call.
 const EVENTS_MAX: usize = 8;
 
@@ -24,9 +26,20 @@ pub(super) fn spawn(core: Arc<Core>, name: String) -> io::Result<JoinHandle<()>>
         watch(&epoll, kick.as_raw_fd(), token)?;
     }
     watch(&epoll, core.wake.as_raw_fd(), WAKE)?;
+    // Not epoll's own timeout, which counts in milliseconds: a disk may have a request each 50 µs.
+    let timer = TimerFd::new()?;
+    watch(&epoll, timer.as_raw_fd(), TIMER)?;
     std::thread::Builder::new().name(name).spawn(move || {
-        let mut worker =
-            Worker { core, epoll, queues: 0, source: false, source_fd: None, deadline: None };
+        let mut worker = Worker {
+            core,
+            epoll,
+            timer,
+            armed: None,
+            queues: 0,
+            source: false,
+            source_fd: None,
+            deadline: None,
+        };
         if let Err(error) = worker.run() {
             tracing::error!(%error, "a device's worker has ended");
         }
@@ -40,6 +53,10 @@ fn watch(epoll: &Epoll, fd: RawFd, token: u64) -> io::Result<()> {
 struct Worker {
     core: Arc<Core>,
     epoll: Epoll,
+    /// Readable when its time has come, exactly.
+    timer: TimerFd,
+    /// The time for which it is set.
+    armed: Option<Instant>,
     /// Queues that have a turn coming, one bit each.
     queues: u64,
     /// The source has a turn coming.
@@ -63,8 +80,13 @@ impl Worker {
             } else {
                 (self.queues, self.source) = (0, false);
             }
+            if inner.resetting {
+                inner.reset(&core);
+            }
             self.watch_source(&inner)?;
-            self.deadline = if inner.is_live() { inner.device.deadline() } else { None };
+            self.deadline = if inner.works() { inner.device.deadline() } else { None };
+            drop(inner);
+            self.arm()?;
         }
     }
 
@@ -89,7 +111,8 @@ impl Worker {
 
     fn wait(&mut self) -> io::Result<()> {
         let mut events = [EpollEvent::default(); EVENTS_MAX];
-        let count = match self.epoll.wait(self.timeout_ms(), &mut events) {
+        let timeout_ms = if self.queues != 0 || self.source { 0 } else { -1 };
+        let count = match self.epoll.wait(timeout_ms, &mut events) {
             Ok(count) => count,
             Err(error) if error.kind() == io::ErrorKind::Interrupted => 0,
             Err(error) => return Err(error),
@@ -98,6 +121,10 @@ impl Worker {
             match event.data() {
                 SOURCE => self.source = true,
                 WAKE => drop(self.core.wake.read()),
+                TIMER => {
+                    self.timer.wait()?;
+                    self.armed = None;
+                }
                 queue => {
                     drop(self.core.kicks[queue as usize].read());
                     self.queues |= 1 << queue;
@@ -107,20 +134,24 @@ impl Worker {
         Ok(())
     }
 
-    fn timeout_ms(&self) -> i32 {
-        if self.queues != 0 || self.source {
-            return 0;
+    /// Sets the timer to the deadline.
+    fn arm(&mut self) -> io::Result<()> {
+        if self.armed == self.deadline {
+            return Ok(());
         }
-        let Some(deadline) = self.deadline else { return -1 };
-        let left = deadline.saturating_duration_since(Instant::now());
-        // Rounded up, so that the deadline has passed when epoll returns.
-        (left + Duration::from_micros(999)).as_millis().try_into().unwrap_or(i32::MAX)
+        // Nothing turns it off, so that one that has passed is a moment from now.
+        let left = self.deadline.map_or(Duration::ZERO, |deadline| {
+            deadline.saturating_duration_since(Instant::now()).max(Duration::from_nanos(1))
+        });
+        self.timer.reset(left, None)?;
+        self.armed = self.deadline;
+        Ok(())
     }
 
     /// Epoll watches the source only while the device would read it. It is taken out rather than
     /// left without events, because a dead descriptor reports its error always.
     fn watch_source(&mut self, inner: &Inner) -> io::Result<()> {
-        let wanted = inner.is_live() && inner.device.wants_source();
+        let wanted = inner.works() && inner.device.wants_source();
         match (self.source_fd, inner.device.source()) {
             (None, Some(fd)) if wanted => {
                 watch(&self.epoll, fd, SOURCE)?;

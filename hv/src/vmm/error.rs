@@ -3,6 +3,7 @@
 use tonic::{Code, Status};
 
 use crate::config::FieldError;
+use crate::guest_agent::AgentError;
 use crate::migration::ControlError;
 
 /// An error of a call.
@@ -30,6 +31,9 @@ pub enum VmmError {
     /// A migration did not take a decision.
     #[error(transparent)]
     Control(#[from] ControlError),
+    /// The guest's agent gave no result.
+    #[error(transparent)]
+    Agent(#[from] AgentError),
     /// Too many calls at once, or the VMM is ending.
     #[error("the VMM is busy or ending")]
     Busy,
@@ -44,6 +48,14 @@ impl From<VmmError> for Status {
             VmmError::Field(_) => Code::InvalidArgument,
             VmmError::State { .. } | VmmError::Control(_) => Code::FailedPrecondition,
             VmmError::NoMigration { .. } => Code::NotFound,
+            VmmError::Agent(error) => match error {
+                AgentError::Field(_) => Code::InvalidArgument,
+                AgentError::Refused { .. } => Code::FailedPrecondition,
+                AgentError::Busy { .. } | AgentError::Closed => Code::Unavailable,
+                AgentError::NoAnswer { .. } => Code::DeadlineExceeded,
+                AgentError::TooLarge { .. } => Code::ResourceExhausted,
+                AgentError::Malformed { .. } => Code::DataLoss,
+            },
             VmmError::Busy => Code::Unavailable,
             VmmError::Failed(_) => Code::Internal,
         };

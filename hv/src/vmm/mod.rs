@@ -13,6 +13,7 @@
 //! nothing to lock. While a migration has the machine, the supervisor has only the handles by
 //! which a migration is cancelled or told the controller's decision.
 
+mod adjust;
 mod error;
 mod migrate;
 mod shared;
@@ -24,7 +25,8 @@ use std::sync::mpsc::{SyncSender, TrySendError};
 use std::time::Duration;
 
 use drover_proto::vmm::v1::{
-    CancelMigrationRequest, PrepareIncomingRequest, StartMigrationRequest, TakeOverRequest,
+    CancelMigrationRequest, GrowDiskRequest, PrepareIncomingRequest, SetDiskLimitsRequest,
+    SetGenerationRequest, StartMigrationRequest, TakeOverRequest,
 };
 use tokio::sync::oneshot;
 
@@ -59,6 +61,12 @@ pub enum Request {
     PowerButton,
     /// Start the machine again.
     Reset,
+    /// Limit a disk.
+    SetDiskLimits(SetDiskLimitsRequest),
+    /// A disk's volume has grown.
+    GrowDisk(GrowDiskRequest),
+    /// The guest has become another one.
+    SetGeneration(SetGenerationRequest),
     /// End the VMM; the text says on whose behalf.
     Quit(String),
     /// Destination: listen. The answer is the address.
@@ -71,8 +79,23 @@ pub enum Request {
     TakeOver(TakeOverRequest),
 }
 
-/// The answer: a listen address for `PrepareIncoming`, empty for all others.
-type Answer = Result<String, VmmError>;
+/// What is answered when it was done.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Reply {
+    /// Nothing more.
+    Done,
+    /// To `PrepareIncoming`: where.
+    Listening(String),
+    /// To `GrowDisk`: the volume's length before and now.
+    Grown {
+        /// Bytes before.
+        bytes_before: u64,
+        /// Bytes now.
+        bytes: u64,
+    },
+}
+
+type Answer = Result<Reply, VmmError>;
 
 /// A handle of a VMM.
 #[derive(Debug, Clone)]

@@ -10,6 +10,7 @@ use tokio::sync::watch;
 
 use crate::config::DomainConfig;
 use crate::console::Console;
+use crate::guest_agent::GuestAgent;
 use crate::machine::{Devices, Machine};
 use crate::virtio::net::NetCounters;
 
@@ -29,6 +30,7 @@ pub struct Shared {
 struct Parts {
     devices: Option<Arc<Devices>>,
     counters: Vec<Arc<NetCounters>>,
+    guest_agent: Option<Arc<GuestAgent>>,
 }
 
 impl Shared {
@@ -80,10 +82,16 @@ impl Shared {
         self.parts.lock().unwrap_or_else(PoisonError::into_inner).devices.clone()
     }
 
+    /// The way to the guest's agent, if the domain has one and a machine.
+    pub fn guest_agent(&self) -> Option<Arc<GuestAgent>> {
+        self.parts.lock().unwrap_or_else(PoisonError::into_inner).guest_agent.clone()
+    }
+
     pub(super) fn set_machine(&self, machine: &Machine) {
         *self.parts.lock().unwrap_or_else(PoisonError::into_inner) = Parts {
             devices: Some(Arc::clone(machine.devices())),
             counters: machine.net_counters().to_vec(),
+            guest_agent: machine.guest_agent().cloned(),
         };
     }
 

@@ -7,7 +7,7 @@ use drover_proto::vmm::v1::VmmState;
 use tokio::sync::oneshot;
 
 use super::migrate::{DestinationTask, Ended, SourceTask, may_travel};
-use super::{Answer, Options, Request, Shared, Vmm, VmmError};
+use super::{Answer, Options, Reply, Request, Shared, Vmm, VmmError};
 use crate::config::{FieldError, OnReboot};
 use crate::machine::exit::{self, ExitReason, ExitRecord, GuestExit};
 use crate::machine::migratable::MigratableVm;
@@ -202,7 +202,7 @@ impl Supervisor {
             match event {
                 Event::Request(Request::Quit(why), reply) => {
                     let record = self.quit(why);
-                    let _ = reply.send(Ok(String::new()));
+                    let _ = reply.send(Ok(Reply::Done));
                     return record;
                 }
                 Event::Request(request, reply) => {
@@ -230,22 +230,27 @@ impl Supervisor {
         }
     }
 
-    fn obey(&mut self, request: Request) -> Result<String, Trouble> {
+    fn obey(&mut self, request: Request) -> Result<Reply, Trouble> {
         match request {
             Request::Pause => self.pause()?,
             Request::Resume => self.resume()?,
             Request::PowerButton => self.power_button()?,
             Request::Reset => self.reset()?,
-            Request::PrepareIncoming(request) => return Ok(self.prepare_incoming(request)?),
+            Request::SetDiskLimits(request) => self.set_disk_limits(request)?,
+            Request::SetGeneration(request) => self.set_generation(&request)?,
+            Request::GrowDisk(request) => return Ok(self.grow_disk(request)?),
+            Request::PrepareIncoming(request) => {
+                return Ok(Reply::Listening(self.prepare_incoming(request)?));
+            }
             Request::StartMigration(request) => self.start_migration(request)?,
             Request::CancelMigration(request) => self.cancel_migration(&request)?,
             Request::TakeOver(request) => self.take_over(request.epoch)?,
             Request::Quit(_) => unreachable!("handled by the caller"),
         }
-        Ok(String::new())
+        Ok(Reply::Done)
     }
 
-    fn refuse(&self, asked: &'static str) -> VmmError {
+    pub(super) fn refuse(&self, asked: &'static str) -> VmmError {
         VmmError::State { asked, state: self.place.name().to_owned() }
     }
 
@@ -282,11 +287,15 @@ impl Supervisor {
     fn restart(&mut self) -> Result<(), ExitRecord> {
         // The old one first: it has the taps and the memory.
         self.shared.forget_machine();
-        self.place = Place::Lost;
+        let failed = |error: &dyn std::fmt::Display| {
+            ExitRecord::new(ExitReason::Error, format!("starting again: {error}"))
+        };
+        if let Place::Owned(machine) = std::mem::replace(&mut self.place, Place::Lost) {
+            machine.end().map_err(|error| failed(&error))?;
+        }
         self.exit.lock().unwrap_or_else(PoisonError::into_inner).take();
         self.shared.count_reboot();
-        self.boot()
-            .map_err(|error| ExitRecord::new(ExitReason::Error, format!("starting again: {error}")))
+        self.boot().map_err(|error| failed(&error))
     }
 
     fn quit(&mut self, why: String) -> ExitRecord {

@@ -6,7 +6,8 @@ use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Path, PathBuf};
 
 use drover_hv::config::{
-    BootDiskConfig, DiskConfig, DomainConfig, InterfaceConfig, OnReboot, SERIAL_BYTES_MAX,
+    BootDiskConfig, DiskConfig, DiskLimits, DomainConfig, InterfaceConfig, OnReboot,
+    SERIAL_BYTES_MAX,
 };
 use drover_proto::v1::RestartPolicy;
 use serde::Deserialize;
@@ -95,11 +96,18 @@ pub(crate) fn domain_config(
         path: path.clone(),
         read_only: disk.read_only,
         serial: serial(&disk.volume),
+        limits: DiskLimits {
+            iops: disk.limits.requests_per_second,
+            iops_burst: disk.limits.requests_burst,
+            bytes_per_second: disk.limits.bytes_per_second,
+            bytes_burst: disk.limits.bytes_burst,
+        },
     });
     let seed = seed.map(|path| DiskConfig {
         path: path.to_owned(),
         read_only: true,
         serial: SEED_SERIAL.to_owned(),
+        limits: DiskLimits::default(),
     });
     // Without a kernel of the node's, the first disk brings its own.
     let boot_disk = match (boot.kernel.is_empty(), disks.first()) {
@@ -113,6 +121,7 @@ pub(crate) fn domain_config(
         }
         (false, _) => None,
     };
+    let boots_from_disk = boot_disk.is_some();
     let config = DomainConfig {
         uid: uid.to_owned(),
         name: assigned.name.clone(),
@@ -125,6 +134,9 @@ pub(crate) fn domain_config(
         command_line: boot.command_line,
         interfaces: interfaces.collect(),
         disks: volumes.chain(seed).collect(),
+        // A guest that brings its own system may bring the agent for it, too.
+        guest_agent: boots_from_disk,
+        generation_id: None,
         on_reboot: match spec.on_reboot() {
             RestartPolicy::Stop => OnReboot::Stop,
             RestartPolicy::Restart | RestartPolicy::Unspecified => OnReboot::Restart,
@@ -260,6 +272,21 @@ mod tests {
         }
         fs::write(&path, "{\"reason\":").unwrap();
         assert_eq!(ExitFile::read(&path), None);
+    }
+
+    #[test]
+    fn paths_of_disks_become_words() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("config.json");
+        let say = |text: &str| name_disks(text.to_owned(), &path);
+        assert_eq!(say("boot_disk: /dev/vg/a: is empty"), "boot_disk: /dev/vg/a: is empty");
+        let json = r#"{"uid":"u","name":"domains/a","epoch":1,"vcpus":1,"memory_bytes":67108864,
+            "boot_disk":{"path":"/dev/vg/a"},"disks":[{"path":"/dev/vg/a"},
+            {"path":"/dev/vg/ab"},{"path":"/state/seed.img","serial":"cidata"}]}"#;
+        fs::write(&path, json).unwrap();
+        assert_eq!(say("boot_disk: /dev/vg/a: is empty"), "boot_disk: disk 1: is empty");
+        assert_eq!(say("/dev/vg/ab: is locked"), "disk 2: is locked");
+        assert_eq!(say("/state/seed.img: is short"), "the seed: is short");
     }
 
     /// "Cannot be read" is not "has not handed over".

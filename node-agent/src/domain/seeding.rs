@@ -84,3 +84,85 @@ pub(super) fn place(path: &Path, seed: Option<&[u8]>) -> Result<(), Error> {
     fs::write(&temporary, bytes).map_err(|err| Error::io("write", &temporary, err))?;
     fs::rename(&temporary, path).map_err(|err| Error::io("rename to", path, err))
 }
+
+#[cfg(test)]
+mod tests {
+    use drover_proto::v1::{CloudInit, DomainSpec};
+
+    use super::*;
+    use crate::wanted::Role;
+
+    const UID: &str = "4d8e0f0e-6c6f-4d3b-8f1e-0c6f7a9b2d11";
+
+    fn interface() -> NetworkInterface {
+        NetworkInterface {
+            mac: "52:54:00:00:00:01".into(),
+            addresses: vec!["10.78.0.11".into()],
+            network: "networks/front".into(),
+            prefix_length: 24,
+            gateway: "10.78.0.1".into(),
+            name_servers: vec!["10.78.0.2".into()],
+            ..NetworkInterface::default()
+        }
+    }
+
+    fn assigned(epoch: u64, role: Role, interfaces: Vec<NetworkInterface>) -> Assigned {
+        let cloud_init = Some(CloudInit {
+            ssh_authorized_keys: vec!["ssh-ed25519 AAAAC3NzaC1lZDI1NTE5AAAAIA== me".into()],
+            user_data: "#!/bin/sh\necho made by a tenant\n".into(),
+            ..CloudInit::default()
+        });
+        let spec = DomainSpec { cloud_init, interfaces, ..DomainSpec::default() };
+        Assigned { name: "domains/web".into(), epoch, spec, role, disks: vec![] }
+    }
+
+    fn incoming() -> Role {
+        Role::Incoming { migration_id: "m".into(), token: "t".into() }
+    }
+
+    fn owner() -> Role {
+        Role::Owner(crate::wanted::Owner {
+            running: true,
+            grace: Default::default(),
+            start_generation: 1,
+            outgoing: None,
+        })
+    }
+
+    /// Source and destination of a migration show the guest the same disk.
+    #[test]
+    fn a_seed_comes_of_the_specification_alone() {
+        let silent = NetworkInterface { mac: "52:54:00:00:00:02".into(), ..Default::default() };
+        let interfaces = || vec![interface(), silent.clone()];
+        let make = |assigned| seed_bytes(UID, &assigned).unwrap().unwrap();
+        let here = make(assigned(3, owner(), interfaces()));
+        assert_eq!(here, make(assigned(4, incoming(), interfaces())));
+        let text = String::from_utf8_lossy(&here);
+        let told = [UID, "web", "AAAAC3NzaC1lZDI1NTE5", "made by a tenant", "10.78.0.11/24"];
+        for words in told.iter().chain(&["10.78.0.1", "10.78.0.2", "52:54:00:00:00:01"]) {
+            assert!(text.contains(words), "{words}");
+        }
+        assert!(!text.contains("52:54:00:00:00:02"), "it has no network");
+        let none = Assigned { spec: DomainSpec::default(), ..assigned(3, owner(), vec![]) };
+        assert_eq!(seed_bytes(UID, &none).unwrap(), None);
+    }
+
+    #[test]
+    fn what_cannot_be_told_names_its_field() {
+        for (wrong, words) in [
+            (NetworkInterface { mac: "x".into(), ..interface() }, "interfaces[0].mac: x"),
+            (NetworkInterface { addresses: vec![], ..interface() }, "interfaces[0].addresses"),
+            (NetworkInterface { prefix_length: 33, ..interface() }, "prefix_length: 33"),
+            (NetworkInterface { prefix_length: 0, ..interface() }, "prefix_length: 0"),
+            (NetworkInterface { gateway: "gw".into(), ..interface() }, "gateway: gw"),
+            (
+                NetworkInterface { name_servers: vec!["ns".into()], ..interface() },
+                "name_servers: ns",
+            ),
+        ] {
+            let error = seed_bytes(UID, &assigned(3, owner(), vec![wrong])).unwrap_err();
+            let error = error.to_string();
+            assert!(error.starts_with("cloud_init: ") && error.contains(words), "{error}");
+        }
+    }
+}

@@ -12,7 +12,9 @@ use drover_proto::agent::v1::{
     AssignedDisk, Assignment, Desired, Incoming, MigrationProgress, Outgoing, Owner, WantedVolume,
     assignment,
 };
-use drover_proto::v1::{Boot, CloudInit, Disk, DomainSpec, ExitReason, PowerState, RestartPolicy};
+use drover_proto::v1::{
+    Boot, CloudInit, Disk, DiskLimits, DomainSpec, ExitReason, PowerState, RestartPolicy,
+};
 
 use crate::identity::Home;
 use crate::node::{NodeHandle, start_without_network};
@@ -268,6 +270,8 @@ fn with_disk(host: &Host, behaviour: &str, assignment: Assignment) -> Assignment
     };
     let disk =
         AssignedDisk { volume_uid: VOLUME.into(), pool: "main".into(), ..Default::default() };
+    let limits = Some(DiskLimits { requests_per_second: 500, ..DiskLimits::default() });
+    let disk = AssignedDisk { limits, ..disk };
     Assignment { spec: Some(spec), disks: vec![disk], ..assignment }
 }
 
@@ -303,7 +307,9 @@ fn a_domain_waits_for_its_disk() {
     assert_eq!(config.disks.len(), 2);
     let (disk, seed) = (&config.disks[0], &config.disks[1]);
     assert_eq!((disk.serial.as_str(), disk.read_only), ("0193f2a57e3c70008000", false));
+    assert_eq!((disk.limits.iops, disk.limits.bytes_per_second), (500, 0));
     assert_eq!(config.boot_disk.unwrap().path, disk.path);
+    assert!(config.guest_agent);
     assert!(std::fs::metadata(&disk.path).unwrap().len() >= 1 << 20);
     assert_eq!((&seed.path, seed.read_only), (&host.files().seed, true));
     let bytes = std::fs::read(&seed.path).unwrap();

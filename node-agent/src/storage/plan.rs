@@ -304,7 +304,8 @@ impl Planner<'_> {
                     continue;
                 }
                 let thing = Thing { pool, id: Id::Volume(id) };
-                if let Some(reason) = fault.or(inventory.is_none().then_some("is not read yet")) {
+                let unread = inventory.is_none().then_some("is not read yet");
+                if let Some(reason) = fault.or(unread) {
                     // Nobody can say that it is gone.
                     let reason = format!("pool {}: {reason}", thing.pool);
                     let state = VolumeState::Failed;

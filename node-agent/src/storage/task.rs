@@ -432,7 +432,7 @@ impl Task {
     }
 }
 
-fn state_of(usage: Option<&PoolUsage>, fault: Option<String>) -> (PoolState, String) {
+pub(super) fn state_of(usage: Option<&PoolUsage>, fault: Option<String>) -> (PoolState, String) {
     if let Some(fault) = fault {
         return (PoolState::Failed, fault);
     }

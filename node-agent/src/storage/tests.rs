@@ -13,7 +13,7 @@ use drover_proto::v1::{
     ImageFormat, ImportImageRequest, ImportImageResponse, ImportImageSpec, PoolState,
     import_image_request,
 };
-use drover_storage::pool::VolumeId;
+use drover_storage::pool::{PoolUsage, VolumeId};
 use tokio::net::TcpListener;
 use tokio::time::{Instant, timeout_at};
 use tokio_stream::wrappers::{ReceiverStream, TcpListenerStream};
@@ -345,6 +345,28 @@ async fn a_pool_that_is_gone_is_failed_and_its_volumes_are_told() {
     assert!(!view.pools[0].state_reason.is_empty());
     std::fs::rename(node.dir.path().join("away"), node.dir.path().join("pool")).unwrap();
     node.until_ready(1).await;
+}
+
+/// A pool past its threshold takes nothing new, and says so before a guest sees an error.
+#[test]
+fn a_pool_that_fills_is_told() {
+    let state = |used_bytes, fault: Option<&str>| {
+        let fault = fault.map(str::to_owned);
+        let usage = PoolUsage { bytes: 1000, used_bytes, metadata_fraction: Some(0.1), fault };
+        let refused = import::check_room("main", &usage, 100).is_err();
+        let (state, reason) = task::state_of(Some(&usage), None);
+        (state, reason, refused)
+    };
+    assert_eq!(state(500, None), (PoolState::Ready, String::new(), false));
+    assert!(state(701, None).2, "an image must fit below the threshold");
+    for used in [800, 990] {
+        let (state, reason, refused) = state(used, None);
+        assert!(state == PoolState::Filling && refused && reason.contains("% of 1000 bytes"));
+    }
+    let (state, reason, refused) = state(10, Some("out_of_data"));
+    assert!(state == PoolState::Failed && refused && reason.contains("out_of_data"), "{reason}");
+    let (state, reason) = task::state_of(None, Some("gone".into()));
+    assert_eq!((state, reason.as_str()), (PoolState::Failed, "gone"));
 }
 
 #[tokio::test(flavor = "multi_thread")]

@@ -30,6 +30,8 @@ mod digest;
 mod import;
 mod qcow2;
 mod reader;
+#[cfg(test)]
+mod tests;
 mod writer;
 
 pub use digest::{CHUNK_BYTES, Digester};

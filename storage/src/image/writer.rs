@@ -5,12 +5,14 @@ use std::sync::Arc;
 
 use super::{Digester, ImageLimits};
 use crate::pool::{
-    ImageDraft, ImageId, ImageInfo, Level, Pool, SECTOR_BYTES, Thresholds, VOLUME_BYTES_MAX,
+    ImageDraft, ImageId, ImageInfo, Pool, SECTOR_BYTES, Thresholds, VOLUME_BYTES_MAX,
 };
 use crate::{PoolError, Result, sparse};
 
-/// After how much that was written the pool is asked again whether it has room.
+/// After how much that was written the pool is asked again, at the latest: others fill it too.
 const ROOM_CHECK_BYTES: u64 = 256 << 20;
+/// What is written is counted in blocks of this size, as a thin pool gives room.
+const ROOM_BLOCK_BYTES: u64 = 64 << 10;
 
 /// Writes an image into a pool, in order, and computes its identity on the way. Whatever is
 /// skipped is zeros. Dropped before [`finish`](Self::finish), it leaves nothing behind.
@@ -26,7 +28,8 @@ pub struct ImageWriter {
     bytes: u64,
     next: u64,
     written: u64,
-    check_at: u64,
+    /// What may be written before the pool is asked again.
+    room: u64,
 }
 
 impl ImageWriter {
@@ -41,7 +44,7 @@ impl ImageWriter {
                 format!("a multiple of {SECTOR_BYTES} from {SECTOR_BYTES} to {bytes_max}");
             return Err(PoolError::invalid("image size", bytes, accepted));
         }
-        check_room(pool.as_ref())?;
+        let room = room(pool.as_ref())?;
         Ok(Self {
             pool: Arc::clone(pool),
             draft: pool.draft_image(bytes)?,
@@ -50,7 +53,7 @@ impl ImageWriter {
             bytes,
             next: 0,
             written: 0,
-            check_at: ROOM_CHECK_BYTES,
+            room,
         })
     }
 
@@ -75,24 +78,31 @@ impl ImageWriter {
         self.digester.data(content);
         self.next = end;
         for run in sparse::data_runs(content) {
-            self.written += run.len() as u64;
-            if self.written > self.limits.data_bytes_max {
-                let value = format!("more than {} bytes", self.limits.data_bytes_max);
-                return Err(PoolError::invalid("image data", value, "less data than that"));
-            }
+            self.reserve(run.len() as u64)?;
             let at = offset + run.start as u64;
             self.draft
                 .file()
                 .write_all_at(&content[run], at)
                 .map_err(PoolError::io("write", self.draft.path()))?;
         }
-        if self.written >= self.check_at {
+        Ok(())
+    }
+
+    /// Counts what is about to be written, and refuses what would fill the pool.
+    fn reserve(&mut self, bytes: u64) -> Result<()> {
+        self.written += bytes;
+        if self.written > self.limits.data_bytes_max {
+            let value = format!("more than {} bytes", self.limits.data_bytes_max);
+            return Err(PoolError::invalid("image data", value, "less data than that"));
+        }
+        let taken = bytes.next_multiple_of(ROOM_BLOCK_BYTES);
+        if taken > self.room {
             // What waits in the page cache takes no room yet.
             let synced = self.draft.file().sync_data();
             synced.map_err(PoolError::io("sync", self.draft.path()))?;
-            check_room(self.pool.as_ref())?;
-            self.check_at = self.written + ROOM_CHECK_BYTES;
+            self.room = room(self.pool.as_ref())?;
         }
+        self.room = self.room.saturating_sub(taken);
         Ok(())
     }
 
@@ -113,10 +123,12 @@ impl ImageWriter {
     }
 }
 
-fn check_room(pool: &dyn Pool) -> Result<()> {
+/// How much may be written before the pool must be asked again.
+fn room(pool: &dyn Pool) -> Result<u64> {
     let usage = pool.usage()?;
-    if usage.level(Thresholds::default()) == Level::Full {
+    let room = usage.room_bytes(Thresholds::default());
+    if room == 0 {
         return Err(PoolError::NoRoom { pool: pool.spec().to_string(), detail: usage.to_string() });
     }
-    Ok(())
+    Ok(room.min(ROOM_CHECK_BYTES))
 }

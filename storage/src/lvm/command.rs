@@ -91,10 +91,9 @@ fn collect(child: &mut Child, time_max: Duration) -> io::Result<Collected> {
     let pid = Pid::from_child(child);
     let pidfd = pidfd_open(pid, PidfdFlags::empty())?;
     let (mut stdout, mut stderr) = (child.stdout.take(), child.stderr.take());
-    for fd in [stdout.as_ref().map(AsFd::as_fd), stderr.as_ref().map(AsFd::as_fd)] {
-        if let Some(fd) = fd {
-            rustix::io::ioctl_fionbio(fd, true)?;
-        }
+    let pipes = [stdout.as_ref().map(AsFd::as_fd), stderr.as_ref().map(AsFd::as_fd)];
+    for pipe in pipes.into_iter().flatten() {
+        rustix::io::ioctl_fionbio(pipe, true)?;
     }
     let (mut out, mut err) = (Vec::new(), Vec::new());
     let (mut late, mut overflow) = (false, false);

@@ -20,6 +20,7 @@
 
 mod command;
 mod delete;
+mod draft;
 mod names;
 mod report;
 #[cfg(test)]
@@ -31,6 +32,7 @@ use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, PoisonError};
 
 use command::lvm;
+use draft::{LvmDraft, Unfinished};
 use names::{Kind, kind};
 use report::Lv;
 
@@ -294,70 +296,6 @@ impl Inner {
 
 fn snapshot_info(volume: VolumeId, id: SnapshotId, lv: &Lv) -> SnapshotInfo {
     SnapshotInfo { volume, id, bytes: lv.bytes, allocated_bytes: lv.allocated_bytes() }
-}
-
-/// A logical volume that this process is making; removed when dropped.
-#[derive(Debug)]
-struct Unfinished {
-    pool: Arc<Inner>,
-    name: String,
-    is_finished: bool,
-}
-
-impl Unfinished {
-    fn new(pool: &Arc<Inner>, name: String) -> Self {
-        pool.busy().insert(name.clone());
-        Self { pool: Arc::clone(pool), name, is_finished: false }
-    }
-
-    fn rename(mut self, to: &str) -> Result<()> {
-        self.pool.rename(&self.name, to)?;
-        self.is_finished = true;
-        Ok(())
-    }
-}
-
-impl Drop for Unfinished {
-    fn drop(&mut self) {
-        if !self.is_finished {
-            // Nothing to be done about an error: clean_up tries again.
-            let _ = self.pool.remove_by_name(&self.name);
-        }
-        self.pool.busy().remove(&self.name);
-    }
-}
-
-#[derive(Debug)]
-struct LvmDraft {
-    // Closed before what it is open on is removed: fields are dropped in order.
-    file: File,
-    path: PathBuf,
-    unfinished: Unfinished,
-}
-
-impl ImageDraft for LvmDraft {
-    fn file(&self) -> &File {
-        &self.file
-    }
-
-    fn path(&self) -> &Path {
-        &self.path
-    }
-
-    fn publish(self: Box<Self>, id: ImageId) -> Result<ImageInfo> {
-        let Self { file, path, unfinished } = *self;
-        file.sync_all().map_err(PoolError::io("sync", &path))?;
-        drop(file);
-        let pool = Arc::clone(&unfinished.pool);
-        pool.set_active(&unfinished.name, false)?;
-        pool.set_permission(&unfinished.name, "r")?;
-        let renamed = unfinished.rename(&names::image(id));
-        match (renamed, pool.image(id)?) {
-            (_, Some(image)) => Ok(image),
-            (Err(error), None) => Err(error),
-            (Ok(()), None) => Err(pool.not_found(format!("image {id}"))),
-        }
-    }
 }
 
 impl Inner {

@@ -48,6 +48,14 @@ impl PoolUsage {
         if self.bytes == 0 { 1.0 } else { self.used_bytes as f64 / self.bytes as f64 }
     }
 
+    /// How much more it may hold before it is full.
+    pub fn room_bytes(&self, thresholds: Thresholds) -> u64 {
+        match self.level(thresholds) {
+            Level::Full => 0,
+            _ => ((self.bytes as f64 * thresholds.full) as u64).saturating_sub(self.used_bytes),
+        }
+    }
+
     /// Where this stands against the thresholds. A pool with a fault is full: it takes nothing.
     pub fn level(&self, thresholds: Thresholds) -> Level {
         let worst = self.data_fraction().max(self.metadata_fraction.unwrap_or(0.0));
@@ -92,6 +100,9 @@ mod tests {
         assert_eq!(level(usage(950, None)), Level::Full);
         assert_eq!(level(usage(1, Some(0.96))), Level::Full);
         assert_eq!(level(PoolUsage { bytes: 0, ..usage(0, None) }), Level::Full);
+        let room = |usage: PoolUsage| usage.room_bytes(Thresholds::default());
+        assert_eq!((room(usage(0, None)), room(usage(900, None))), (950, 50));
+        assert_eq!((room(usage(950, None)), room(usage(1, Some(0.96)))), (0, 0));
         let fault = Some("out_of_data".into());
         assert_eq!(level(PoolUsage { fault, ..usage(0, None) }), Level::Full);
     }

@@ -11,16 +11,19 @@ use virtio_bindings::virtio_blk::{
 };
 use vm_memory::Bytes;
 
-use super::backend::{self, Backend, Buffers, Done, Job, Reply, Work};
+use super::backend::{self, Backend, Buffers, Done, Job, Reply, Work, wait_readable};
+use super::limits::{Cost, Limits, Throttle};
 use super::requests::{
     DISCARD_SECTORS_MAX, ID_BYTES, RANGES_MAX, Request, Rules, Status, ZERO_SECTORS_MAX, parse,
 };
-use super::volume::{SECTOR_BYTES, Volume};
+use super::volume::{SECTOR_BYTES, Volume, VolumeError};
 use crate::memory::GuestMemory;
 use crate::pci::ClassCode;
 use crate::state::{Decoder, Encoder, StateError, kind};
 use crate::virtio::buffers::{gather, mark_written};
-use crate::virtio::{DeviceKind, Event, Progress, Segment, Turn, Violation, VirtioDevice};
+use crate::virtio::{
+    DeviceKind, Event, Interrupt, Progress, Segment, Turn, Violation, VirtioDevice,
+};
 
 /// Most queues: more than this many vCPUs share them.
 pub(super) const QUEUES_MAX: usize = 4;
@@ -57,6 +60,7 @@ pub struct Blk {
     left_alone: u8,
     /// The system had no room for all that was begun; then it is tried again.
     retry: Option<Instant>,
+    throttle: Throttle,
     segments: Vec<Segment>,
     done: Vec<Done>,
     errors: u32,
@@ -104,10 +108,28 @@ impl Blk {
             bytes_under_way: 0,
             left_alone: 0,
             retry: None,
+            throttle: Throttle::default(),
             segments: Vec::new(),
             done: Vec::new(),
             errors: 0,
         }
+    }
+
+    /// Limits what the guest may ask for from now on.
+    pub fn set_limits(&mut self, limits: Limits, now: Instant) {
+        self.throttle.set(limits, now);
+    }
+
+    /// The volume has grown: the guest is told. Answers its length before and now, in bytes.
+    ///
+    /// # Errors
+    /// When it has not grown but shrunk; then nothing has changed.
+    pub fn grow(&mut self, interrupt: &Interrupt) -> Result<(u64, u64), VolumeError> {
+        let (before, now) = self.volume.measure_again()?;
+        if now > before {
+            interrupt.raise_config();
+        }
+        Ok((before, now))
     }
 
     fn has(&self, feature: u32) -> bool {
@@ -140,6 +162,7 @@ impl Blk {
             if self.bytes_under_way >= UNDER_WAY_BYTES_MAX {
                 // Looked at again when some of them are done.
                 self.left_alone |= 1 << index;
+                self.throttle.leave(index, turn.now);
                 return Ok(Progress::Done);
             }
             let queue = &mut turn.queues[index];
@@ -147,18 +170,34 @@ impl Blk {
                 if queue.enable_kicks(turn.memory)? {
                     continue;
                 }
+                self.throttle.leave(index, turn.now);
                 return Ok(Progress::Done);
             };
             if self.in_flight[index] >= queue.size() {
                 let what = "is in the queue while more than the queue holds is under way";
                 return Err(Violation::Shape { queue: index, head, what });
             }
-            bytes += self.begin(turn, index, head, &rules)?;
+            let Some(begun) = self.begin(turn, index, head, &rules)? else {
+                // Looked at again when there is budget for it.
+                turn.queues[index].rewind(1);
+                return Ok(Progress::Done);
+            };
+            bytes += begun;
             if bytes > TURN_BYTES_MAX {
                 break;
             }
         }
         Ok(Progress::More)
+    }
+
+    /// Looks again at the queue that has waited for budget.
+    fn take_due(&mut self, turn: &mut Turn<'_>) -> Result<(), Violation> {
+        if let Some(index) = self.throttle.due(turn.now)
+            && self.take(turn, index)? == Progress::More
+        {
+            self.throttle.look_again(turn.now);
+        }
+        Ok(())
     }
 
     /// Looks again at the queues that were left alone.
@@ -175,16 +214,20 @@ impl Blk {
     }
 
     /// Begins the request whose buffers are in `segments`, or answers it at once. Answers how
-    /// many bytes it moves.
+    /// many bytes it moves, and nothing when there is no budget for it.
     fn begin(
         &mut self,
         turn: &mut Turn<'_>,
         index: usize,
         head: u16,
         rules: &Rules,
-    ) -> Result<u64, Violation> {
+    ) -> Result<Option<u64>, Violation> {
         let parsed = parse(turn.memory, &self.segments, rules)
             .map_err(|what| Violation::Shape { queue: index, head, what })?;
+        let cost = parsed.request.as_ref().map_or_else(|_| Cost::default(), Cost::of);
+        if !self.throttle.pay(index, cost, turn.now) {
+            return Ok(None);
+        }
         let mut reply = Reply {
             queue: index,
             head,
@@ -196,15 +239,15 @@ impl Blk {
         };
         let durable = !self.has(VIRTIO_BLK_F_FLUSH);
         let (work, bytes) = match parsed.request {
-            Err(status) => return answer(turn, &reply, status).map(|()| 0),
+            Err(status) => return answer(turn, &reply, status).map(|()| Some(0)),
             Ok(Request::Id(room)) => {
                 let status = self.write_id(&room);
                 reply.answer_bytes = parsed.room_bytes.min(ID_BYTES as u64);
-                return answer(turn, &reply, status).map(|()| 0);
+                return answer(turn, &reply, status).map(|()| Some(0));
             }
             Ok(Request::Read { offset, data }) => {
                 let Some(buffers) = buffers(turn.memory, &data) else {
-                    return answer(turn, &reply, Status::IoError).map(|()| 0);
+                    return answer(turn, &reply, Status::IoError).map(|()| Some(0));
                 };
                 reply.written = data;
                 reply.answer_bytes = parsed.room_bytes;
@@ -212,7 +255,7 @@ impl Blk {
             }
             Ok(Request::Write { offset, data }) => {
                 let Some(buffers) = buffers(turn.memory, &data) else {
-                    return answer(turn, &reply, Status::IoError).map(|()| 0);
+                    return answer(turn, &reply, Status::IoError).map(|()| Some(0));
                 };
                 let bytes = data.iter().map(|segment| u64::from(segment.len)).sum();
                 (Work::Write { offset, buffers, durable }, bytes)
@@ -225,7 +268,7 @@ impl Blk {
             }
         };
         if work.is_nothing() {
-            return answer(turn, &reply, Status::Ok).map(|()| 0);
+            return answer(turn, &reply, Status::Ok).map(|()| Some(0));
         }
         self.in_flight[index] += 1;
         self.bytes_under_way += bytes;
@@ -233,7 +276,7 @@ impl Blk {
         // SAFETY: `buffers` made the pointers from slices of guest memory. `self.memory` keeps it
         // mapped for longer than the backend exists; nothing here holds a reference into it.
         unsafe { self.backend.start(Job { work, reply }) };
-        Ok(bytes)
+        Ok(Some(bytes))
     }
 
     /// Writes the serial number into these, as much of it as fits.
@@ -295,18 +338,19 @@ impl Blk {
     fn drain(
         &mut self,
         mut turn: Option<&mut Turn<'_>>,
-        deadline: Option<Instant>,
+        deadline: Instant,
     ) -> Result<usize, Violation> {
         while self.backend.in_flight() > 0 {
             let now = Instant::now();
-            if deadline.is_some_and(|deadline| now >= deadline) {
-                return Ok(self.backend.in_flight());
-            }
             self.submit(now);
-            let until = [self.retry, deadline].into_iter().flatten().min();
-            let left = until.map(|until| until.saturating_duration_since(now));
-            backend::wait_readable(self.backend.fd(), left);
             self.finish(turn.as_deref_mut())?;
+            if self.backend.in_flight() > 0 {
+                if now >= deadline {
+                    return Ok(self.backend.in_flight());
+                }
+                let until = self.retry.map_or(deadline, |retry| retry.min(deadline));
+                wait_readable(self.backend.fd(), until.saturating_duration_since(now));
+            }
         }
         self.retry = None;
         Ok(0)
@@ -413,9 +457,9 @@ impl VirtioDevice for Blk {
     }
 
     fn reset(&mut self) {
-        // Without a driver there is nobody to tell, and nothing that could go wrong.
-        let _ = self.drain(None, None);
+        assert_eq!(self.backend.in_flight(), 0, "the kernel still has requests of this driver");
         self.left_alone = 0;
+        self.throttle.forget_waiting();
         self.features = 0;
     }
 
@@ -430,6 +474,7 @@ impl VirtioDevice for Blk {
             }
             Event::Timer => {
                 self.submit(turn.now);
+                self.take_due(turn)?;
                 Ok(Progress::Done)
             }
         }
@@ -444,7 +489,7 @@ impl VirtioDevice for Blk {
     }
 
     fn deadline(&self) -> Option<Instant> {
-        self.retry
+        [self.retry, self.throttle.deadline()].into_iter().flatten().min()
     }
 
     fn settle(
@@ -452,7 +497,11 @@ impl VirtioDevice for Blk {
         turn: Option<&mut Turn<'_>>,
         deadline: Instant,
     ) -> Result<usize, Violation> {
-        self.drain(turn, Some(deadline))
+        if turn.is_none() {
+            self.left_alone = 0;
+            self.throttle.forget_waiting();
+        }
+        self.drain(turn, deadline)
     }
 
     /// Requests under way are no part of it: a paused device has none.

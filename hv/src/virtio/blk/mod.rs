@@ -1,7 +1,7 @@
 //! The block device (VIRTIO 1.2, 5.2): a volume of the node, a raw file or a block device.
 //!
-//! [`device`] is the virtio side, [`requests`] tells what a chain asks for, [`backend`] does it,
-//! [`volume`] is the file: opened, measured and locked.
+//! [`device`] is the virtio side, [`requests`] tells what a chain asks for, [`limits`] when it may
+//! begin, [`backend`] does it, [`volume`] is the file: opened, measured and locked.
 //!
 //! ```text
 //!   queue ─► requests::parse ─► Job ─► Backend ─► io_uring, or a thread with preadv and pwritev
@@ -15,16 +15,20 @@
 //! write is made durable before it is completed.
 //!
 //! A job owns pointers into guest memory from its start until it comes back. Nothing drops a job
-//! that the kernel may still work on: resetting and dropping the device wait for all of them, as
-//! long as it takes, and pausing waits for a while and then fails. How long depends on the host's
-//! disk alone, as the bytes under way are bounded.
+//! that the kernel may still work on. A reset is done when all of them have come back: until then the
+//! driver reads a status that is not 0, and nobody else waits. Pausing waits for a while and then
+//! fails. Dropping the device waits as long as it takes, so that a machine settles its devices
+//! before it is dropped. How long all that takes depends on the host's disk alone, as the bytes
+//! under way are bounded.
 
 mod backend;
 mod device;
+mod limits;
 mod requests;
 #[cfg(test)]
 mod tests;
 mod volume;
 
 pub use device::Blk;
+pub use limits::Limits;
 pub use volume::{Volume, VolumeError};

@@ -27,6 +27,7 @@ use crate::virtio::tests::{
 };
 
 mod life;
+mod limits;
 mod property;
 mod request;
 mod volume;

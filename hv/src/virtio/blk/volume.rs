@@ -5,6 +5,7 @@ use std::io;
 use std::os::fd::{AsRawFd, RawFd};
 use std::os::unix::fs::{FileExt, FileTypeExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
 use rustix::fs::{FallocateFlags, FlockOperation};
@@ -53,6 +54,16 @@ pub enum VolumeError {
         /// Its length.
         bytes: u64,
     },
+    /// It was cut short while it was open.
+    #[error("{path}: has {bytes} bytes, and had {before}")]
+    Shrunk {
+        /// The path.
+        path: PathBuf,
+        /// Its length.
+        bytes: u64,
+        /// Its length before.
+        before: u64,
+    },
     /// Somebody else has it open.
     #[error("{path}: is in use: locked by another VMM or disk, or mounted")]
     Busy {
@@ -68,6 +79,7 @@ impl VolumeError {
             Self::Open { .. } => "a file or block device that this process may open and lock",
             Self::Kind { .. } => "a regular file (raw) or a block device",
             Self::Size { .. } => "a multiple of 512 bytes, at least 512",
+            Self::Shrunk { .. } => "a volume that has grown",
             Self::Busy { .. } => "a volume that nobody else has open",
         }
     }
@@ -82,9 +94,11 @@ enum Kind {
 /// An open volume. It is locked until the last handle of it is dropped.
 #[derive(Debug)]
 pub struct Volume {
+    path: PathBuf,
     file: File,
     kind: Kind,
-    bytes: u64,
+    /// Grows.
+    bytes: AtomicU64,
     block_bytes: u32,
     read_only: bool,
 }
@@ -124,15 +138,35 @@ impl Volume {
             return Err(VolumeError::Kind { path: path.to_owned() });
         }
         let (bytes, block_bytes) = measure(&file, kind).map_err(open)?;
+        let path = path.to_owned();
         if bytes == 0 || !bytes.is_multiple_of(SECTOR_BYTES) {
-            return Err(VolumeError::Size { path: path.to_owned(), bytes });
+            return Err(VolumeError::Size { path, bytes });
         }
-        Ok(Self { file, kind, bytes, block_bytes, read_only })
+        Ok(Self { path, file, kind, bytes: AtomicU64::new(bytes), block_bytes, read_only })
+    }
+
+    /// Looks how long it is now. Answers its length before and now, in bytes.
+    ///
+    /// # Errors
+    /// When it has shrunk or has an odd size; then it counts as long as before.
+    pub(super) fn measure_again(&self) -> Result<(u64, u64), VolumeError> {
+        let path = || self.path.clone();
+        let (bytes, _) = measure(&self.file, self.kind)
+            .map_err(|source| VolumeError::Open { path: path(), source })?;
+        let before = self.bytes.load(Ordering::SeqCst);
+        if bytes < before {
+            return Err(VolumeError::Shrunk { path: path(), bytes, before });
+        }
+        if !bytes.is_multiple_of(SECTOR_BYTES) {
+            return Err(VolumeError::Size { path: path(), bytes });
+        }
+        self.bytes.store(bytes, Ordering::SeqCst);
+        Ok((before, bytes))
     }
 
     /// Its length in sectors.
     pub(super) fn sectors(&self) -> u64 {
-        self.bytes / SECTOR_BYTES
+        self.bytes.load(Ordering::SeqCst) / SECTOR_BYTES
     }
 
     /// The unit in which it is best addressed, bytes.

@@ -156,6 +156,25 @@ impl VmmService for Vmm {
         Err(Status::unimplemented(""))
     }
 
+    async fn set_disk_limits(&self, _: Request<SetDiskLimitsRequest>) -> Answer<VmmStatus> {
+        Err(Status::unimplemented(""))
+    }
+
+    async fn grow_disk(&self, _: Request<GrowDiskRequest>) -> Answer<GrowDiskResponse> {
+        Err(Status::unimplemented(""))
+    }
+
+    async fn set_generation(&self, _: Request<SetGenerationRequest>) -> Answer<VmmStatus> {
+        Err(Status::unimplemented(""))
+    }
+
+    async fn guest_agent_call(
+        &self,
+        _: Request<GuestAgentCallRequest>,
+    ) -> Answer<GuestAgentCallResponse> {
+        Err(Status::unimplemented(""))
+    }
+
     async fn quit(&self, _: Request<QuitRequest>) -> Answer<QuitResponse> {
         end(&self.dir, "killed", "told to quit")
     }

@@ -125,6 +125,9 @@ fn fetch() -> Work {
     Work::Fetch { sources: vec!["10.0.0.1:7401".into()], bytes: MIB }
 }
 
+/// What it shows; what is there and wanted; what is begun, and what is told.
+type Row = (&'static str, World, WantedVolume, Option<Work>, VolumeState, &'static str);
+
 /// What is begun, and the state and reason of the first volume.
 fn first(plan: &Plan) -> (&[(Thing, Work)], VolumeState, &str) {
     (&plan.begin, plan.volumes[0].state(), &plan.volumes[0].state_reason)
@@ -146,7 +149,7 @@ fn volumes_are_made_as_they_are_wanted() {
     let larger = WantedVolume { size_bytes: 2 * MIB, ..blank(1) };
     let (blank_work, clone_work) =
         (Work::Create { bytes: MIB }, Work::Clone { image: image_id(7), bytes: MIB });
-    let rows: Vec<(&str, World, WantedVolume, Option<Work>, VolumeState, &str)> = vec![
+    let rows: Vec<Row> = vec![
         ("blank", World::with(&[], &[]), blank(1), Some(blank_work.clone()), Creating, ""),
         ("there", World::with(&[1], &[]), blank(1), None, Ready, ""),
         ("there, never made here", World::with(&[1], &[]), not_wanted.clone(), None, Ready, ""),
@@ -272,7 +275,7 @@ fn only_garbage_is_removed_and_never_what_somebody_needs() {
     let wanted = WantedStorage { garbage: all.clone(), used, ..want(vec![]) };
     assert_eq!(world().plan(wanted).begin, [(image_thing(7), Work::Delete)]);
     // A volume is still to be made of it.
-    let wanted = WantedStorage { garbage: all.clone(), ..want(vec![from_image(3, 7)]) };
+    let wanted = WantedStorage { garbage: all, ..want(vec![from_image(3, 7)]) };
     let begin = world().plan(wanted).begin;
     assert!(!begin.contains(&(image_thing(7), Work::Delete)), "{begin:?}");
 

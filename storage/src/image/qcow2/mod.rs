@@ -13,6 +13,8 @@
 mod fixture;
 #[cfg(test)]
 mod tests;
+#[cfg(test)]
+pub(super) use tests::sample;
 
 use std::fs::File;
 use std::io;

@@ -55,6 +55,12 @@ fn fixture(cluster_bits: u32, zstd: bool) -> Fixture {
     Fixture { version: 3, cluster_bits, zstd, size: size.max(512), clusters }
 }
 
+/// A file and what it holds, for the tests of import.
+pub(in crate::image) fn sample() -> (Vec<u8>, Vec<u8>) {
+    let fixture = fixture(16, true);
+    (fixture.build(), fixture.content())
+}
+
 #[test]
 fn clusters_of_all_sizes_and_kinds_are_read() {
     for cluster_bits in [9, 12, 16, 21] {
@@ -205,7 +211,7 @@ fn what_qemu_img_writes_is_read() {
     for (at, byte) in content.iter_mut().enumerate() {
         *byte = match at >> 18 {
             0 | 7 | 20 => (at / 3) as u8,
-            3 => (at * at >> 7) as u8,
+            3 => ((at * at) >> 7) as u8,
             _ => 0,
         };
     }

@@ -152,11 +152,10 @@ fn eventfd() -> io::Result<EventFd> {
 }
 
 /// Waits until this is readable, or for so long; a signal ends it too.
-pub(super) fn wait_readable(fd: RawFd, timeout: Option<Duration>) {
+pub(super) fn wait_readable(fd: RawFd, timeout: Duration) {
     // Rounded up, so that the time has passed when poll returns.
-    let timeout_ms = timeout.map_or(-1, |timeout| {
-        (timeout + Duration::from_micros(999)).as_millis().try_into().unwrap_or(i32::MAX)
-    });
+    let timeout = timeout.saturating_add(Duration::from_micros(999));
+    let timeout_ms = timeout.as_millis().try_into().unwrap_or(i32::MAX);
     let mut poll = libc::pollfd { fd, events: libc::POLLIN, revents: 0 };
     // SAFETY: one pollfd, borrowed mutably. What it answers does not matter: the caller looks.
     unsafe { libc::poll(&raw mut poll, 1, timeout_ms) };

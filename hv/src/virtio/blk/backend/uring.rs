@@ -214,7 +214,7 @@ impl Drop for Uring {
             if self.held() <= unsubmitted {
                 return;
             }
-            wait_readable(self.event.as_raw_fd(), Some(RETRY));
+            wait_readable(self.event.as_raw_fd(), RETRY);
             self.finished(&mut done);
         }
     }

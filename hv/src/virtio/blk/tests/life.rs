@@ -71,28 +71,52 @@ fn a_pause_does_not_wait_for_ever() {
     bench.driver.device.pause().unwrap();
 }
 
-/// A reset waits too: afterwards the guest may use its memory for something else.
+/// A reset is done when nothing is under way: afterwards the guest may use its memory for something
+/// else. Until then it reads a status that is not 0, and no vCPU stands still for a disk that hangs.
 #[test]
-fn a_reset_waits_for_what_is_under_way_and_tells_nobody() {
+fn a_reset_is_done_when_nothing_is_under_way_and_tells_nobody() {
     let (mut bench, gate) = gated();
-    bench.put(0, 0, Ask { kind: IN, room: 512, ..Ask::default() });
+    for slot in 0..2 {
+        bench.put(0, slot, Ask { kind: IN, room: 512, ..Ask::default() });
+    }
     bench.driver.kick(0);
-    wait_until("it is under way", || gate.submitted() == 1);
-    // Answered between the worker's turns: the one that submitted is over.
-    assert!(!bench.needs_reset());
-    let calls = gate.calls();
-    std::thread::scope(|scope| {
-        scope.spawn(|| bench.driver.write(0x14, &[0]));
-        wait_until("the reset waits", || gate.calls() > calls);
+    wait_until("they are under way", || gate.submitted() == 2);
+    bench.driver.write(0x14, &[0]);
+    for _ in 0..2 {
+        assert_ne!(bench.driver.status(), 0);
+        // What an impatient driver writes changes nothing.
+        bench.driver.write(0x14, &[1]);
+        bench.driver.write(0x14, &[0]);
+        let calls = gate.calls();
         gate.release(0, Ok(()));
-    });
-    assert_eq!((bench.driver.used(0), bench.status(0)), (None, 0xff));
+        wait_until("somebody looks", || gate.calls() > calls);
+    }
+    wait_until("the reset is done", || bench.driver.status() == 0);
+    assert_eq!((bench.driver.used(0), bench.status(0), bench.status(1)), (None, 0xff, 0xff));
     assert_eq!(bench.driver.start(ALL), 15);
     bench.put(0, 0, Ask { kind: IN, room: 512, ..Ask::default() });
     bench.driver.kick(0);
     wait_until("it is under way", || gate.held() == 1);
     gate.release_all();
     assert_eq!(bench.driver.wait_used(0), (0, 513));
+}
+
+/// A machine may be paused, and moved, in the middle of a reset.
+#[test]
+fn a_pause_ends_a_reset() {
+    let (mut bench, gate) = gated();
+    bench.put(0, 0, Ask { kind: IN, room: 512, ..Ask::default() });
+    bench.driver.kick(0);
+    wait_until("it is under way", || gate.submitted() == 1);
+    bench.driver.write(0x14, &[0]);
+    let error = bench.driver.device.pause_within(Duration::from_millis(20)).unwrap_err();
+    assert_eq!(error.under_way, 1);
+    assert_ne!(bench.driver.status(), 0);
+    gate.release_all();
+    bench.driver.device.pause().unwrap();
+    assert_eq!(bench.driver.status(), 0);
+    bench.driver.device.resume();
+    assert_eq!(bench.driver.start(ALL), 15);
 }
 
 /// The same chain again and again fills the queue and no more.
@@ -224,4 +248,49 @@ fn the_bytes_under_way_have_a_bound() {
         }
     }
     assert!(gate.state.lock().unwrap().held_max <= bound);
+}
+
+/// The volume grows under the guest: it is told, sees the new size, and can use it at once. A
+/// volume that has shrunk changes nothing.
+#[test]
+fn a_disk_grows_while_the_guest_runs() {
+    for which in backends() {
+        let mut bench = Bench::new(which);
+        let capacity = |bench: &Bench| u64::from_le_bytes(bench.config()[..8].try_into().unwrap());
+        let generation = |bench: &Bench| {
+            let mut byte = [0];
+            bench.driver.device.read_window(0x15, &mut byte);
+            byte[0]
+        };
+        let grow =
+            |bench: &Bench| bench.driver.device.with(|blk: &mut Blk, i| blk.grow(i)).unwrap();
+        let ask = Ask { kind: IN, sector: 64, room: 512, ..Ask::default() };
+        assert_eq!(bench.ask(ask), (IOERR, 0));
+        let before = generation(&bench);
+        let _ = bench.driver.wiring.raised(0);
+        assert_eq!(grow(&bench).unwrap(), (64 * 512, 64 * 512));
+        assert_eq!((generation(&bench), bench.driver.wiring.raised(0)), (before, 0));
+
+        bench.file.as_file().set_len(100 * 512).unwrap();
+        assert_eq!(grow(&bench).unwrap(), (64 * 512, 100 * 512));
+        assert_eq!((capacity(&bench), bench.driver.wiring.raised(0)), (100, 1));
+        assert_ne!(generation(&bench), before);
+        assert_eq!(bench.read(64, 36), [0; 36 * 512]);
+        assert_eq!(bench.ask(Ask { sector: 100, ..ask }), (IOERR, 0));
+
+        for (bytes, said) in
+            [(99 * 512, "has 50688 bytes, and had 51200"), (101 * 512 + 1, "has 51713 bytes")]
+        {
+            bench.file.as_file().set_len(bytes).unwrap();
+            let error = grow(&bench).unwrap_err().to_string();
+            assert_eq!(error, format!("{}: {said}", bench.file.path().display()));
+            assert_eq!(capacity(&bench), 100);
+        }
+        // The state says the new length, and wants it at the destination.
+        let state = bench.driver.state();
+        let memory = bench.driver.memory.clone();
+        let make = |volume: &Arc<Volume>| make(which, volume);
+        let moved = Bench::unstarted(file(100), false, make, Some(memory));
+        moved.driver.device.restore(1, &state).unwrap();
+    }
 }
