@@ -314,3 +314,40 @@ fn typed(vmm: Vmm, input: Streaming<ConsoleInput>) -> impl Stream<Item = Option<
         Err(error) => Some(error),
     })
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn an_agents_time_has_bounds() {
+        let seconds = |seconds| Some(prost_types::Duration { seconds, nanos: 0 });
+        assert_eq!(agent_timeout(None), Ok(AGENT_TIMEOUT));
+        assert_eq!(agent_timeout(seconds(300)), Ok(TIMEOUT_MAX));
+        for (refused, shown) in
+            [(0, "0s"), (301, "301s"), (-1, "-1s"), (i64::MAX, "9223372036854775807s")]
+        {
+            let error = agent_timeout(seconds(refused)).unwrap_err().to_string();
+            assert_eq!(error, format!("timeout: {shown}; accepted: 1ms to 300s"));
+        }
+    }
+
+    /// Each way in which an agent gives no result is told apart by its code.
+    #[test]
+    fn an_agents_errors_have_codes() {
+        use crate::guest_agent::AgentError;
+        use tonic::Code;
+        let waited = AGENT_TIMEOUT;
+        let refused = AgentError::Refused { class: "A".into(), description: "b".into() };
+        for (error, code) in [
+            (AgentError::NoAnswer { waited }, Code::DeadlineExceeded),
+            (AgentError::Busy { waited }, Code::Unavailable),
+            (AgentError::Closed, Code::Unavailable),
+            (AgentError::TooLarge { limit: 1 }, Code::ResourceExhausted),
+            (AgentError::Malformed { reason: "x".into() }, Code::DataLoss),
+            (refused, Code::FailedPrecondition),
+        ] {
+            assert_eq!(Status::from(VmmError::from(error)).code(), code);
+        }
+    }
+}
