@@ -32,7 +32,7 @@
 //! Inside a pool everything is raw; other formats end at [`image::import`].
 //!
 //! Start reading at [`pool`] for what a pool promises, at [`image`] for identity and import;
-//! then `dir`, the simpler of the two back ends. [`record`](mod@record) stands by itself.
+//! then `dir`, the simpler of the two back ends, and `lvm`. [`record`](mod@record) stands by itself.
 
 mod dir;
 mod error;
