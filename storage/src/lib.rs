@@ -11,7 +11,7 @@
 //! {"the":"payload", "json":1}
 //! ```
 //!
-//! The number after the word is the *payload's* version, chosen by the caller. [`write`]
+//! The number after the word is the *payload's* version, chosen by the caller. [`write()`]
 //! replaces a record in whole: temporary file, fsync, rename, fsync of the directory; after a
 //! crash the old or the new one is there, never a mixture. [`read`] verifies length and
 //! checksum and tells a damaged record from a missing one, because the two must not be
