@@ -11,7 +11,7 @@
 //! {"the":"payload", "json":1}
 //! ```
 //!
-//! The number after the word is the *payload's* version, chosen by the caller. [`write`]
+//! The number after the word is the *payload's* version, chosen by the caller. [`write()`]
 //! replaces a record in whole: temporary file, fsync, rename, fsync of the directory; after a
 //! crash the old or the new one is there, never a mixture. [`read`] verifies length and
 //! checksum and tells a damaged record from a missing one, because the two must not be
@@ -32,7 +32,7 @@
 //! Inside a pool everything is raw; other formats end at [`image::import`].
 //!
 //! Start reading at [`pool`] for what a pool promises, at [`image`] for identity and import;
-//! then `dir`, the simpler of the two back ends. [`record`](mod@record) stands by itself.
+//! then `dir`, the simpler of the two back ends, and `lvm`. [`record`](mod@record) stands by itself.
 
 mod dir;
 mod error;

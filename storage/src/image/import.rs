@@ -51,7 +51,8 @@ impl fmt::Display for Format {
 pub enum Source<'a> {
     /// A regular file.
     File(&'a Path),
-    /// A stream of exactly this many bytes. Only for raw: qcow2 is read back and forth.
+    /// A stream of exactly this many bytes. Only for raw: qcow2 is read back and forth. A reader
+    /// that may stall must have its own deadline, and end with an error.
     Stream {
         /// Where to read from.
         reader: &'a mut dyn Read,

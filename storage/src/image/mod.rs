@@ -1,7 +1,7 @@
 //! Images: how they come into a pool, what they are called, how they travel.
 //!
 //! ## Identity
-//! An image is known by its content ([`ImageId`]), not by how it is laid out or where it came
+//! An image is known by its content ([`ImageId`](crate::pool::ImageId)), not by how it is laid out or where it came
 //! from. Plain SHA-256 would need to hash each zero of a disk that is mostly holes, so the
 //! content is cut into chunks of 1 MiB ([`CHUNK_BYTES`]; the last one may be shorter), and the
 //! identity is the SHA-256 of a small text:

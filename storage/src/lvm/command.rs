@@ -46,7 +46,7 @@ fn run(program: &str, args: &[&str], time_max: Duration) -> Result<Vec<u8>> {
         .stdout(Stdio::piped())
         .stderr(Stdio::piped())
         .spawn()
-        .map_err(|error| failed(format!("cannot start: {error}")))?;
+        .map_err(|error| failed(format!("cannot start {program}: {error}")))?;
     let ended = watch(child, time_max).map_err(|error| failed(error.to_string()))?;
     let mut stderr = String::from_utf8_lossy(&ended.stderr).trim().replace('\n', "; ");
     if ended.late {
@@ -165,7 +165,7 @@ mod tests {
         let error = sh("echo one >&2; echo two >&2; exit 5", minute).unwrap_err().to_string();
         assert!(error.contains("exit status: 5") && error.contains("one; two"), "{error}");
         let error = run("no-such-program", &[], minute).unwrap_err().to_string();
-        assert!(error.contains("cannot start"), "{error}");
+        assert!(error.contains("cannot start no-such-program"), "{error}");
     }
 
     #[test]

@@ -68,23 +68,24 @@ impl Inner {
 
     /// See [`Pool::clean_up`](crate::Pool::clean_up).
     pub(super) fn clean_up(&self) -> Result<Vec<String>> {
-        let mut removed = Vec::new();
         let lvs = self.report()?;
-        for lv in &lvs {
-            let is_busy = self.busy().contains(&lv.name);
-            match self.kind(lv) {
-                Kind::Leftover | Kind::Old(_) if is_busy => continue,
-                Kind::Leftover => self.remove(&lv.name, lv, &lv.name)?,
+        let (mut removed, mut failed) = (Vec::new(), None);
+        for lv in lvs.iter().filter(|lv| !self.busy().contains(&lv.name)) {
+            let is_removed = match self.kind(lv) {
                 Kind::Old(id) if !lvs.iter().any(|lv| lv.name == names::volume(id)) => {
-                    self.rename(&lv.name, &names::volume(id))?;
-                    continue;
+                    self.rename(&lv.name, &names::volume(id)).map(|()| false)
                 }
-                Kind::Old(_) => self.remove(&lv.name, lv, &lv.name)?,
-                _ => continue,
+                Kind::Old(_) | Kind::Leftover => self.remove(&lv.name, lv, &lv.name).map(|()| true),
+                _ => Ok(false),
+            };
+            // One that fails does not keep the others.
+            match is_removed {
+                Ok(true) => removed.push(lv.name.clone()),
+                Ok(false) | Err(PoolError::Busy { .. }) => {}
+                Err(error) => failed = failed.or(Some(error)),
             }
-            removed.push(lv.name.clone());
         }
-        Ok(removed)
+        failed.map_or(Ok(removed), Err)
     }
 }
 

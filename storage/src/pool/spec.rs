@@ -6,9 +6,9 @@ use std::str::FromStr;
 
 use crate::PoolError;
 
-/// The longest name of a volume group or thin pool. The device mapper allows 127 characters
-/// for a device, with hyphens doubled and the longest of our own names in it.
-const LVM_NAME_CHARS_MAX: usize = 40;
+/// The longest name of a volume group or thin pool, a hyphen counted as two characters as the
+/// device mapper writes it. That allows 127 for a device, of which an image's name takes 77.
+const LVM_NAME_CHARS_MAX: usize = 48;
 const ACCEPTED: &str = "lvm:VG/THINPOOL or dir:/absolute/path";
 
 /// Where a pool is, and of what kind.
@@ -39,7 +39,7 @@ impl FromStr for PoolSpec {
                 if !is_lvm_name(vg) || !is_lvm_name(thin_pool) {
                     let accepted = format!(
                         "lvm:VG/THINPOOL, names of 1 to {LVM_NAME_CHARS_MAX} letters, digits or \
-                         any of +_.- (no hyphen first)"
+                         any of +_.- (no hyphen first; each counts as two)"
                     );
                     return Err(PoolError::invalid("pool", format!("{text:?}"), accepted));
                 }
@@ -63,7 +63,8 @@ impl fmt::Display for PoolSpec {
 /// What LVM takes as a name; in particular nothing that could be an option.
 fn is_lvm_name(name: &str) -> bool {
     let is_char = |c: char| c.is_ascii_alphanumeric() || "+_.-".contains(c);
-    (1..=LVM_NAME_CHARS_MAX).contains(&name.len())
+    let length = name.len() + name.matches('-').count();
+    (1..=LVM_NAME_CHARS_MAX).contains(&length)
         && name.chars().all(is_char)
         && !name.starts_with('-')
         && ![".", ".."].contains(&name)
@@ -82,6 +83,7 @@ mod tests {
 
     #[test]
     fn bad_ones_are_refused_with_what_is_accepted() {
+        let hyphens = format!("lvm:a{}/thin", "-".repeat(LVM_NAME_CHARS_MAX / 2));
         let long = format!("lvm:{}/thin", "x".repeat(LVM_NAME_CHARS_MAX + 1));
         for text in [
             "",
@@ -101,6 +103,7 @@ mod tests {
             "zfs:x",
             "LVM:vg/thin",
             &long,
+            &hyphens,
         ] {
             let error = text.parse::<PoolSpec>().unwrap_err().to_string();
             assert!(error.starts_with("pool: ") && error.contains("accepted is"), "{error}");

@@ -303,9 +303,9 @@ fn unpack_zstd(decoder: &mut Decoder<'_>, packed: &[u8], target: &mut [u8]) -> i
     let mut output = OutBuffer::around(target);
     loop {
         let before = (input.pos(), output.pos());
-        let left = decoder.run(&mut input, &mut output)?;
-        // At the frame's end, with the cluster full, or without progress.
-        if left == 0 || output.pos() == capacity || (input.pos(), output.pos()) == before {
+        decoder.run(&mut input, &mut output)?;
+        // The cluster is full, or nothing more comes; there may be several frames.
+        if output.pos() == capacity || (input.pos(), output.pos()) == before {
             return Ok(output.pos());
         }
     }

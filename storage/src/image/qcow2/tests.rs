@@ -271,9 +271,9 @@ fn damaged_files_end_in_an_answer_or_an_error() {
         let mut random = Random(seed.wrapping_mul(0x9e37_79b9_7f4a_7c15) | 1);
         let mut file = goods[random.below(goods.len())].clone();
         for _ in 0..1 + random.below(4) {
-            // Half of the time in the header and the tables.
-            let end = if random.below(2) == 0 { 112 } else { file.len() - 8 };
-            let at = random.below(end);
+            // In the header, in the tables that follow it, or anywhere.
+            let end = [112, 4096, 4096, file.len()][random.below(4)];
+            let at = random.below(end.min(file.len()) - 8);
             let width = [1, 2, 4, 8][random.below(4)];
             let value = match random.below(2) {
                 0 => EDGES[random.below(EDGES.len())],
@@ -297,5 +297,5 @@ fn damaged_files_end_in_an_answer_or_an_error() {
         assert!(started.elapsed() < TIME_MAX, "seed {seed}: {:?}", started.elapsed());
     }
     // Else this test would try nothing but the checks of the header.
-    assert!(answers * 20 > runs && answers < runs, "{answers} of {runs} were readable");
+    assert!(answers * 5 > runs && answers < runs, "{answers} of {runs} were readable");
 }
