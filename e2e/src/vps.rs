@@ -22,7 +22,7 @@ pub const POOL: &str = "ssd";
 /// Debian's own first user, whom cloud-init gives the keys.
 const USER: &str = "debian";
 /// For all that a guest does as it boots for the first time on an emulated core.
-pub const BOOT_PATIENCE: Duration = Duration::from_secs(300);
+pub const BOOT_PATIENCE: Duration = Duration::from_secs(600);
 
 /// Imports the image onto a node and makes the network, unless they are there.
 pub fn prepare(cluster: &Cluster, node: &str, mut progress: impl FnMut(&str)) -> Result<()> {
