@@ -12,6 +12,7 @@
 //! [`resume`]: migratable::MigratableVm::resume
 
 mod cpuid;
+mod disks;
 pub mod exit;
 mod landing;
 pub mod migratable;
@@ -40,13 +41,13 @@ use crate::migration::{Shape, cpu_features};
 use crate::pci::{KvmWiring, PciBus, RestoreError, Wiring};
 use crate::serial::SerialPort;
 use crate::state::{self, kind};
-use crate::virtio::blk::{Blk, Volume};
 use crate::virtio::net::{MacAddress, Net, NetCounters, Tap};
 use crate::virtio::rng::Rng;
 use crate::virtio::{VirtioDevice, VirtioPci};
 use crate::{acpi, loader};
+pub use disks::Purpose;
 use exit::GuestExit;
-use migratable::{MachineState, MigratableError, MigratableVm, StateSection};
+use migratable::{MachineState, MigratableDisk, MigratableError, MigratableVm, StateSection};
 use power::{LevelLine, Power};
 use vcpu::{Bus, OnExit, Vcpu};
 use vcpu_state::{VcpuStateError, VcpuStates};
@@ -108,6 +109,7 @@ pub struct Machine {
     /// CPUID of the first vCPU, as the guest was shown it.
     cpuid: Vec<kvm_cpuid_entry2>,
     counters: Vec<Arc<NetCounters>>,
+    disks: Vec<MigratableDisk>,
     /// The guest has ended its run.
     ended: Arc<AtomicBool>,
     paused: bool,
@@ -189,6 +191,7 @@ impl Machine {
     /// When KVM, memory, a tap or a disk is not to be had; nothing is left behind.
     pub fn new(
         config: &DomainConfig,
+        purpose: Purpose,
         console: Arc<Console>,
         on_exit: OnExit,
     ) -> Result<Self, MachineError> {
@@ -237,14 +240,11 @@ impl Machine {
             counters.push(net.counters());
             add(Box::new(net), format!("interfaces[{index}]"))?;
         }
+        let mut disks = Vec::new();
         for (index, disk) in config.disks.iter().enumerate() {
-            let volume = Volume::open(&disk.path, disk.read_only).map_err(|error| {
-                FieldError::new(format!("disks[{index}].path"), &error, error.accepted())
-            })?;
-            let device = || format!("disks[{index}]");
-            let blk = Blk::new(volume, &disk.serial, config.vcpus, memory.clone())
-                .map_err(|source| MachineError::Device { device: device(), source })?;
-            add(Box::new(blk), device())?;
+            let (blk, disk) = disks::make(index, disk, purpose, config.vcpus, &memory)?;
+            disks.push(disk);
+            add(Box::new(blk), format!("disks[{index}]"))?;
         }
         add(Box::new(Rng::new()), "the entropy device".into())?;
         let devices = Arc::new(Devices { serial, power, pci });
@@ -260,6 +260,7 @@ impl Machine {
             config: config.clone(),
             cpuid,
             counters,
+            disks,
             ended,
             paused: true,
             clock: None,
@@ -349,6 +350,7 @@ impl Machine {
             vcpus: self.config.vcpus,
             memory_bytes: self.config.memory_bytes,
             interfaces: macs.map(|mac| mac.bytes()).collect(),
+            disks: self.disks.iter().map(MigratableDisk::shape).collect(),
             cpu_features: cpu_features(&self.cpuid),
         }
     }
@@ -420,6 +422,10 @@ impl From<RestoreError> for MigratableError {
 impl MigratableVm for Machine {
     fn memory(&self) -> &GuestMemory {
         &self.memory
+    }
+
+    fn disks(&self) -> &[MigratableDisk] {
+        &self.disks
     }
 
     fn pause(&mut self) -> Result<(), MigratableError> {
