@@ -296,7 +296,9 @@ mod tests {
                 file.as_file().write_all_at(&vec![value; bytes], page * 4096).unwrap();
                 (page * 4096, bytes as u64)
             };
-            writes.into_iter().for_each(|w| drop(write(w)));
+            for one in writes {
+                write(one);
+            }
             let mut there = vec![if zeroed { 0 } else { 7 }; BYTES];
             send(Pass::all(&volume, 0, zeroed), &mut there);
             prop_assert_eq!(&there, &content(&volume));

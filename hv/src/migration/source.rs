@@ -279,6 +279,8 @@ impl Source<'_, '_> {
             self.rehearse()?;
         }
         let dirty = self.vm.take_dirty()?;
+        // So that the pause has little left of that.
+        self.disks.sync_shared()?;
         let disk_bytes = self.disks.gather();
         let remaining = dirty.bytes() + disk_bytes;
         let progress = Progress {
@@ -421,6 +423,7 @@ impl Source<'_, '_> {
         self.report.pause_state_us = saved_us;
         // Nothing is under way to the disks any more: what was is noted now.
         self.disks.gather();
+        self.disks.sync_shared()?;
         // After the save, which may have written memory.
         let written = self.vm.take_last_dirty()?;
         let pause = self.pause()?;

@@ -1,5 +1,7 @@
 //! A machine of plain memory and of files, whose guest is a thread that writes.
 
+#![allow(dead_code)] // each test takes its part
+
 pub(crate) mod cable;
 pub(crate) mod disk;
 

@@ -37,7 +37,8 @@ impl Disks {
             zeroed.push(disk.zeroed || target.make_empty());
             targets.push(Some(target));
         }
-        Ok((Self { targets, ..Self::default() }, zeroed))
+        // Also what was emptied is to be durable.
+        Ok((Self { targets, unsynced: 1, ..Self::default() }, zeroed))
     }
 
     /// Makes durable what came.

@@ -71,6 +71,15 @@ impl Disks {
         self.dirty.replace(none.collect()).unwrap_or_default()
     }
 
+    /// What lies in this node's cache is not seen by the other.
+    pub(super) fn sync_shared(&self) -> Result<(), MigrationError> {
+        let shared = self.all.iter().enumerate().filter(|(_, disk)| disk.shared);
+        for (index, disk) in shared.filter(|(_, disk)| !disk.volume.is_read_only()) {
+            disk.volume.sync().map_err(MigrationError::disk(index, "making it durable"))?;
+        }
+        Ok(())
+    }
+
     /// Closes all of them: their locks are free, and nothing can be written from here.
     pub(super) fn release(&self) -> Result<(), MigrationError> {
         for (index, disk) in self.all.iter().enumerate() {

@@ -83,6 +83,9 @@ impl Volume {
         if bytes < self.bytes() {
             return Err(VolumeError::Size { path: self.path.clone(), bytes });
         }
+        // What this node may still have cached of it is not what it holds now. Only a hint, and
+        // only pages that nobody has written here.
+        let _ = rustix::fs::fadvise(&file, 0, None, rustix::fs::Advice::DontNeed);
         self.put(&file).map_err(open)
     }
 
