@@ -349,3 +349,20 @@ fn time_runs_out_in_the_middle_of_a_disk() {
     goes_on(&mut vm);
     there.thread.join().unwrap();
 }
+
+/// What the node's disk does not give fails the migration, and not the guest.
+#[test]
+fn a_disk_that_cannot_be_read_stays() {
+    let nodes = Nodes::new();
+    let mut vm = nodes.source(nodes.local("here"));
+    let there = nodes.destination(nodes.local("there"));
+    let seed = std::fs::OpenOptions::new().write(true).open(nodes.path("here", "seed")).unwrap();
+    seed.set_len(DISK_BYTES / 2 - 512).unwrap();
+    let (outcome, _) = nodes.send(&mut vm, &there.address);
+    let SourceOutcome::Failed(error) = outcome else { panic!("{outcome:?}") };
+    assert!(error.to_string().starts_with("disks[1]: reading it: "), "{error}");
+    goes_on(&mut vm);
+    let (_, outcome) = there.thread.join().unwrap();
+    let DestinationOutcome::Failed(error) = outcome else { panic!("{outcome:?}") };
+    assert!(error.to_string().contains("gave up: disks[1]: reading it"), "{error}");
+}

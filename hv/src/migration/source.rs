@@ -267,7 +267,7 @@ impl Source<'_, '_> {
         let began = Instant::now();
         let sent_before = self.report.bytes_sent;
         let mut pacer = Pacer::begin();
-        self.send_disks(&mut pacer)?;
+        self.send_disks(&mut pacer, SourceState::Copying)?;
         self.send_pages(&pages, fresh, &mut pacer)?;
         self.copied.rounds += 1;
         self.report.rounds = self.copied.rounds;
@@ -438,7 +438,7 @@ impl Source<'_, '_> {
         let last = std::mem::replace(&mut self.pause()?.last, none);
         let before = self.report.bytes_sent;
         let mut pacer = Pacer::begin();
-        self.send_disks(&mut pacer)?;
+        self.send_disks(&mut pacer, SourceState::Sending)?;
         self.send_pages(&last, false, &mut pacer)?;
         self.pause()?.last_bytes = self.report.bytes_sent - before;
         self.report.rounds = self.copied.rounds + 1;

@@ -97,7 +97,7 @@ impl Source<'_, '_> {
         }
         let began = Instant::now();
         let before = self.report.bytes_sent;
-        self.send_disks(&mut Pacer::begin())?;
+        self.send_disks(&mut Pacer::begin(), SourceState::CopyingDisks)?;
         self.end_pass(began, before)?;
         let remaining = self.disks.gather();
         let progress = Progress {
@@ -121,8 +121,12 @@ impl Source<'_, '_> {
         }
     }
 
-    /// Sends what the disks' next pass has to.
-    pub(super) fn send_disks(&mut self, pacer: &mut Pacer) -> Result<(), MigrationError> {
+    /// Sends what the disks' next pass has to, in this state.
+    pub(super) fn send_disks(
+        &mut self,
+        pacer: &mut Pacer,
+        state: SourceState,
+    ) -> Result<(), MigrationError> {
         if self.disks.local.is_empty() {
             return Ok(());
         }
@@ -168,7 +172,7 @@ impl Source<'_, '_> {
                 if self.pause.is_none() {
                     self.report.remaining_bytes = left;
                     self.pace(pacer)?;
-                    self.report(SourceState::CopyingDisks, false);
+                    self.report(state, false);
                 }
             }
         }

@@ -116,6 +116,10 @@ impl Volume {
         // Nothing uses the file's own position.
         let start = match rustix::fs::seek(&self.file, SeekFrom::Data(offset)) {
             Ok(start) => start,
+            // Also where somebody has cut it, and that is no hole.
+            Err(Errno::NXIO) if self.file.metadata()?.len() < end => {
+                return Err(io::ErrorKind::UnexpectedEof.into());
+            }
             Err(Errno::NXIO) => return Ok(None),
             // The filesystem cannot tell.
             Err(Errno::INVAL) => return Ok(Some((offset, end))),
