@@ -366,3 +366,68 @@ fn a_disk_that_cannot_be_read_stays() {
     let DestinationOutcome::Failed(error) = outcome else { panic!("{outcome:?}") };
     assert!(error.to_string().contains("gave up: disks[1]: reading it"), "{error}");
 }
+
+/// A destination whose disk is not known to be zero has to look at every byte of the holes that a
+/// few bytes tell of: it is asked on the way whether it is still there.
+#[test]
+fn a_disk_of_holes_does_not_run_ahead_of_its_copy() {
+    let nodes = Nodes::new();
+    let (here, there) = (nodes.path("here", "root"), nodes.path("there", "root"));
+    // 160 MiB of nothing.
+    for path in [&here, &there] {
+        std::fs::File::create(path).unwrap().set_len(160 << 20).unwrap();
+    }
+    let mut disk = disk::disk(&here, true, false, false);
+    disk.serial = "root".into();
+    let mut vm = nodes.source(vec![disk]);
+    // The protocol's own words: what a source says of holes, and what it waits for.
+    let listener = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
+    let address = listener.local_addr().unwrap().to_string();
+    let destination = std::thread::spawn(move || holes_until_asked(&listener));
+    let (outcome, _) = nodes.send(&mut vm, &address);
+    assert!(matches!(outcome, SourceOutcome::Failed(_)), "{outcome:?}");
+    goes_on(&mut vm);
+    let told = destination.join().unwrap();
+    assert!(told.len() >= 4 && told.iter().all(|bytes| *bytes <= 64 << 20), "{told:?}");
+}
+
+/// A destination that says its disk is not zero; how much it is told of between two questions.
+fn holes_until_asked(listener: &std::net::TcpListener) -> Vec<u64> {
+    use drover_hv::migration::wire::{EXTENT_BYTES, header, parse_header};
+    use drover_hv::migration::wire::{Kind, Sent, decode_extents, decode_round, encode_welcome};
+    use std::io::{Read, Write};
+    let (mut link, _) = listener.accept().unwrap();
+    link.set_read_timeout(Some(PATIENCE)).unwrap();
+    let (mut told, mut now, mut all) = (Vec::new(), 0, Sent::default());
+    loop {
+        let mut bytes = [0; 12];
+        link.read_exact(&mut bytes).unwrap();
+        let (kind, length) = parse_header(bytes).unwrap();
+        let mut payload = vec![0; length];
+        link.read_exact(&mut payload).unwrap();
+        match kind {
+            Kind::Hello => {
+                let welcome = encode_welcome(&[false]);
+                link.write_all(&header(Kind::Welcome, welcome.len())).unwrap();
+                link.write_all(&welcome).unwrap();
+            }
+            Kind::Disk => {
+                let count = u32::from_le_bytes(payload[..4].try_into().unwrap()) as usize;
+                let table = &payload[4..4 + count * EXTENT_BYTES];
+                let data = payload.len() - 4 - table.len();
+                for extent in decode_extents(table, count, data).unwrap() {
+                    now += extent.bytes;
+                    all.disk_bytes += extent.bytes;
+                }
+            }
+            Kind::Round => {
+                assert_eq!(decode_round(&payload).unwrap().1, all);
+                told.push(std::mem::take(&mut now));
+                link.write_all(&header(Kind::RoundAck, payload.len())).unwrap();
+                link.write_all(&payload).unwrap();
+            }
+            // Enough was seen.
+            _ => return told,
+        }
+    }
+}

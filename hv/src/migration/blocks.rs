@@ -12,7 +12,7 @@ const READ_BYTES: u64 = 256 << 10;
 /// Read for one message, sent or not: between two messages somebody may cancel.
 const LOOK_BYTES_MAX: u64 = 4 << 20;
 /// Known to be zero and told in one message: the other side may have to look at each byte.
-const HOLE_BYTES_MAX: u64 = 256 << 20;
+const HOLE_BYTES_MAX: u64 = 32 << 20;
 /// Where zeros need not be told, they are looked for in pieces of this.
 const PIECE_BYTES: usize = 4096;
 /// More than one read makes.

@@ -1,11 +1,14 @@
 //! The destination's disks: filled while the guest runs elsewhere, durable before READY.
 
+use std::io;
+
 use super::super::MigrationError;
 use super::super::wire::{self, EXTENT_BYTES};
 use super::Destination;
 use crate::machine::migratable::{MigratableDisk, MigratableVm};
 use crate::migration::link::protocol;
 use crate::virtio::blk::Volume;
+use crate::virtio::blk::tracker::{BLOCK_BYTES, BlockSet};
 
 /// So many bytes lie in the cache alone at most: making them durable must not take so long that
 /// the source thinks we are gone, least of all in the pause.
@@ -15,11 +18,38 @@ const UNSYNCED_BYTES_MAX: u64 = 32 << 20;
 #[derive(Default)]
 pub(super) struct Disks {
     /// In the shape's order; `None` for shared ones.
-    targets: Vec<Option<Volume>>,
+    targets: Vec<Option<Target>>,
     /// Bytes that came, zero ones included.
     pub(super) bytes: u64,
     unsynced: u64,
     buffer: Vec<u8>,
+}
+
+/// A disk that is filled.
+struct Target {
+    volume: Volume,
+    /// Of one that read as zeros: what was written since. The rest needs no zeros.
+    written: Option<BlockSet>,
+}
+
+impl Target {
+    fn write(&mut self, bytes: &[u8], offset: u64) -> io::Result<()> {
+        if let Some(written) = &mut self.written {
+            written.insert(offset, bytes.len() as u64);
+        }
+        self.volume.write_at(bytes, offset)
+    }
+
+    fn clear(&self, offset: u64, bytes: u64) -> io::Result<()> {
+        let Some(written) = &self.written else { return self.volume.clear(offset, bytes) };
+        let (mut at, end) = (offset / BLOCK_BYTES * BLOCK_BYTES, offset + bytes);
+        while let Some((start, stop)) = written.next_run(at).filter(|(start, _)| *start < end) {
+            let (start, stop) = (start.max(offset), stop.min(end));
+            self.volume.clear(start, stop - start)?;
+            at = stop.next_multiple_of(BLOCK_BYTES);
+        }
+        Ok(())
+    }
 }
 
 impl Disks {
@@ -34,8 +64,10 @@ impl Disks {
             }
             let target = disk.volume.target();
             let target = target.map_err(|source| MigrationError::Volume { disk: index, source })?;
-            zeroed.push(disk.zeroed || target.make_empty());
-            targets.push(Some(target));
+            let is_zero = disk.zeroed || target.make_empty();
+            zeroed.push(is_zero);
+            let written = is_zero.then(|| BlockSet::none(target.bytes()));
+            targets.push(Some(Target { volume: target, written }));
         }
         // Also what was emptied is to be durable.
         Ok((Self { targets, unsynced: 1, ..Self::default() }, zeroed))
@@ -48,7 +80,7 @@ impl Disks {
         }
         for (index, target) in self.targets.iter().enumerate() {
             let Some(target) = target else { continue };
-            target.sync().map_err(MigrationError::disk(index, "making it durable"))?;
+            target.volume.sync().map_err(MigrationError::disk(index, "making it durable"))?;
         }
         Ok(())
     }
@@ -87,8 +119,9 @@ impl Destination<'_, '_> {
         let mut data = &buffer[..data_bytes];
         for extent in &extents {
             let index = extent.disk as usize;
-            let target = self.disks.targets.get(index).and_then(Option::as_ref);
-            let target = target.filter(|disk| extent.offset + extent.bytes <= disk.bytes());
+            let target = self.disks.targets.get_mut(index).and_then(Option::as_mut);
+            let end = extent.offset + extent.bytes;
+            let target = target.filter(|target| end <= target.volume.bytes());
             let Some(target) = target else {
                 let what = format!("{extent:?} is on no disk that is copied");
                 return Err(MigrationError::Protocol(what));
@@ -98,7 +131,7 @@ impl Destination<'_, '_> {
             } else {
                 let (now, later) = data.split_at(extent.bytes as usize);
                 data = later;
-                target.write_at(now, extent.offset)
+                target.write(now, extent.offset)
             };
             written.map_err(MigrationError::disk(index, "writing it"))?;
             self.disks.bytes += extent.bytes;

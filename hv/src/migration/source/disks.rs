@@ -14,6 +14,10 @@ use crate::virtio::blk::tracker::BlockSet;
 /// A pass that finds nothing to send says so often that it is there: the destination gives up
 /// after [`IDLE_TIMEOUT`].
 const SIGN_OF_LIFE: Duration = Duration::from_secs(5);
+/// The destination is never more behind than this. A few bytes may tell of many that it has to look
+/// at or zero, and its disk may be slower than the link: without a bound the answer at the end of
+/// a pass would come too late.
+const UNACKED_BYTES_MAX: u64 = 32 << 20;
 
 /// The disks whose content goes over.
 #[derive(Default)]
@@ -27,6 +31,8 @@ pub(super) struct Disks {
     /// What the next pass sends, disk by disk; `None` before the first.
     dirty: Option<Vec<BlockSet>>,
     buffer: Vec<u8>,
+    /// Bytes told of since the destination last answered.
+    unacked: u64,
     pub(super) remaining_before: Option<u64>,
 }
 
@@ -167,6 +173,10 @@ impl Source<'_, '_> {
                 self.report.disk_zero_bytes += batch.zero_bytes;
                 if !batch.extents.is_empty() || spoke.elapsed() > SIGN_OF_LIFE {
                     pacer.sent += self.send_blocks(&batch, &buffer)?;
+                    self.disks.unacked += batch.told_bytes();
+                    if self.disks.unacked >= UNACKED_BYTES_MAX {
+                        self.acknowledge()?;
+                    }
                     spoke = Instant::now();
                 }
                 if self.pause.is_none() {
@@ -217,15 +227,22 @@ impl Source<'_, '_> {
     /// A pass is out: the destination has it all, durable what is of disks, and the rate is known.
     pub(super) fn end_pass(&mut self, began: Instant, before: u64) -> Result<(), MigrationError> {
         self.copied.passes += 1;
+        self.acknowledge()?;
+        let sent = self.report.bytes_sent - before;
+        self.copied.rate = policy::rate_after(self.copied.rate, sent, began.elapsed());
+        self.report.rate_bytes_per_second = self.copied.rate;
+        Ok(())
+    }
+
+    /// Waits until the destination has all that was sent.
+    fn acknowledge(&mut self) -> Result<(), MigrationError> {
+        self.disks.unacked = 0;
         let round = wire::encode_round(self.copied.passes, self.copied.sent);
         self.link()?.send(Kind::Round, &round)?;
         let ack = self.link()?.expect(Kind::RoundAck, IDLE_TIMEOUT)?;
         if ack != round {
             return Err(MigrationError::Protocol("what was sent does not add up".into()));
         }
-        let sent = self.report.bytes_sent - before;
-        self.copied.rate = policy::rate_after(self.copied.rate, sent, began.elapsed());
-        self.report.rate_bytes_per_second = self.copied.rate;
         Ok(())
     }
 }
