@@ -461,6 +461,8 @@ mod tests {
                 read_only: false,
                 serial: "web-1-root".into(),
                 limits: DiskLimits { iops: 500, iops_burst: 2000, ..DiskLimits::default() },
+                shared: false,
+                zeroed: false,
             }],
             guest_agent: true,
             generation_id: Some("324e6eaf-d1d1-4bf6-bf41-b9bb6c91fb87".into()),

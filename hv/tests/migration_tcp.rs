@@ -6,9 +6,10 @@
 mod common;
 
 use std::io::{Read, Write};
-use std::net::{Shutdown, TcpListener, TcpStream};
+use std::net::TcpStream;
 use std::time::Duration;
 
+use common::cable::proxy;
 use common::{FakeVm, Habits, Runners, shape};
 use drover_hv::machine::migratable::MigratableVm;
 use drover_hv::migration::{
@@ -24,7 +25,7 @@ const CALM: Habits = Habits { hot_pages: 64, rest: Duration::from_micros(50) };
 const WILD: Habits = Habits { hot_pages: common::PAGES, rest: Duration::ZERO };
 
 fn limits() -> Limits {
-    Limits::from_request(None, shape().memory_bytes).unwrap()
+    Limits::from_request(None, shape().memory_bytes, 0).unwrap()
 }
 
 /// A destination on a thread of its own.
@@ -211,46 +212,15 @@ fn a_cancelled_migration_leaves_no_trace() {
     assert_eq!(moved.contents()[hot..], vm.contents()[hot..]);
 }
 
-/// Passes bytes on until so many went towards the destination, or it has answered so many; then
-/// the cable is cut.
-fn proxy(to: &str, there_max: u64, back_max: u64) -> String {
-    let listener = TcpListener::bind("127.0.0.1:0").unwrap();
-    let address = listener.local_addr().unwrap().to_string();
-    let to = to.to_owned();
-    std::thread::spawn(move || {
-        let (near, _) = listener.accept().unwrap();
-        let far = TcpStream::connect(to).unwrap();
-        let pump = |mut from: TcpStream, mut to: TcpStream, max: u64| {
-            move || {
-                let mut left = max;
-                let mut buffer = [0; 65536];
-                while let Ok(count @ 1..) = from.read(&mut buffer) {
-                    let pass = (count as u64).min(left) as usize;
-                    left -= pass as u64;
-                    if to.write_all(&buffer[..pass]).is_err() || left == 0 {
-                        break;
-                    }
-                }
-                let _ = (from.shutdown(Shutdown::Both), to.shutdown(Shutdown::Both));
-            }
-        };
-        let mut there = pump(near.try_clone().unwrap(), far.try_clone().unwrap(), there_max);
-        let back = std::thread::spawn(pump(far, near, back_max));
-        there();
-        back.join().unwrap();
-    });
-    address
-}
-
 /// The cable is cut after every possible answer of the destination, and in the middle of pages:
 /// either the source runs, or it has handed over; never both.
 #[test]
 fn a_cut_link_leaves_the_guest_in_one_place() {
     let dir = TempDir::new().unwrap();
-    // Answers: WELCOME 12, REHEARSED 12, ROUND_ACK 24 each, READY 12, RUNNING 12.
+    // Answers: WELCOME 13, REHEARSED 12, ROUND_ACK 32 each, READY 12, RUNNING 12.
     let mut endings = std::collections::BTreeSet::new();
     let mut attracted = 0;
-    let cuts = (0..12).map(|n| (u64::MAX, 12 * n + 1));
+    let cuts = (0..15).map(|n| (u64::MAX, 12 * n + 1));
     let middles = [100, 5000, 300_000, 900_000].map(|bytes| (bytes, u64::MAX));
     for (there_max, back_max) in cuts.chain(middles) {
         let runners = Runners::default();

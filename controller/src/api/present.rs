@@ -168,6 +168,11 @@ fn copied(report: &MigrationReport) -> u64 {
         MigrationPhase::Unspecified | MigrationPhase::Preparing => 0,
         MigrationPhase::HandedOver => 95,
         MigrationPhase::Done => 100,
+        MigrationPhase::CopyingDisks => {
+            let left = report.disk_remaining_bytes.min(report.disk_bytes_total);
+            let done = report.disk_bytes_total - left;
+            done.saturating_mul(COPIED_PERCENT) / report.disk_bytes_total.max(1)
+        }
         MigrationPhase::Copying | MigrationPhase::Aborting => {
             if report.memory_bytes == 0 {
                 return 0;

@@ -32,9 +32,21 @@ pub struct DiskConfig {
     /// What the guest finds as the disk's serial number; empty for none.
     #[serde(default)]
     pub serial: String,
+    /// A migration finds the same volume at the other node: its content is not copied. With
+    /// `--incoming` it is opened and locked when the source has let go of it.
+    #[serde(default, skip_serializing_if = "is_false")]
+    pub shared: bool,
+    /// With `--incoming`: it was just made and reads as zeros, so that zeros need not be written.
+    #[serde(default, skip_serializing_if = "is_false")]
+    pub zeroed: bool,
     /// How much the guest may ask of it.
     #[serde(default, skip_serializing_if = "DiskLimits::is_none")]
     pub limits: DiskLimits,
+}
+
+#[allow(clippy::trivially_copy_pass_by_ref)] // as serde wants it
+fn is_false(value: &bool) -> bool {
+    !value
 }
 
 /// Checks disks by themselves and against each other.

@@ -18,7 +18,11 @@
 //! resume, then stop_dirty_log
 //! ```
 
+use std::sync::Arc;
+
 use crate::memory::{DirtyPages, GuestMemory, MemoryError};
+use crate::migration::DiskShape;
+use crate::virtio::blk::Volume;
 
 /// The state of one part of the machine, as bytes that only that part can read.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -38,6 +42,31 @@ pub struct StateSection {
 pub struct MachineState {
     /// The parts; `kind` and `instance` name each once.
     pub sections: Vec<StateSection>,
+}
+
+/// A disk of the machine.
+#[derive(Debug, Clone)]
+pub struct MigratableDisk {
+    /// Where its content is. On a destination a shared one is not open yet.
+    pub volume: Arc<Volume>,
+    /// What the guest finds as its serial number.
+    pub serial: String,
+    /// Source and destination see the same volume.
+    pub shared: bool,
+    /// On a destination: it reads as zeros, as it was just made.
+    pub zeroed: bool,
+}
+
+impl MigratableDisk {
+    /// What must fit.
+    pub fn shape(&self) -> DiskShape {
+        DiskShape {
+            serial: self.serial.clone(),
+            bytes: self.volume.bytes(),
+            read_only: self.volume.is_read_only(),
+            shared: self.shared,
+        }
+    }
 }
 
 /// A machine could not do what a migration asked of it.
@@ -64,7 +93,13 @@ pub trait MigratableVm: Send {
     /// The guest's memory. Its shape never changes.
     fn memory(&self) -> &GuestMemory;
 
-    /// Stops vCPUs and devices: when this returns, nothing writes guest memory but the caller.
+    /// The guest's disks, in order. What the machine writes to them is in their trackers.
+    fn disks(&self) -> &[MigratableDisk] {
+        &[]
+    }
+
+    /// Stops vCPUs and devices: when this returns, no request to a disk is under way, and
+    /// nothing writes guest memory but the caller.
     /// Does nothing when already paused.
     fn pause(&mut self) -> Result<(), MigratableError>;
 

@@ -13,6 +13,7 @@
 
 mod cpuid;
 mod devices;
+mod disks;
 pub mod exit;
 pub mod generation;
 mod landing;
@@ -44,7 +45,7 @@ use crate::migration::{Shape, cpu_features};
 use crate::pci::{KvmWiring, PciBus, RestoreError, Wiring};
 use crate::serial::SerialPort;
 use crate::state::{self, kind};
-use crate::virtio::blk::{Blk, Volume, VolumeError};
+use crate::virtio::blk::{Blk, VolumeError};
 use crate::virtio::console::{Port, VirtioConsole};
 use crate::virtio::net::{MacAddress, Net, NetCounters, Tap};
 use crate::virtio::rng::Rng;
@@ -52,8 +53,9 @@ use crate::virtio::{VirtioDevice, VirtioPci};
 use crate::{acpi, loader};
 pub use devices::Devices;
 use devices::SciLine;
+pub use disks::Purpose;
 use generation::Generation;
-use migratable::{MachineState, MigratableError, MigratableVm, StateSection};
+use migratable::{MachineState, MigratableDisk, MigratableError, MigratableVm, StateSection};
 use power::Power;
 use vcpu::{Bus, OnExit, Vcpu};
 use vcpu_state::{VcpuStateError, VcpuStates};
@@ -119,6 +121,8 @@ pub struct Machine {
     /// CPUID of the first vCPU, as the guest was shown it.
     cpuid: Vec<kvm_cpuid_entry2>,
     counters: Vec<Arc<NetCounters>>,
+    /// The same, as a migration sees them.
+    volumes: Vec<MigratableDisk>,
     /// The guest has ended its run.
     ended: Arc<AtomicBool>,
     paused: bool,
@@ -139,6 +143,7 @@ impl Machine {
     /// When KVM, memory, a tap or a disk is not to be had; nothing is left behind.
     pub fn new(
         config: &DomainConfig,
+        purpose: Purpose,
         console: Arc<Console>,
         on_exit: OnExit,
     ) -> Result<Self, MachineError> {
@@ -187,16 +192,12 @@ impl Machine {
             counters.push(net.counters());
             add(Box::new(net), format!("interfaces[{index}]"))?;
         }
-        let mut disks = Vec::new();
+        let (mut disks, mut volumes) = (Vec::new(), Vec::new());
         for (index, disk) in config.disks.iter().enumerate() {
-            let volume = Volume::open(&disk.path, disk.read_only).map_err(|error| {
-                FieldError::new(format!("disks[{index}].path"), &error, error.accepted())
-            })?;
-            let device = || format!("disks[{index}]");
-            let mut blk = Blk::new(volume, &disk.serial, config.vcpus, memory.clone())
-                .map_err(|source| MachineError::Device { device: device(), source })?;
-            blk.set_limits(disk.limits, Instant::now());
-            disks.push(add(Box::new(blk), device())?);
+            let (mut blk, disk) = disks::make(index, disk, purpose, config.vcpus, &memory)?;
+            blk.set_limits(config.disks[index].limits, Instant::now());
+            volumes.push(disk);
+            disks.push(add(Box::new(blk), format!("disks[{index}]"))?);
         }
         add(Box::new(Rng::new()), "the entropy device".into())?;
         let mut guest_agent = None;
@@ -225,6 +226,7 @@ impl Machine {
             config: config.clone(),
             cpuid,
             counters,
+            volumes,
             ended,
             paused: true,
             clock: None,
@@ -365,6 +367,7 @@ impl Machine {
             vcpus: self.config.vcpus,
             memory_bytes: self.config.memory_bytes,
             interfaces: macs.map(|mac| mac.bytes()).collect(),
+            disks: self.volumes.iter().map(MigratableDisk::shape).collect(),
             cpu_features: cpu_features(&self.cpuid),
         }
     }
@@ -444,6 +447,10 @@ impl From<RestoreError> for MigratableError {
 impl MigratableVm for Machine {
     fn memory(&self) -> &GuestMemory {
         &self.memory
+    }
+
+    fn disks(&self) -> &[MigratableDisk] {
+        &self.volumes
     }
 
     fn pause(&mut self) -> Result<(), MigratableError> {

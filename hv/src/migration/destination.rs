@@ -1,4 +1,6 @@
-//! The destination's shell: does what [`DestinationMachine`] says.
+//! The destination's shell: does what [`DestinationMachine`] says. [`disks`] are the guest's.
+
+mod disks;
 
 use std::io;
 use std::net::{TcpListener, ToSocketAddrs};
@@ -14,11 +16,12 @@ use super::destination_machine::{
 };
 use super::features::Shape;
 use super::link::{Link, protocol, reason};
-use super::wire::{self, Hello, Kind, RUN_BYTES};
+use super::wire::{self, Hello, Kind, RUN_BYTES, Sent};
 use super::{DestinationControl, IDLE_TIMEOUT, LISTEN_TIMEOUT, MigrationError, Observer, pages};
 use crate::machine::migratable::MigratableVm;
 use crate::memory::GuestMemory;
 use crate::state;
+use disks::Disks;
 
 /// Connections that were not the source's, before it is called an attack.
 const STRANGERS_MAX: u32 = 64;
@@ -88,6 +91,7 @@ impl Incoming {
             deadline,
             strangers: 0,
             link: None,
+            disks: Disks::default(),
             pages: 0,
             rounds: 0,
             image: Vec::new(),
@@ -108,9 +112,10 @@ struct Destination<'a, 'o> {
     deadline: Instant,
     strangers: u32,
     link: Option<Link>,
+    disks: Disks,
     /// Pages that came, zero ones included.
     pages: u64,
-    /// Passes that are complete.
+    /// Passes over memory that are complete.
     rounds: u32,
     image: Vec<u8>,
     times: Times,
@@ -122,6 +127,7 @@ struct Destination<'a, 'o> {
 #[derive(Debug, Default)]
 struct Times {
     restore: Duration,
+    sync: Duration,
     commit_wait: Duration,
     resume: Duration,
     announce: Duration,
@@ -170,6 +176,14 @@ impl Destination<'_, '_> {
                 restored?;
                 Ok(DestinationEvent::Restored)
             }
+            DestinationAction::SyncDisks => {
+                let (synced, time) = timed(|| self.disks.sync());
+                self.times.sync = time;
+                synced?;
+                // Whoever fills a disk that the guest can only read has it open twice.
+                self.disks = Disks::default();
+                Ok(DestinationEvent::Synced)
+            }
             DestinationAction::AwaitCommit => {
                 self.control.set_ready(true);
                 let said = self.link()?.send(Kind::Ready, &[]);
@@ -180,8 +194,12 @@ impl Destination<'_, '_> {
                 heard
             }
             DestinationAction::AwaitController => self.await_controller(),
-            DestinationAction::Resume => {
+            DestinationAction::LockDisks => {
                 self.control.set_ready(false);
+                disks::lock_shared(self.vm)?;
+                Ok(DestinationEvent::DisksLocked)
+            }
+            DestinationAction::Resume => {
                 let (resumed, time) = timed(|| self.vm.resume());
                 self.times.resume = time;
                 resumed?;
@@ -268,15 +286,27 @@ impl Destination<'_, '_> {
             _ => self.config.shape.accepts(&hello.shape),
         };
         if let Err(why) = fits {
-            self.link()?.send(Kind::Refuse, &wire::encode_reason(&why))?;
-            self.error = Some(MigrationError::Refused(why));
-            return Ok(DestinationEvent::Failed);
+            return self.refuse(why);
         }
         // Zero pages are not sent, so memory must be zero; a machine that waits has not touched
         // it, and then this does nothing.
         pages::clear(self.vm.memory()).map_err(MigrationError::link("clearing memory"))?;
-        self.link()?.send(Kind::Welcome, &[])?;
+        let zeroed = match Disks::prepare(self.vm.disks()) {
+            Ok((disks, zeroed)) => {
+                self.disks = disks;
+                zeroed
+            }
+            Err(error) => return self.refuse(error.to_string()),
+        };
+        self.link()?.send(Kind::Welcome, &wire::encode_welcome(&zeroed))?;
         Ok(DestinationEvent::Accepted)
+    }
+
+    /// It is the source, and cannot come here.
+    fn refuse(&mut self, why: String) -> Result<DestinationEvent, MigrationError> {
+        self.link()?.send(Kind::Refuse, &wire::encode_reason(&why))?;
+        self.error = Some(MigrationError::Refused(why));
+        Ok(DestinationEvent::Failed)
     }
 
     /// It was not the source: say so, go on listening.
@@ -290,7 +320,7 @@ impl Destination<'_, '_> {
         DestinationEvent::Rejected
     }
 
-    /// Pages, until the state comes.
+    /// Disks and pages, until the state comes.
     fn receive(&mut self) -> Result<DestinationEvent, MigrationError> {
         let memory = self.vm.memory().clone();
         loop {
@@ -300,23 +330,30 @@ impl Destination<'_, '_> {
             let message = self.link()?.receive(IDLE_TIMEOUT)?;
             match message.kind {
                 Kind::Pages => self.receive_pages(&memory, message.length)?,
+                Kind::Disk => self.receive_blocks(message.length)?,
                 Kind::Round => {
-                    let (round, pages) = wire::decode_round(&message.payload).map_err(protocol)?;
-                    self.check_pages(pages)?;
-                    self.rounds += 1;
-                    self.courtesy.end();
-                    self.link()?.send(Kind::RoundAck, &wire::encode_round(round, pages))?;
+                    let (round, sent) = wire::decode_round(&message.payload).map_err(protocol)?;
+                    self.check_sent(sent)?;
+                    if sent.pages > 0 {
+                        self.rounds += 1;
+                        self.courtesy.end();
+                    }
+                    // So the passes' rate is that of the disks too, and the pause has little left
+                    // to make durable.
+                    self.disks.sync()?;
+                    self.link()?.send(Kind::RoundAck, &wire::encode_round(round, sent))?;
                 }
                 Kind::Rehearsal => {
                     self.vm.restore_state(state::decode(&message.payload)?)?;
                     self.link()?.send(Kind::Rehearsed, &[])?;
                 }
-                Kind::Paused => self.vm.attract(),
+                Kind::Paused => {
+                    self.courtesy.end();
+                    self.vm.attract();
+                }
                 Kind::State => {
-                    let Some((pages, image)) = message.payload.split_first_chunk::<8>() else {
-                        return Err(MigrationError::Protocol("STATE is too short".into()));
-                    };
-                    self.check_pages(u64::from_le_bytes(*pages))?;
+                    let (sent, image) = Sent::decode(&message.payload).map_err(protocol)?;
+                    self.check_sent(sent)?;
                     self.image = image.to_vec();
                     return Ok(DestinationEvent::StateReceived);
                 }
@@ -326,11 +363,12 @@ impl Destination<'_, '_> {
         }
     }
 
-    fn check_pages(&self, sent: u64) -> Result<(), MigrationError> {
-        if sent == self.pages {
+    fn check_sent(&self, sent: Sent) -> Result<(), MigrationError> {
+        let came = Sent { pages: self.pages, disk_bytes: self.disks.bytes };
+        if sent == came {
             return Ok(());
         }
-        Err(MigrationError::Protocol(format!("{sent} pages were sent, {} came", self.pages)))
+        Err(MigrationError::Protocol(format!("{sent:?} was sent, {came:?} came")))
     }
 
     /// The body of a PAGES message, straight into memory.
@@ -445,7 +483,10 @@ impl Destination<'_, '_> {
             DestinationState::Receiving => MigrationProgress::Copying,
             DestinationState::Ready => MigrationProgress::Ready,
             // Told when it is over, or not at all: these are part of the pause.
-            DestinationState::Restoring | DestinationState::Resuming => return,
+            DestinationState::Restoring
+            | DestinationState::Syncing
+            | DestinationState::Locking
+            | DestinationState::Resuming => return,
             DestinationState::Running => MigrationProgress::Succeeded,
             DestinationState::Failed => MigrationProgress::Failed,
         };

@@ -15,8 +15,12 @@ pub enum DestinationState {
     Receiving,
     /// The state is here and is being restored.
     Restoring,
-    /// All is here and verified: COMMIT, or the controller.
+    /// Restored; what came for the disks is being made durable.
+    Syncing,
+    /// All is here, durable and verified: COMMIT, or the controller.
     Ready,
+    /// The disks are being locked, where another VMM had them.
+    Locking,
     /// The guest is being resumed.
     Resuming,
     /// The guest runs here.
@@ -40,6 +44,8 @@ pub enum DestinationEvent {
     StateReceived,
     /// The machine has taken the state over.
     Restored,
+    /// Nothing of the disks is in the cache alone any more.
+    Synced,
     /// COMMIT.
     CommitHeard,
     /// The link is gone.
@@ -48,6 +54,8 @@ pub enum DestinationEvent {
     Aborted,
     /// The controller says that the guest runs here, under a greater epoch.
     TakeOver,
+    /// All disks are open and locked.
+    DisksLocked,
     /// The guest runs.
     Resumed,
     /// Anything else went wrong.
@@ -65,10 +73,14 @@ pub enum DestinationAction {
     Receive,
     /// Restore the state.
     Restore,
+    /// Make the disks durable.
+    SyncDisks,
     /// Say READY; wait for COMMIT, the loss of the link, or the controller.
     AwaitCommit,
     /// Wait for the controller alone.
     AwaitController,
+    /// Open and lock the disks that are shared with the source.
+    LockDisks,
     /// Let the guest run, announce it, say RUNNING.
     Resume,
     /// Nothing more.
@@ -142,16 +154,18 @@ fn transition(
         (S::Greeting, E::Rejected | E::LinkLost) => (S::Listening, A::Listen),
         (S::Greeting, E::Accepted) => (S::Receiving, A::Receive),
         (S::Receiving, E::StateReceived) => (S::Restoring, A::Restore),
-        (S::Restoring, E::Restored) => (S::Ready, A::AwaitCommit),
-        (S::Ready, E::CommitHeard | E::TakeOver) => (S::Resuming, A::Resume),
+        (S::Restoring, E::Restored) => (S::Syncing, A::SyncDisks),
+        (S::Syncing, E::Synced) => (S::Ready, A::AwaitCommit),
+        (S::Ready, E::CommitHeard | E::TakeOver) => (S::Locking, A::LockDisks),
+        (S::Locking, E::DisksLocked) => (S::Resuming, A::Resume),
         // The source may have handed over: only the controller knows.
         (S::Ready, E::LinkLost | E::Failed) => (S::Ready, A::AwaitController),
         // It has not handed over and never will.
-        (S::Receiving | S::Restoring | S::Ready, E::Aborted) => (S::Failed, A::Finish),
+        (S::Receiving | S::Restoring | S::Syncing | S::Ready, E::Aborted) => (S::Failed, A::Finish),
         (S::Resuming, E::Resumed) => (S::Running, A::Finish),
-        (S::Listening | S::Greeting | S::Receiving | S::Restoring, E::Failed)
-        | (S::Receiving | S::Restoring, E::LinkLost)
-        | (S::Resuming, E::Failed) => (S::Failed, A::Finish),
+        (S::Listening | S::Greeting | S::Receiving | S::Restoring | S::Syncing, E::Failed)
+        | (S::Receiving | S::Restoring | S::Syncing, E::LinkLost)
+        | (S::Locking | S::Resuming, E::Failed) => (S::Failed, A::Finish),
         _ => return None,
     })
 }
@@ -162,42 +176,60 @@ mod tests {
     use DestinationEvent as E;
     use DestinationState as S;
 
-    const STATES: [S; 9] = [
+    const STATES: [S; 11] = [
         S::Idle,
         S::Listening,
         S::Greeting,
         S::Receiving,
         S::Restoring,
+        S::Syncing,
         S::Ready,
+        S::Locking,
         S::Resuming,
         S::Running,
         S::Failed,
     ];
-    const EVENTS: [E; 12] = [
+    const EVENTS: [E; 14] = [
         E::Start,
         E::Connected,
         E::Accepted,
         E::Rejected,
         E::StateReceived,
         E::Restored,
+        E::Synced,
         E::CommitHeard,
         E::LinkLost,
         E::Aborted,
         E::TakeOver,
+        E::DisksLocked,
         E::Resumed,
         E::Failed,
     ];
 
-    /// I1: the guest is resumed from READY alone, by COMMIT or by the controller alone.
+    /// I1: the way to the guest begins at READY alone, with COMMIT or the controller alone, and
+    /// leads over the disks' locks.
     #[test]
     fn only_commit_or_a_decision_resumes_and_only_when_ready() {
         for state in STATES {
             for event in EVENTS {
-                let resumes =
-                    transition(state, event).is_some_and(|(_, a)| a == DestinationAction::Resume);
+                let action = transition(state, event).map(|(_, action)| action);
+                let locks = action == Some(DestinationAction::LockDisks);
                 let allowed = state == S::Ready && matches!(event, E::CommitHeard | E::TakeOver);
-                assert_eq!(resumes, allowed, "{state:?} {event:?}");
+                assert_eq!(locks, allowed, "{state:?} {event:?}");
+                let resumes = action == Some(DestinationAction::Resume);
+                let locked = state == S::Locking && event == E::DisksLocked;
+                assert_eq!(resumes, locked, "{state:?} {event:?}");
             }
+        }
+    }
+
+    /// READY is said when all that came for the disks is durable, and at no other time.
+    #[test]
+    fn nothing_is_ready_that_is_not_durable() {
+        for (state, event) in STATES.iter().flat_map(|s| EVENTS.map(|event| (*s, event))) {
+            let action = transition(state, event).map(|(_, action)| action);
+            let ready = action == Some(DestinationAction::AwaitCommit);
+            assert_eq!(ready, event == E::Synced && state == S::Syncing, "{state:?} {event:?}");
         }
     }
 

@@ -9,6 +9,9 @@ const WORDS_MAX: usize = 64;
 /// Most interfaces that a source may name.
 const INTERFACES_MAX: usize = 16;
 const UID_BYTES_MAX: usize = 64;
+/// Most disks that a source may name.
+pub(super) const DISKS_MAX: usize = 16;
+const SERIAL_BYTES_MAX: usize = 64;
 
 /// One register of CPUID whose bits are features.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -23,6 +26,19 @@ pub struct FeatureWord {
     pub bits: u32,
 }
 
+/// One disk, as both sides must have it.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct DiskShape {
+    /// What the guest finds as its serial number.
+    pub serial: String,
+    /// Its length.
+    pub bytes: u64,
+    /// The guest can read it only.
+    pub read_only: bool,
+    /// Both nodes see the same volume: nothing is copied.
+    pub shared: bool,
+}
+
 /// What must fit for a machine to move.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Shape {
@@ -34,6 +50,8 @@ pub struct Shape {
     pub memory_bytes: u64,
     /// MAC addresses of the interfaces, in order.
     pub interfaces: Vec<[u8; 6]>,
+    /// The disks, in order.
+    pub disks: Vec<DiskShape>,
     /// On a source: what the guest was shown. On a destination: what it could show.
     pub cpu_features: Vec<FeatureWord>,
 }
@@ -96,6 +114,7 @@ impl Shape {
             let (theirs, mine) = (&source.interfaces, &self.interfaces);
             return Err(format!("interfaces: {theirs:02x?}; accepted: {mine:02x?}"));
         }
+        self.accepts_disks(source)?;
         for word in &source.cpu_features {
             let mine = self.cpu_features.iter().find(|mine| {
                 (mine.leaf, mine.subleaf, mine.register) == (word.leaf, word.subleaf, word.register)
@@ -112,6 +131,44 @@ impl Shape {
         Ok(())
     }
 
+    fn accepts_disks(&self, source: &Self) -> Result<(), String> {
+        let (theirs, mine) = (source.disks.len(), self.disks.len());
+        if theirs != mine {
+            return Err(format!("disks: {theirs}; accepted: {mine}"));
+        }
+        for (index, (mine, theirs)) in self.disks.iter().zip(&source.disks).enumerate() {
+            let refuse = |field: &str, theirs: String, mine: String| {
+                Err(format!("disks[{index}].{field}: {theirs}; accepted: {mine}"))
+            };
+            if mine.serial != theirs.serial {
+                return refuse(
+                    "serial",
+                    format!("{:?}", theirs.serial),
+                    format!("{:?}", mine.serial),
+                );
+            }
+            if mine.bytes != theirs.bytes {
+                return refuse("bytes", theirs.bytes.to_string(), mine.bytes.to_string());
+            }
+            if mine.read_only != theirs.read_only {
+                return refuse(
+                    "read_only",
+                    theirs.read_only.to_string(),
+                    mine.read_only.to_string(),
+                );
+            }
+            if mine.shared != theirs.shared {
+                return refuse("shared", theirs.shared.to_string(), mine.shared.to_string());
+            }
+        }
+        Ok(())
+    }
+
+    /// Bytes of the disks whose content is copied.
+    pub fn disk_bytes(&self) -> u64 {
+        self.disks.iter().filter(|disk| !disk.shared).map(|disk| disk.bytes).sum()
+    }
+
     pub(super) fn encode(&self, out: &mut Encoder) {
         out.bytes(self.uid.as_bytes());
         out.u32(self.vcpus);
@@ -119,6 +176,13 @@ impl Shape {
         out.u8(self.interfaces.len() as u8);
         for mac in &self.interfaces {
             out.raw(mac);
+        }
+        out.u8(self.disks.len() as u8);
+        for disk in &self.disks {
+            out.bytes(disk.serial.as_bytes());
+            out.u64(disk.bytes);
+            out.bool(disk.read_only);
+            out.bool(disk.shared);
         }
         out.u8(self.cpu_features.len() as u8);
         for word in &self.cpu_features {
@@ -136,6 +200,17 @@ impl Shape {
         let interfaces = (0..count(fields, "interfaces", INTERFACES_MAX)?)
             .map(|_| fields.array("mac"))
             .collect::<Result<_, _>>()?;
+        let disks = (0..count(fields, "disks", DISKS_MAX)?)
+            .map(|_| {
+                let serial = fields.bytes("disk serial", SERIAL_BYTES_MAX)?;
+                Ok(DiskShape {
+                    serial: String::from_utf8_lossy(serial).into_owned(),
+                    bytes: fields.u64("disk bytes")?,
+                    read_only: fields.bool("disk read_only")?,
+                    shared: fields.bool("disk shared")?,
+                })
+            })
+            .collect::<Result<_, StateError>>()?;
         let cpu_features = (0..count(fields, "cpu features", WORDS_MAX)?)
             .map(|_| {
                 Ok(FeatureWord {
@@ -146,7 +221,7 @@ impl Shape {
                 })
             })
             .collect::<Result<_, StateError>>()?;
-        Ok(Self { uid, vcpus, memory_bytes, interfaces, cpu_features })
+        Ok(Self { uid, vcpus, memory_bytes, interfaces, disks, cpu_features })
     }
 }
 
@@ -166,6 +241,7 @@ mod tests {
             vcpus: 2,
             memory_bytes: 1 << 20,
             interfaces: vec![[1; 6]],
+            disks: vec![DiskShape { serial: "root".into(), bytes: 1024, ..Default::default() }],
             cpu_features: vec![word],
         }
     }
@@ -193,6 +269,13 @@ mod tests {
         assert_eq!(refuse(&|s| s.memory_bytes = 9), "memory_bytes: 9; accepted: 1048576");
         assert_eq!(refuse(&|s| s.uid = "v".into()), "uid: v; accepted: u");
         assert!(refuse(&|s| s.interfaces.clear()).starts_with("interfaces: []"));
+        assert_eq!(refuse(&|s| s.disks.clear()), "disks: 0; accepted: 1");
+        assert_eq!(refuse(&|s| s.disks[0].bytes = 512), "disks[0].bytes: 512; accepted: 1024");
+        let serial = refuse(&|s| s.disks[0].serial = "data".into());
+        assert_eq!(serial, "disks[0].serial: \"data\"; accepted: \"root\"");
+        let read_only = refuse(&|s| s.disks[0].read_only = true);
+        assert_eq!(read_only, "disks[0].read_only: true; accepted: false");
+        assert_eq!(refuse(&|s| s.disks[0].shared = true), "disks[0].shared: true; accepted: false");
         assert_eq!(
             refuse(&|s| s.cpu_features[0].bits = 0b110),
             "cpu: CPUID 0x7.0 ebx lacks bits 0x00000004 that the guest was shown"

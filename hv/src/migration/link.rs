@@ -23,13 +23,13 @@ pub(super) struct Link {
     pub(super) sent: u64,
 }
 
-/// A message; the data of PAGES are still in the socket.
+/// A message; the data of PAGES and DISK are still in the socket.
 #[derive(Debug)]
 pub(super) struct Received {
     pub(super) kind: Kind,
-    /// Empty for PAGES.
+    /// Empty for PAGES and DISK.
     pub(super) payload: Vec<u8>,
-    /// For PAGES: bytes that follow.
+    /// For PAGES and DISK: bytes that follow.
     pub(super) length: usize,
 }
 
@@ -138,7 +138,7 @@ impl Link {
         self.receive_exact(&mut header)?;
         let (kind, length) = wire::parse_header(header).map_err(protocol)?;
         let mut payload = Vec::new();
-        if kind != Kind::Pages {
+        if !matches!(kind, Kind::Pages | Kind::Disk) {
             payload.resize(length, 0);
             self.receive_exact(&mut payload)?;
         }

@@ -3,16 +3,19 @@
 //! ```text
 //! source                                      destination (a paused machine of the same shape)
 //!   connect ─────────────── HELLO ───────────►  token, shape, CPU features: WELCOME or REFUSE
+//!   note writes; what disks hold, and what was
+//!   written meanwhile ────── DISK … ROUND ───►  written, durable: ROUND_ACK
 //!   log writes; every page ─ PAGES … ────────►  written into memory
 //!   a state, to practise with ─ REHEARSAL ───►  restored; REHEARSED
 //!   what was written meanwhile, again and       (the guest runs on the source)
-//!   again ── PAGES … ROUND ──────────────────►  ROUND_ACK
+//!   again ── DISK … PAGES … ROUND ───────────►  ROUND_ACK
 //!   ═══ pause ═══
-//!   save, last pages ─────── PAGES ──────────►
-//!   device state ─────────── STATE ──────────►  restored, verified
+//!   save, last ones ─── DISK … PAGES … ──────►
+//!   device state ─────────── STATE ──────────►  restored, verified; disks durable
 //!           ◄─────────────── READY ───────────
 //!   ─── handover.json is on disk ─── from here on the source never resumes by itself
-//!           ──────────────── COMMIT ─────────►  resume, announce
+//!   disks closed, unlocked
+//!           ──────────────── COMMIT ─────────►  lock shared disks, resume, announce
 //!           ◄─────────────── RUNNING ─────────
 //! ```
 //!
@@ -27,9 +30,14 @@
 //! the whole time, so that nothing else can touch it. The wire format is
 //! `docs/migration-format.md`.
 //!
-//! A failed attempt leaves no trace in the log of dirty pages: each attempt begins with every
-//! page, and the log is switched off when one ends.
+//! A failed attempt leaves no trace in the log of dirty pages, nor in that of written blocks: each
+//! attempt begins with everything, and the logs are switched off when one ends.
+//!
+//! The right to write a disk is an open, locked descriptor of it. Local disks have two volumes,
+//! and each side holds its own; of a shared one there is never more than one open: the source
+//! closes all of its disks behind the hand-over, before COMMIT.
 
+mod blocks;
 mod control;
 mod courtesy;
 pub mod destination;
@@ -47,13 +55,14 @@ use std::time::Duration;
 
 pub use control::{ControlError, DestinationControl, SourceControl};
 pub use destination::{DestinationConfig, DestinationOutcome, Incoming};
-pub use features::{FeatureWord, Shape, cpu_features};
+pub use features::{DiskShape, FeatureWord, Shape, cpu_features};
 pub use handover::{Handover, remove_handover};
 pub use policy::Limits;
 pub use source::{SourceConfig, SourceOutcome};
 
 use crate::machine::migratable::MigratableError;
 use crate::state::StateError;
+use crate::virtio::blk::VolumeError;
 
 /// Longest wait for a connection to be made.
 pub const CONNECT_TIMEOUT: Duration = Duration::from_secs(10);
@@ -102,6 +111,24 @@ pub enum MigrationError {
     /// A state could not be written or read.
     #[error(transparent)]
     State(#[from] StateError),
+    /// A disk could not be read or written.
+    #[error("disks[{disk}]: {step}: {source}")]
+    Disk {
+        /// Which.
+        disk: usize,
+        /// What was tried.
+        step: &'static str,
+        /// What the system said.
+        source: std::io::Error,
+    },
+    /// A volume could not be had.
+    #[error("disks[{disk}].path: {source}; accepted: {}", source.accepted())]
+    Volume {
+        /// Which disk.
+        disk: usize,
+        /// Why.
+        source: VolumeError,
+    },
     /// The hand-over could not be written down.
     #[error("handover.json: {0}")]
     Handover(std::io::Error),
@@ -110,5 +137,9 @@ pub enum MigrationError {
 impl MigrationError {
     fn link(step: &'static str) -> impl FnOnce(std::io::Error) -> Self {
         move |source| Self::Link { step, source }
+    }
+
+    fn disk(disk: usize, step: &'static str) -> impl FnOnce(std::io::Error) -> Self {
+        move |source| Self::Disk { disk, step, source }
     }
 }

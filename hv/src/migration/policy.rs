@@ -6,6 +6,10 @@
 //! times the target still moves: an operator who empties a node is served better by a pause that
 //! is somewhat longer than by none. With more left than that the migration fails, and the guest
 //! goes on where it is: a long pause is not a way out.
+//!
+//! Disks come first, as they take longest, pass by pass until the rest is little or does not
+//! shrink. Then memory; what is written to disks meanwhile goes along in the same passes, and
+//! counts like memory: one sum is what has to fit the pause, and the limits.
 
 use std::time::Duration;
 
@@ -14,9 +18,18 @@ const DOWNTIME_DEFAULT: Duration = Duration::from_millis(100);
 const DOWNTIME_MAX: Duration = Duration::from_secs(10);
 const ROUNDS_DEFAULT: u32 = 30;
 const ROUNDS_MAX: u32 = 1000;
-/// Bytes sent, in multiples of the domain's memory.
+/// Bytes sent, in multiples of the domain's memory and disks.
 const BYTES_DEFAULT_FACTOR: u64 = 8;
+/// Besides the time for disks.
 const TOTAL_TIME_DEFAULT: Duration = Duration::from_secs(600);
+/// Disks get so much more time by default, as if each byte of them went at this rate (or at the
+/// bandwidth that is allowed, if that is less).
+const DISK_RATE_MIN: u64 = 10 << 20;
+/// Most passes over disks alone, and most of all passes, as a part of `rounds_max`.
+const DISK_ROUNDS_MAX: u32 = 8;
+const DISK_ROUNDS_PART: u32 = 2;
+/// What goes over in this time is not worth a pass over disks alone.
+const DISK_REST: Duration = Duration::from_secs(1);
 const TOTAL_TIME_MAX: Duration = Duration::from_secs(24 * 3600);
 /// Of the pause, what is not memory: stopping, device state, hand-over. At most half of the
 /// target is set aside for it.
@@ -33,9 +46,9 @@ const RATE_SAMPLE_BYTES: u64 = 256 << 10;
 pub struct Limits {
     /// Longest pause aimed at.
     pub downtime: Duration,
-    /// Most passes, the last included.
+    /// Most passes over disks and memory, the last included.
     pub rounds_max: u32,
-    /// Most bytes of memory sent.
+    /// Most bytes of memory and disks sent.
     pub bytes_max: u64,
     /// Longest time from the start to the pause.
     pub total_time: Duration,
@@ -51,6 +64,7 @@ impl Limits {
     pub fn from_request(
         request: Option<&drover_proto::v1::MigrationLimits>,
         memory_bytes: u64,
+        disk_bytes: u64,
     ) -> Result<Self, String> {
         let request = request.cloned().unwrap_or_default();
         let duration = |field: &str,
@@ -77,19 +91,20 @@ impl Limits {
             }
         };
         let bytes_max = match request.bytes_max {
-            0 => memory_bytes.saturating_mul(BYTES_DEFAULT_FACTOR),
+            0 => memory_bytes.saturating_add(disk_bytes).saturating_mul(BYTES_DEFAULT_FACTOR),
             bytes => bytes,
         };
+        let disk_rate = match request.bandwidth_max {
+            0 => DISK_RATE_MIN,
+            rate => rate.min(DISK_RATE_MIN),
+        };
+        let disk_time = Duration::from_secs(disk_bytes / disk_rate);
+        let time_default = TOTAL_TIME_DEFAULT.saturating_add(disk_time).min(TOTAL_TIME_MAX);
         Ok(Self {
             downtime: duration("downtime", request.downtime, DOWNTIME_DEFAULT, DOWNTIME_MAX)?,
             rounds_max,
             bytes_max,
-            total_time: duration(
-                "total_time",
-                request.total_time,
-                TOTAL_TIME_DEFAULT,
-                TOTAL_TIME_MAX,
-            )?,
+            total_time: duration("total_time", request.total_time, time_default, TOTAL_TIME_MAX)?,
             bandwidth_max: request.bandwidth_max,
         })
     }
@@ -100,11 +115,11 @@ impl Limits {
 pub struct Progress {
     /// Passes so far.
     pub rounds: u32,
-    /// Bytes of pages that were written meanwhile.
+    /// Bytes of pages and of blocks that were written meanwhile.
     pub remaining: u64,
     /// The same after the pass before, if there was one.
     pub remaining_before: Option<u64>,
-    /// Bytes of memory sent so far.
+    /// Bytes sent so far.
     pub sent: u64,
     /// Time since the start.
     pub elapsed: Duration,
@@ -148,7 +163,37 @@ pub enum Decision {
     GiveUp(Stop),
 }
 
-/// Decides after a pass.
+/// What to do after a pass over disks.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum DiskDecision {
+    /// Another pass over disks alone.
+    Copy,
+    /// On to memory; the rest goes along.
+    Memory,
+    /// Give up: this limit is reached.
+    GiveUp(Stop),
+}
+
+/// Decides after a pass over disks alone, of which `remaining` were written meanwhile.
+pub fn decide_disks(progress: &Progress, limits: &Limits) -> DiskDecision {
+    if let Some(stop @ (Stop::Bytes | Stop::Time)) = limit_reached(progress, limits) {
+        return DiskDecision::GiveUp(stop);
+    }
+    let rounds_max = DISK_ROUNDS_MAX.min(limits.rounds_max / DISK_ROUNDS_PART);
+    let small = progress.remaining <= bytes_in(DISK_REST, progress.rate);
+    if progress.rounds >= rounds_max || small || !shrinks(progress) {
+        DiskDecision::Memory
+    } else {
+        DiskDecision::Copy
+    }
+}
+
+/// Whether the last pass left a quarter less than the one before it.
+fn shrinks(progress: &Progress) -> bool {
+    progress.remaining_before.is_none_or(|before| progress.remaining < before / 4 * 3)
+}
+
+/// Decides after a pass over memory.
 pub fn decide(progress: &Progress, limits: &Limits) -> Decision {
     let room = limits.downtime.saturating_sub(STATE_TIME).max(limits.downtime / 2);
     let budget = bytes_in(room, progress.rate);
@@ -156,9 +201,7 @@ pub fn decide(progress: &Progress, limits: &Limits) -> Decision {
     let over = limit_reached(progress, limits);
     if fits {
         let small = progress.remaining <= SMALL_BYTES;
-        let shrinks =
-            progress.remaining_before.is_none_or(|before| progress.remaining < before / 4 * 3);
-        return if small || !shrinks || over.is_some() {
+        return if small || !shrinks(progress) || over.is_some() {
             Decision::SwitchOver(Stop::Converged)
         } else {
             Decision::Copy
@@ -177,12 +220,12 @@ pub fn decide(progress: &Progress, limits: &Limits) -> Decision {
 }
 
 fn limit_reached(progress: &Progress, limits: &Limits) -> Option<Stop> {
-    if progress.rounds + 1 >= limits.rounds_max {
-        Some(Stop::Rounds)
-    } else if progress.sent.saturating_add(progress.remaining) > limits.bytes_max {
+    if progress.sent.saturating_add(progress.remaining) > limits.bytes_max {
         Some(Stop::Bytes)
     } else if progress.elapsed >= limits.total_time {
         Some(Stop::Time)
+    } else if progress.rounds + 1 >= limits.rounds_max {
+        Some(Stop::Rounds)
     } else {
         None
     }
@@ -207,7 +250,7 @@ mod tests {
     use super::*;
 
     fn limits() -> Limits {
-        Limits::from_request(None, 128 << 20).unwrap()
+        Limits::from_request(None, 128 << 20, 0).unwrap()
     }
 
     fn after(rounds: u32, remaining: u64, before: Option<u64>) -> Progress {
@@ -275,17 +318,63 @@ mod tests {
     fn limits_name_what_they_accept() {
         let ask =
             |rounds_max| drover_proto::v1::MigrationLimits { rounds_max, ..Default::default() };
-        assert_eq!(Limits::from_request(Some(&ask(7)), 1).unwrap().rounds_max, 7);
+        assert_eq!(Limits::from_request(Some(&ask(7)), 1, 0).unwrap().rounds_max, 7);
         assert_eq!(
-            Limits::from_request(Some(&ask(1001)), 1).unwrap_err(),
+            Limits::from_request(Some(&ask(1001)), 1, 0).unwrap_err(),
             "limits.rounds_max: 1001; accepted: 1 to 1000"
         );
         let downtime = Some(prost_types::Duration { seconds: 11, nanos: 0 });
         let ask = drover_proto::v1::MigrationLimits { downtime, ..Default::default() };
         assert_eq!(
-            Limits::from_request(Some(&ask), 1).unwrap_err(),
+            Limits::from_request(Some(&ask), 1, 0).unwrap_err(),
             "limits.downtime: 11s; accepted: at most 10s"
         );
+    }
+
+    /// Disks alone: as long as it helps, and no longer than the limits let it.
+    #[test]
+    fn disks_are_left_when_another_pass_would_not_help() {
+        let limits = limits();
+        let much = 4 << 30;
+        let first = Progress { sent: 0, ..after(1, much, None) };
+        let limits = Limits { bytes_max: u64::MAX, ..limits };
+        assert_eq!(decide_disks(&first, &limits), DiskDecision::Copy);
+        let less =
+            Progress { rounds: 2, remaining: much / 2, remaining_before: Some(much), ..first };
+        assert_eq!(decide_disks(&less, &limits), DiskDecision::Copy);
+        let same = Progress { remaining: much / 10 * 9, ..less };
+        assert_eq!(decide_disks(&same, &limits), DiskDecision::Memory);
+        // A second at 100 MiB/s.
+        let little = Progress { remaining: 100 << 20, ..first };
+        assert_eq!(decide_disks(&little, &limits), DiskDecision::Memory);
+        let many = Progress { rounds: DISK_ROUNDS_MAX, ..less };
+        assert_eq!(decide_disks(&many, &limits), DiskDecision::Memory);
+        let few = Limits { rounds_max: 2, ..limits };
+        assert_eq!(decide_disks(&first, &few), DiskDecision::Memory, "a pass is left for memory");
+        let late = Progress { elapsed: limits.total_time, ..first };
+        assert_eq!(decide_disks(&late, &limits), DiskDecision::GiveUp(Stop::Time));
+        let bytes = Limits { bytes_max: much - 1, ..limits };
+        assert_eq!(decide_disks(&first, &bytes), DiskDecision::GiveUp(Stop::Bytes));
+    }
+
+    /// A large disk has its time unless somebody said otherwise.
+    #[test]
+    fn limits_grow_with_the_disks() {
+        let disk_bytes = 100 << 30;
+        let limits = Limits::from_request(None, 1 << 30, disk_bytes).unwrap();
+        assert_eq!(limits.total_time, Duration::from_secs(600 + 10240));
+        assert_eq!(limits.bytes_max, 8 * (101 << 30));
+        let ask = |bandwidth_max, seconds| drover_proto::v1::MigrationLimits {
+            bandwidth_max,
+            total_time: Some(prost_types::Duration { seconds, nanos: 0 }),
+            ..Default::default()
+        };
+        let slow = Limits::from_request(Some(&ask(5 << 20, 0)), 1 << 30, disk_bytes).unwrap();
+        assert_eq!(slow.total_time, Duration::from_secs(600 + 20480));
+        let said = Limits::from_request(Some(&ask(0, 9)), 1 << 30, disk_bytes).unwrap();
+        assert_eq!(said.total_time, Duration::from_secs(9));
+        let huge = Limits::from_request(None, 1 << 30, 1 << 50).unwrap();
+        assert_eq!(huge.total_time, TOTAL_TIME_MAX);
     }
 
     #[test]

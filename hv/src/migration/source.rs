@@ -1,19 +1,22 @@
 //! The source's shell: does what [`SourceMachine`] says, with the machine, the network, the disk.
+//! [`disks`] are the guest's; [`report`] is what is told of it all.
+
+mod disks;
+mod report;
 
 use std::path::PathBuf;
 use std::time::{Duration, Instant};
 
-use drover_proto::agent::v1::{MigrationProgress, MigrationRole, ObservedMigration};
 use drover_proto::v1::{MigrationPhase, MigrationReport};
 
 use super::courtesy::Courtesy;
 use super::features::Shape;
 use super::handover::{Handover, Prepared, remove_handover};
-use super::link::{Link, buffer};
+use super::link::{Link, buffer, protocol};
 use super::pages::{self, Batch, Batches};
-use super::policy::{self, Decision, Limits, Progress, Stop};
+use super::policy::{self, Decision, Limits, Progress};
 use super::source_machine::{SourceAction, SourceEvent, SourceMachine, SourceState};
-use super::wire::{self, Hello, Kind};
+use super::wire::{self, Hello, Kind, Sent};
 use super::{
     CONNECT_TIMEOUT, IDLE_TIMEOUT, MigrationError, Observer, READY_TIMEOUT, RUNNING_TIMEOUT,
     SourceControl,
@@ -21,9 +24,9 @@ use super::{
 use crate::machine::migratable::MigratableVm;
 use crate::memory::{DirtyPages, PAGE_BYTES};
 use crate::state;
+use disks::Disks;
+use report::gave_up;
 
-/// How often counters alone are reported.
-const REPORT_INTERVAL: Duration = Duration::from_millis(200);
 /// Longest time that pacing waits before it looks at the clock again.
 const PACE_MAX: Duration = Duration::from_millis(100);
 
@@ -69,14 +72,17 @@ pub fn run(
     control: &SourceControl,
     observer: Observer<'_>,
 ) -> SourceOutcome {
+    let disks = Disks::of(vm);
     let mut source = Source {
         vm,
+        disks,
         config,
         control,
         observer,
         link: None,
         report: MigrationReport {
             memory_bytes: config.shape.memory_bytes,
+            disk_bytes_total: config.shape.disk_bytes(),
             phase: MigrationPhase::Copying as i32,
             ..Default::default()
         },
@@ -95,6 +101,7 @@ pub fn run(
 
 struct Source<'a, 'o> {
     vm: &'a mut dyn MigratableVm,
+    disks: Disks,
     config: &'a SourceConfig,
     control: &'a SourceControl,
     observer: Observer<'o>,
@@ -115,10 +122,26 @@ struct Source<'a, 'o> {
 /// What the passes have done so far.
 #[derive(Default)]
 struct Copied {
+    /// Over disks and memory.
+    passes: u32,
+    /// Over memory.
     rounds: u32,
-    pages: u64,
+    sent: Sent,
     remaining_before: Option<u64>,
     rate: u64,
+}
+
+/// Keeps a pass to the bandwidth that was given.
+struct Pacer {
+    began: Instant,
+    /// Bytes so far.
+    sent: u64,
+}
+
+impl Pacer {
+    fn begin() -> Self {
+        Self { began: Instant::now(), sent: 0 }
+    }
 }
 
 /// The pause, as it goes on.
@@ -185,9 +208,11 @@ impl Source<'_, '_> {
                     shape: self.config.shape.clone(),
                 };
                 self.link()?.send(Kind::Hello, &hello.encode())?;
-                self.link()?.expect(Kind::Welcome, IDLE_TIMEOUT)?;
+                let welcome = self.link()?.expect(Kind::Welcome, IDLE_TIMEOUT)?;
+                self.disks.welcome(&welcome).map_err(protocol)?;
                 SourceEvent::Welcomed
             }
+            SourceAction::CopyDisks => self.copy_disks()?,
             SourceAction::CopyRound => self.copy_round()?,
             SourceAction::Stop => self.stop()?,
             SourceAction::SendLast => self.send_last()?,
@@ -198,6 +223,10 @@ impl Source<'_, '_> {
                 SourceEvent::ReadyHeard
             }
             SourceAction::WriteHandover => self.write_handover()?,
+            SourceAction::ReleaseDisks => {
+                self.disks.release()?;
+                SourceEvent::DisksReleased
+            }
             SourceAction::Commit => {
                 self.link()?.send(Kind::Commit, &[])?;
                 self.link()?.expect(Kind::Running, RUNNING_TIMEOUT)?;
@@ -214,6 +243,7 @@ impl Source<'_, '_> {
                 }
                 SourceEvent::Resumed
             }
+            SourceAction::LockDisks => unreachable!("whoever has the machine then does it"),
             SourceAction::Finish => unreachable!("handled by the caller"),
         })
     }
@@ -236,19 +266,12 @@ impl Source<'_, '_> {
         };
         let began = Instant::now();
         let sent_before = self.report.bytes_sent;
-        self.send_pages(&pages, fresh)?;
+        let mut pacer = Pacer::begin();
+        self.send_disks(&mut pacer, SourceState::Copying)?;
+        self.send_pages(&pages, fresh, &mut pacer)?;
         self.copied.rounds += 1;
         self.report.rounds = self.copied.rounds;
-        let round = wire::encode_round(self.copied.rounds, self.copied.pages);
-        self.link()?.send(Kind::Round, &round)?;
-        let ack = self.link()?.expect(Kind::RoundAck, IDLE_TIMEOUT)?;
-        if ack != round {
-            return Err(MigrationError::Protocol("the passes' pages do not add up".into()));
-        }
-        let sent = self.report.bytes_sent - sent_before;
-        self.copied.rate = policy::rate_after(self.copied.rate, sent, began.elapsed());
-        self.report.rate_bytes_per_second = self.copied.rate;
-
+        self.end_pass(began, sent_before)?;
         if fresh {
             // From here on it is a race against the guest's writes, and the rate that is seen
             // must be the pause's.
@@ -256,15 +279,20 @@ impl Source<'_, '_> {
             self.rehearse()?;
         }
         let dirty = self.vm.take_dirty()?;
+        // So that the pause has little left of that.
+        self.disks.sync_shared()?;
+        let disk_bytes = self.disks.gather();
+        let remaining = dirty.bytes() + disk_bytes;
         let progress = Progress {
-            rounds: self.copied.rounds,
-            remaining: dirty.bytes(),
-            remaining_before: self.copied.remaining_before.replace(dirty.bytes()),
+            rounds: self.copied.passes,
+            remaining,
+            remaining_before: self.copied.remaining_before.replace(remaining),
             sent: self.report.bytes_sent,
             elapsed: self.started.elapsed(),
             rate: self.copied.rate,
         };
-        self.report.remaining_bytes = dirty.bytes();
+        self.report.remaining_bytes = remaining;
+        self.report.disk_remaining_bytes = disk_bytes;
         self.dirty = Some(dirty);
         tracing::debug!(?progress, "a pass is done");
         match policy::decide(&progress, &self.config.limits) {
@@ -292,10 +320,13 @@ impl Source<'_, '_> {
     }
 
     /// Sends these pages; `fresh` when none was sent before.
-    fn send_pages(&mut self, pages: &DirtyPages, fresh: bool) -> Result<(), MigrationError> {
+    fn send_pages(
+        &mut self,
+        pages: &DirtyPages,
+        fresh: bool,
+        pacer: &mut Pacer,
+    ) -> Result<(), MigrationError> {
         let mut remaining = pages.bytes();
-        let began = Instant::now();
-        let mut paced = 0;
         let memory = self.vm.memory().clone();
         for batch in Batches::new(&memory, pages.ranges(), fresh) {
             if self.control.is_cancelled() {
@@ -306,8 +337,8 @@ impl Source<'_, '_> {
             remaining = remaining.saturating_sub(handled);
             self.report.remaining_bytes = remaining;
             if self.pause.is_none() {
-                paced += sent;
-                self.pace(began, paced)?;
+                pacer.sent += sent;
+                self.pace(pacer)?;
                 self.report(SourceState::Copying, false);
             }
         }
@@ -340,19 +371,19 @@ impl Source<'_, '_> {
         let sent = link.sent - before;
         self.report.bytes_sent += sent;
         self.report.pages_sent += data_pages;
-        self.copied.pages += batch.runs.iter().map(|run| u64::from(run.pages)).sum::<u64>();
+        self.copied.sent.pages += batch.runs.iter().map(|run| u64::from(run.pages)).sum::<u64>();
         Ok(sent)
     }
 
     /// Keeps to the bandwidth that was given.
-    fn pace(&self, began: Instant, sent: u64) -> Result<(), MigrationError> {
+    fn pace(&self, pacer: &Pacer) -> Result<(), MigrationError> {
         let rate = self.config.limits.bandwidth_max;
         if rate == 0 {
             return Ok(());
         }
-        let due = Duration::from_secs_f64(sent as f64 / rate as f64);
+        let due = Duration::from_secs_f64(pacer.sent as f64 / rate as f64);
         loop {
-            let early = due.saturating_sub(began.elapsed());
+            let early = due.saturating_sub(pacer.began.elapsed());
             if self.control.is_cancelled() {
                 return Err(MigrationError::Cancelled);
             }
@@ -390,6 +421,9 @@ impl Source<'_, '_> {
         let image = state::encode(&self.vm.save_state()?)?;
         let saved_us = self.pause()?.lap_us();
         self.report.pause_state_us = saved_us;
+        // Nothing is under way to the disks any more: what was is noted now.
+        self.disks.gather();
+        self.disks.sync_shared()?;
         // After the save, which may have written memory.
         let written = self.vm.take_last_dirty()?;
         let pause = self.pause()?;
@@ -402,11 +436,14 @@ impl Source<'_, '_> {
     fn send_last(&mut self) -> Result<SourceEvent, MigrationError> {
         let none = DirtyPages::none(self.vm.memory());
         let last = std::mem::replace(&mut self.pause()?.last, none);
-        self.pause()?.last_bytes = last.bytes();
-        self.send_pages(&last, false)?;
+        let before = self.report.bytes_sent;
+        let mut pacer = Pacer::begin();
+        self.send_disks(&mut pacer, SourceState::Sending)?;
+        self.send_pages(&last, false, &mut pacer)?;
+        self.pause()?.last_bytes = self.report.bytes_sent - before;
         self.report.rounds = self.copied.rounds + 1;
         self.report.pause_memory_us = self.pause()?.lap_us();
-        let mut payload = self.copied.pages.to_le_bytes().to_vec();
+        let mut payload = self.copied.sent.encode().to_vec();
         payload.append(&mut self.pause()?.image);
         self.link()?.send(Kind::State, &payload)?;
         self.report.bytes_sent += payload.len() as u64;
@@ -435,6 +472,7 @@ impl Source<'_, '_> {
     }
 
     fn finish(&mut self, state: SourceState) -> SourceOutcome {
+        self.disks.stop_tracking();
         match state {
             SourceState::Succeeded => {
                 let report = &self.report;
@@ -500,65 +538,4 @@ impl Source<'_, '_> {
     fn take_error(&mut self) -> MigrationError {
         self.error.take().unwrap_or(MigrationError::Cancelled)
     }
-
-    /// Tells the observer; counters alone not too often.
-    fn report(&mut self, state: SourceState, now: bool) {
-        let report = &mut self.report;
-        if !now && self.reported.is_some_and(|last| last.elapsed() < REPORT_INTERVAL) {
-            return;
-        }
-        // Inside the pause nobody is told: it would be paid by the guest.
-        let paused = [
-            SourceState::Stopping,
-            SourceState::Sending,
-            SourceState::AwaitingReady,
-            SourceState::HandingOver,
-            SourceState::Committing,
-            SourceState::Resuming,
-        ];
-        if paused.contains(&state) {
-            return;
-        }
-        report.total_us = self.started.elapsed().as_micros() as u64;
-        report.pause_us = report.pause_stop_us
-            + report.pause_memory_us
-            + report.pause_state_us
-            + report.pause_commit_us;
-        let (progress, phase) = match state {
-            SourceState::Succeeded => (MigrationProgress::Succeeded, MigrationPhase::Done),
-            SourceState::HandedOver | SourceState::TakingOver => {
-                (MigrationProgress::HandedOver, MigrationPhase::HandedOver)
-            }
-            SourceState::Failed | SourceState::Owner => {
-                (MigrationProgress::Failed, MigrationPhase::Aborting)
-            }
-            _ => (MigrationProgress::Copying, MigrationPhase::Copying),
-        };
-        report.phase = phase as i32;
-        self.reported = Some(Instant::now());
-        let observed = ObservedMigration {
-            id: self.config.migration_id.clone(),
-            role: MigrationRole::Source as i32,
-            progress: progress as i32,
-            report: Some(report.clone()),
-            error: self.error.as_ref().map_or_else(String::new, ToString::to_string),
-            ..Default::default()
-        };
-        (self.observer)(&observed);
-    }
-}
-
-fn gave_up(stop: Stop, progress: &Progress, limits: &Limits) -> MigrationError {
-    let left = progress.remaining >> 10;
-    let rate = progress.rate >> 10;
-    let tried = match stop {
-        Stop::Rounds => format!("{} passes (limits.rounds_max)", limits.rounds_max),
-        Stop::Bytes => format!("{} bytes (limits.bytes_max)", limits.bytes_max),
-        Stop::Time | Stop::Converged => format!("{:?} (limits.total_time)", limits.total_time),
-    };
-    MigrationError::Limits(format!(
-        "the copy does not fit {tried}: the guest writes faster than it goes over; {left} KiB are \
-         left at {rate} KiB/s, for a pause of {:?}",
-        limits.downtime
-    ))
 }

@@ -11,7 +11,9 @@ pub enum SourceState {
     Connecting,
     /// HELLO is out.
     Greeting,
-    /// Pages go over, the guest runs.
+    /// Disks go over, the guest runs.
+    CopyingDisks,
+    /// Pages go over, and what is written to disks; the guest runs.
     Copying,
     /// The guest is being stopped, its state saved.
     Stopping,
@@ -21,7 +23,9 @@ pub enum SourceState {
     AwaitingReady,
     /// The hand-over is being written down.
     HandingOver,
-    /// It is on disk; COMMIT goes out, or is out.
+    /// It is on disk; the disks are being let go of.
+    Releasing,
+    /// COMMIT goes out, or is out.
     Committing,
     /// It failed in time: the guest is being resumed here.
     Resuming,
@@ -31,7 +35,9 @@ pub enum SourceState {
     Failed,
     /// Handed over, and the destination was not heard: the controller decides.
     HandedOver,
-    /// The controller decided that the guest runs here; it is being resumed.
+    /// The controller decided that the guest runs here; its disks are being locked again.
+    Relocking,
+    /// It is being resumed.
     TakingOver,
     /// It runs here again, by the controller's decision.
     Owner,
@@ -46,8 +52,10 @@ pub enum SourceEvent {
     Connected,
     /// WELCOME.
     Welcomed,
-    /// A pass over memory is done, and another is worth it.
+    /// A pass over disks or memory is done, and another is worth it.
     RoundDone,
+    /// What is left of the disks goes along with memory.
+    DisksCopied,
     /// A pass is done, and the rest fits the pause.
     Converged,
     /// The guest stands still, and its state is saved.
@@ -62,6 +70,8 @@ pub enum SourceEvent {
     HandoverWithdrawn,
     /// It could not be written, and may be on disk all the same.
     HandoverUnclear,
+    /// The disks are closed, and their locks free.
+    DisksReleased,
     /// RUNNING.
     RunningHeard,
     /// Anything went wrong: the link, the machine, a limit, a cancellation.
@@ -70,6 +80,8 @@ pub enum SourceEvent {
     Resumed,
     /// The controller says that the guest runs here, under a greater epoch.
     TakeOver,
+    /// The disks are open and locked again.
+    DisksLocked,
 }
 
 /// What to do now. Each ends with an event.
@@ -79,18 +91,24 @@ pub enum SourceAction {
     Connect,
     /// Send HELLO, wait for the answer.
     Greet,
-    /// One pass over memory.
+    /// One pass over the disks.
+    CopyDisks,
+    /// One pass over memory, and what was written to disks.
     CopyRound,
     /// Stop the guest, save its state.
     Stop,
-    /// Send the last pages and the state.
+    /// Send the last blocks, the last pages and the state.
     SendLast,
     /// Wait for READY.
     AwaitReady,
     /// Write the hand-over down.
     WriteHandover,
+    /// Close the disks: from here on nothing can be written to them.
+    ReleaseDisks,
     /// Send COMMIT, wait for RUNNING.
     Commit,
+    /// Open and lock the disks.
+    LockDisks,
     /// Let the guest run here.
     Resume,
     /// Nothing more by itself.
@@ -154,7 +172,10 @@ fn transition(state: SourceState, event: SourceEvent) -> Option<(SourceState, So
     Some(match (state, event) {
         (S::Idle, E::Start) => (S::Connecting, A::Connect),
         (S::Connecting, E::Connected) => (S::Greeting, A::Greet),
-        (S::Greeting, E::Welcomed) => (S::Copying, A::CopyRound),
+        (S::Greeting, E::Welcomed) | (S::CopyingDisks, E::RoundDone) => {
+            (S::CopyingDisks, A::CopyDisks)
+        }
+        (S::CopyingDisks, E::DisksCopied) => (S::Copying, A::CopyRound),
         (S::Copying, E::RoundDone) => (S::Copying, A::CopyRound),
         (S::Copying, E::Converged) => (S::Stopping, A::Stop),
         (S::Stopping, E::Stopped) => (S::Sending, A::SendLast),
@@ -162,19 +183,24 @@ fn transition(state: SourceState, event: SourceEvent) -> Option<(SourceState, So
         (S::AwaitingReady, E::ReadyHeard) => (S::HandingOver, A::WriteHandover),
 
         // The guest has not been stopped: nothing to undo.
-        (S::Connecting | S::Greeting | S::Copying, E::Failed) => (S::Failed, A::Finish),
+        (S::Connecting | S::Greeting | S::CopyingDisks | S::Copying, E::Failed) => {
+            (S::Failed, A::Finish)
+        }
         // It may have been, and COMMIT is not out: it runs here.
         (S::Stopping | S::Sending | S::AwaitingReady | S::HandingOver, E::Failed)
         | (S::HandingOver, E::HandoverWithdrawn) => (S::Resuming, A::Resume),
         (S::Resuming, E::Resumed) => (S::Failed, A::Finish),
 
         // The line. Behind it nothing but the controller makes the guest run here.
-        (S::HandingOver, E::HandoverWritten) => (S::Committing, A::Commit),
-        (S::HandingOver, E::HandoverUnclear) | (S::Committing, E::Failed) => {
-            (S::HandedOver, A::Finish)
-        }
+        (S::HandingOver, E::HandoverWritten) => (S::Releasing, A::ReleaseDisks),
+        (S::Releasing, E::DisksReleased) => (S::Committing, A::Commit),
+        // Without its disks the destination could not run: no COMMIT.
+        (S::HandingOver, E::HandoverUnclear)
+        | (S::Releasing | S::Committing | S::Relocking, E::Failed) => (S::HandedOver, A::Finish),
         (S::Committing, E::RunningHeard) => (S::Succeeded, A::Finish),
-        (S::HandedOver, E::TakeOver) => (S::TakingOver, A::Resume),
+        // No guest without the locks of its disks.
+        (S::HandedOver, E::TakeOver) => (S::Relocking, A::LockDisks),
+        (S::Relocking, E::DisksLocked) => (S::TakingOver, A::Resume),
         (S::TakingOver, E::Resumed) => (S::Owner, A::Finish),
         _ => return None,
     })
@@ -186,28 +212,32 @@ mod tests {
     use SourceEvent as E;
     use SourceState as S;
 
-    const STATES: [S; 15] = [
+    const STATES: [S; 18] = [
         S::Idle,
         S::Connecting,
         S::Greeting,
+        S::CopyingDisks,
         S::Copying,
         S::Stopping,
         S::Sending,
         S::AwaitingReady,
         S::HandingOver,
+        S::Releasing,
         S::Committing,
         S::Resuming,
         S::Succeeded,
         S::Failed,
         S::HandedOver,
+        S::Relocking,
         S::TakingOver,
         S::Owner,
     ];
-    const EVENTS: [E; 15] = [
+    const EVENTS: [E; 18] = [
         E::Start,
         E::Connected,
         E::Welcomed,
         E::RoundDone,
+        E::DisksCopied,
         E::Converged,
         E::Stopped,
         E::LastSent,
@@ -215,17 +245,19 @@ mod tests {
         E::HandoverWritten,
         E::HandoverWithdrawn,
         E::HandoverUnclear,
+        E::DisksReleased,
         E::RunningHeard,
         E::Failed,
         E::Resumed,
         E::TakeOver,
+        E::DisksLocked,
     ];
 
     /// I1: from behind the line no event but the controller's decision leads to a resume, however
     /// long the chain of events.
     #[test]
     fn nothing_but_a_decision_resumes_after_the_hand_over() {
-        let mut reached = vec![S::Committing, S::HandedOver, S::Succeeded];
+        let mut reached = vec![S::Releasing, S::HandedOver, S::Succeeded];
         let mut next = 0;
         while let Some(state) = reached.get(next).copied() {
             next += 1;
@@ -245,16 +277,31 @@ mod tests {
     fn every_failure_before_the_hand_over_ends_with_the_guest_running() {
         for state in STATES {
             let stopped = [S::Stopping, S::Sending, S::AwaitingReady, S::HandingOver];
-            let running = [S::Connecting, S::Greeting, S::Copying];
+            let running = [S::Connecting, S::Greeting, S::CopyingDisks, S::Copying];
             match transition(state, E::Failed) {
                 Some((to, _)) if running.contains(&state) => assert_eq!(to, S::Failed),
                 Some((to, action)) if stopped.contains(&state) => {
                     assert_eq!((to, action), (S::Resuming, SourceAction::Resume));
                     assert_eq!(transition(to, E::Resumed).map(|(to, _)| to), Some(S::Failed));
                 }
-                Some((to, _)) => assert_eq!((state, to), (S::Committing, S::HandedOver)),
+                Some((to, _)) => {
+                    assert!([S::Releasing, S::Committing, S::Relocking].contains(&state));
+                    assert_eq!(to, S::HandedOver);
+                }
                 None => assert!(!running.contains(&state) && !stopped.contains(&state)),
             }
+        }
+    }
+
+    /// Locks: COMMIT is said when the disks are closed and at no other time; a source that comes
+    /// back has locked them first.
+    #[test]
+    fn no_commit_with_locks_and_no_take_over_without() {
+        for (state, event) in STATES.iter().flat_map(|s| EVENTS.map(|event| (*s, event))) {
+            let Some((to, action)) = transition(state, event) else { continue };
+            let released = event == E::DisksReleased;
+            assert_eq!(action == SourceAction::Commit, released, "{state:?} {event:?}");
+            assert_eq!(to == S::TakingOver, event == E::DisksLocked, "{state:?} {event:?}");
         }
     }
 

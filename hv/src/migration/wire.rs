@@ -1,11 +1,11 @@
 //! The messages between source and destination, as `docs/migration-format.md` has them.
 
-use super::features::Shape;
+use super::features::{DISKS_MAX, Shape};
 use crate::memory::PAGE_BYTES;
 use crate::state::{Decoder, Encoder, STATE_BYTES_MAX, StateError};
 
 /// The protocol's version; both sides must speak the same.
-pub const PROTOCOL_VERSION: u16 = 2;
+pub const PROTOCOL_VERSION: u16 = 3;
 /// Begins each message, so that a stream out of step is noticed at once.
 const MAGIC: [u8; 4] = *b"DRVM";
 /// magic, kind, reserved, length.
@@ -16,11 +16,17 @@ pub const RUN_BYTES: usize = 16;
 pub const RUNS_MAX: usize = 512;
 /// Most bytes of page data in a message.
 pub const DATA_BYTES_MAX: usize = 1 << 20;
+/// disk, what they hold, offset, bytes.
+pub const EXTENT_BYTES: usize = 24;
+/// Most extents in a message.
+pub const EXTENTS_MAX: usize = 512;
 /// Longest text of a refusal.
 const REASON_BYTES_MAX: usize = 1024;
 const ID_BYTES_MAX: usize = 128;
 const TOKEN_BYTES_MAX: usize = 256;
 const HELLO_BYTES_MAX: usize = 8192;
+/// What disks are counted in.
+const SECTOR_BYTES: u64 = 512;
 
 /// What a message is.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -54,10 +60,12 @@ pub enum Kind {
     Rehearsed = 13,
     /// Source: the guest stands still here; its frames are the destination's from now on.
     Paused = 14,
+    /// Source: what disks hold; without any, a sign of life.
+    Disk = 15,
 }
 
 impl Kind {
-    const ALL: [Self; 14] = [
+    const ALL: [Self; 15] = [
         Self::Hello,
         Self::Welcome,
         Self::Refuse,
@@ -72,6 +80,7 @@ impl Kind {
         Self::Rehearsal,
         Self::Rehearsed,
         Self::Paused,
+        Self::Disk,
     ];
 
     fn length_max(self) -> usize {
@@ -79,15 +88,12 @@ impl Kind {
             Self::Hello => HELLO_BYTES_MAX,
             Self::Refuse | Self::Abort => 4 + REASON_BYTES_MAX,
             Self::Pages => 4 + RUNS_MAX * RUN_BYTES + DATA_BYTES_MAX,
-            Self::Round | Self::RoundAck => 12,
-            Self::State => 8 + STATE_BYTES_MAX,
+            Self::Disk => 4 + EXTENTS_MAX * EXTENT_BYTES + DATA_BYTES_MAX,
+            Self::Welcome => 1 + DISKS_MAX,
+            Self::Round | Self::RoundAck => 4 + Sent::BYTES,
+            Self::State => Sent::BYTES + STATE_BYTES_MAX,
             Self::Rehearsal => STATE_BYTES_MAX,
-            Self::Welcome
-            | Self::Ready
-            | Self::Commit
-            | Self::Running
-            | Self::Rehearsed
-            | Self::Paused => 0,
+            Self::Ready | Self::Commit | Self::Running | Self::Rehearsed | Self::Paused => 0,
         }
     }
 }
@@ -178,7 +184,7 @@ pub fn parse_header(header: [u8; HEADER_BYTES]) -> Result<(Kind, usize), StateEr
     }
     let number = fields.u16("message kind")?;
     let kind = Kind::ALL.into_iter().find(|kind| *kind as u16 == number);
-    let kind = kind.ok_or_else(|| StateError::value("message kind", number, "1 to 14"))?;
+    let kind = kind.ok_or_else(|| StateError::value("message kind", number, "1 to 15"))?;
     fields.u16("reserved")?;
     let value = fields.u32("message length")? as usize;
     let limit = kind.length_max();
@@ -231,20 +237,135 @@ pub fn decode_runs(table: &[u8], count: usize, data_bytes: usize) -> Result<Vec<
     Ok(runs)
 }
 
-/// ROUND and ROUND_ACK: which pass, and how many pages it had.
-pub fn encode_round(round: u32, pages: u64) -> Vec<u8> {
+/// Bytes of a disk that lie behind each other and hold the same kind of content.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Extent {
+    /// Which disk, in the shape's order.
+    pub disk: u32,
+    /// The first byte.
+    pub offset: u64,
+    /// How many.
+    pub bytes: u64,
+    /// They are zero, and are not sent.
+    pub zero: bool,
+}
+
+/// The table that begins a DISK message.
+pub fn encode_extents(extents: &[Extent]) -> Vec<u8> {
+    debug_assert!(extents.len() <= EXTENTS_MAX);
+    let mut out = Encoder::new();
+    out.u32(extents.len() as u32);
+    for extent in extents {
+        out.u32(extent.disk);
+        out.u32(u32::from(extent.zero));
+        out.u64(extent.offset);
+        out.u64(extent.bytes);
+    }
+    out.into_bytes()
+}
+
+/// Reads a table of `count` extents, whose data are exactly `data_bytes` long. Whether they lie
+/// within their disks is the caller's to check.
+pub fn decode_extents(
+    table: &[u8],
+    count: usize,
+    data_bytes: usize,
+) -> Result<Vec<Extent>, StateError> {
+    if count > EXTENTS_MAX {
+        return Err(StateError::TooLarge { field: "extents", value: count, limit: EXTENTS_MAX });
+    }
+    let mut fields = Decoder::new(table);
+    let mut extents = Vec::with_capacity(count);
+    let mut sent = 0u64;
+    for _ in 0..count {
+        let disk = fields.u32("extent disk")?;
+        let zero = match fields.u32("extent content")? {
+            0 => false,
+            1 => true,
+            other => return Err(StateError::value("extent content", other, "0 or 1")),
+        };
+        let (offset, bytes) = (fields.u64("extent offset")?, fields.u64("extent bytes")?);
+        let extent = Extent { disk, offset, bytes, zero };
+        let whole = bytes.is_multiple_of(SECTOR_BYTES) && offset.is_multiple_of(SECTOR_BYTES);
+        if bytes == 0 || !whole || offset.checked_add(bytes).is_none() {
+            let accepted = "whole sectors of 512 bytes, at least one";
+            return Err(StateError::value("extent", format_args!("{extent:?}"), accepted));
+        }
+        sent = sent.saturating_add(if zero { 0 } else { bytes });
+        extents.push(extent);
+    }
+    fields.finish("extents")?;
+    if sent != data_bytes as u64 {
+        return Err(StateError::value("disk data", data_bytes, format!("{sent} bytes")));
+    }
+    Ok(extents)
+}
+
+/// WELCOME: whether each disk here reads as zeros, so that zeros need not be sent.
+pub fn encode_welcome(zeroed: &[bool]) -> Vec<u8> {
+    debug_assert!(zeroed.len() <= DISKS_MAX);
+    let mut out = Encoder::new();
+    out.u8(zeroed.len() as u8);
+    zeroed.iter().for_each(|zeroed| out.bool(*zeroed));
+    out.into_bytes()
+}
+
+/// Reads a WELCOME for so many disks.
+pub fn decode_welcome(payload: &[u8], disks: usize) -> Result<Vec<bool>, StateError> {
+    let mut fields = Decoder::new(payload);
+    let count = fields.u8("disks")?;
+    if usize::from(count) != disks {
+        return Err(StateError::value("disks", count, disks.to_string()));
+    }
+    let zeroed = (0..count).map(|_| fields.bool("disk zeroed")).collect::<Result<_, _>>()?;
+    fields.finish("welcome")?;
+    Ok(zeroed)
+}
+
+/// How much was sent since HELLO, zeros included: both sides count.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct Sent {
+    /// Pages of memory.
+    pub pages: u64,
+    /// Bytes of disks.
+    pub disk_bytes: u64,
+}
+
+impl Sent {
+    /// Its length on the wire.
+    pub const BYTES: usize = 16;
+
+    /// As ROUND and STATE have it.
+    pub fn encode(self) -> [u8; Self::BYTES] {
+        let mut bytes = [0; Self::BYTES];
+        bytes[..8].copy_from_slice(&self.pages.to_le_bytes());
+        bytes[8..].copy_from_slice(&self.disk_bytes.to_le_bytes());
+        bytes
+    }
+
+    /// Reads it from a message's front; answers the rest too.
+    pub fn decode(payload: &[u8]) -> Result<(Self, &[u8]), StateError> {
+        let mut fields = Decoder::new(payload);
+        let sent = Self { pages: fields.u64("pages sent")?, disk_bytes: fields.u64("disk bytes")? };
+        Ok((sent, &payload[Self::BYTES..]))
+    }
+}
+
+/// ROUND and ROUND_ACK: which pass, and how much was sent until its end.
+pub fn encode_round(round: u32, sent: Sent) -> Vec<u8> {
     let mut out = Encoder::new();
     out.u32(round);
-    out.u64(pages);
+    out.raw(&sent.encode());
     out.into_bytes()
 }
 
 /// Reads a ROUND or ROUND_ACK.
-pub fn decode_round(payload: &[u8]) -> Result<(u32, u64), StateError> {
+pub fn decode_round(payload: &[u8]) -> Result<(u32, Sent), StateError> {
     let mut fields = Decoder::new(payload);
-    let round = (fields.u32("round")?, fields.u64("round pages")?);
+    let round = fields.u32("round")?;
+    let (sent, _) = Sent::decode(fields.raw("round", Sent::BYTES)?)?;
     fields.finish("round")?;
-    Ok(round)
+    Ok((round, sent))
 }
 
 /// REFUSE and ABORT: a text.
@@ -278,6 +399,7 @@ mod tests {
     use proptest::prelude::*;
 
     use super::*;
+    use crate::migration::DiskShape;
 
     fn hello() -> Hello {
         Hello {
@@ -289,6 +411,7 @@ mod tests {
                 vcpus: 2,
                 memory_bytes: 1 << 27,
                 interfaces: vec![[2; 6]],
+                disks: vec![DiskShape { serial: "s".into(), bytes: 512, ..Default::default() }],
                 cpu_features: vec![],
             },
         }
@@ -301,6 +424,8 @@ mod tests {
             let _ = decode_round(&bytes);
             let _ = decode_reason(&bytes);
             let _ = decode_runs(&bytes, bytes.len() / RUN_BYTES, 4096);
+            let _ = decode_extents(&bytes, bytes.len() / EXTENT_BYTES, 4096);
+            let _ = (decode_welcome(&bytes, 2), Sent::decode(&bytes));
             if let Some(header) = bytes.first_chunk() {
                 let _ = parse_header(*header);
             }
@@ -327,11 +452,44 @@ mod tests {
         }
     }
 
+    proptest! {
+        #[test]
+        fn extents_are_read_as_written(
+            extents in prop::collection::vec((0u32..9, 0u64..1 << 40, 1u64..99, any::<bool>()), 0..40),
+        ) {
+            let extents: Vec<Extent> = extents
+                .into_iter()
+                .map(|(disk, at, n, zero)| Extent { disk, offset: at * 512, bytes: n * 512, zero })
+                .collect();
+            let data: u64 = extents.iter().filter(|extent| !extent.zero).map(|e| e.bytes).sum();
+            let table = encode_extents(&extents);
+            prop_assert_eq!(decode_extents(&table[4..], extents.len(), data as usize), Ok(extents));
+        }
+    }
+
+    /// What is no whole number of sectors, or wraps around, is refused before anything is written.
+    #[test]
+    fn extents_have_bounds() {
+        let good = Extent { disk: 0, offset: 512, bytes: 1024, zero: true };
+        for (offset, bytes) in [(0, 0), (1, 512), (512, 100), (u64::MAX - 511, 512)] {
+            let table = encode_extents(&[good, Extent { offset, bytes, ..good }]);
+            let error = decode_extents(&table[4..], 2, 0).unwrap_err().to_string();
+            assert!(error.contains("extent"), "{error}");
+        }
+        let table = encode_extents(&[Extent { zero: false, ..good }]);
+        assert!(decode_extents(&table[4..], 1, 512).is_err());
+        let many = vec![good; EXTENTS_MAX];
+        assert!(decode_extents(&encode_extents(&many)[4..], EXTENTS_MAX + 1, 0).is_err());
+    }
+
     #[test]
     fn messages_are_read_as_written() {
         assert_eq!(Hello::decode(&hello().encode()), Ok(hello()));
-        assert_eq!(parse_header(header(Kind::Round, 12)), Ok((Kind::Round, 12)));
-        assert_eq!(decode_round(&encode_round(3, 9)), Ok((3, 9)));
+        assert_eq!(parse_header(header(Kind::Round, 20)), Ok((Kind::Round, 20)));
+        let sent = Sent { pages: 9, disk_bytes: 1 << 40 };
+        assert_eq!(decode_round(&encode_round(3, sent)), Ok((3, sent)));
+        assert_eq!(decode_welcome(&encode_welcome(&[true, false]), 2), Ok(vec![true, false]));
+        assert!(decode_welcome(&encode_welcome(&[true]), 2).is_err());
         assert_eq!(decode_reason(&encode_reason("no\x1b room")).unwrap(), "no  room");
         let long = "ä".repeat(1000);
         assert_eq!(decode_reason(&encode_reason(&long)).unwrap(), "ä".repeat(512));
@@ -340,9 +498,9 @@ mod tests {
     #[test]
     fn another_version_is_refused_with_both_numbers() {
         let mut bytes = hello().encode();
-        bytes[0] = 9;
+        bytes[0] = 2;
         let error = Hello::decode(&bytes).unwrap_err().to_string();
-        assert_eq!(error, "state: protocol version is 9; accepted: 2");
+        assert_eq!(error, "state: protocol version is 2; accepted: 3");
     }
 
     #[test]

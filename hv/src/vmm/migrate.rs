@@ -10,7 +10,7 @@ use drover_proto::vmm::v1::{
 
 use super::VmmError;
 use super::supervisor::{Event, Place, Supervisor};
-use crate::config::{DomainConfig, FieldError};
+use crate::config::FieldError;
 use crate::machine::Machine;
 use crate::migration::{
     DestinationConfig, DestinationControl, DestinationOutcome, Incoming, Limits, SourceConfig,
@@ -57,20 +57,20 @@ impl Supervisor {
             let accepted = format!("greater than {}", self.epoch);
             return Err(FieldError::new("to_epoch", request.to_epoch, accepted).into());
         }
-        let limits =
-            Limits::from_request(request.limits.as_ref(), self.options.config.memory_bytes)
-                .map_err(|error| {
-                    let (field, rest) = error.split_once(": ").unwrap_or(("limits", &error));
-                    let (value, accepted) = rest.split_once("; accepted: ").unwrap_or((rest, ""));
-                    FieldError::new(field, value, accepted)
-                })?;
-        may_travel(&self.options.config)?;
-        if !matches!(&self.place, Place::Owned(machine) if !machine.is_paused()) {
-            return Err(VmmError::State {
-                asked: "start a migration",
-                state: self.place.name().to_owned(),
-            });
-        }
+        let shape = match &self.place {
+            Place::Owned(machine) if !machine.is_paused() => machine.shape(),
+            place => {
+                let state = place.name().to_owned();
+                return Err(VmmError::State { asked: "start a migration", state });
+            }
+        };
+        let (memory_bytes, disk_bytes) = (shape.memory_bytes, shape.disk_bytes());
+        let limits = Limits::from_request(request.limits.as_ref(), memory_bytes, disk_bytes)
+            .map_err(|error| {
+                let (field, rest) = error.split_once(": ").unwrap_or(("limits", &error));
+                let (value, accepted) = rest.split_once("; accepted: ").unwrap_or((rest, ""));
+                FieldError::new(field, value, accepted)
+            })?;
         let control = SourceControl::new();
         let worker = {
             let control = control.clone();
@@ -86,7 +86,7 @@ impl Supervisor {
                     to_epoch,
                     limits,
                     state_dir,
-                    shape: machine.shape(),
+                    shape,
                 };
                 let mut observer = |observed: &ObservedMigration| shared.set_migration(observed);
                 let outcome = source::run(&mut *machine, &config, &control, &mut observer);
@@ -229,37 +229,9 @@ impl Supervisor {
     }
 }
 
-/// What a disk holds is on this node only, and no migration copies it.
-pub(super) fn may_travel(config: &DomainConfig) -> Result<(), VmmError> {
-    if config.disks.is_empty() {
-        return Ok(());
-    }
-    let state = format!("the domain has disks ({}): local disks do not travel", config.disks.len());
-    Err(VmmError::State { asked: "migrate", state })
-}
-
 fn text(field: &str, value: &str) -> Result<(), FieldError> {
     if (1..=TEXT_BYTES_MAX).contains(&value.len()) {
         return Ok(());
     }
     Err(FieldError::new(field, value, format!("1 to {TEXT_BYTES_MAX} bytes of text")))
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    /// Refused before there is a connection, let alone a copy.
-    #[test]
-    fn a_domain_with_disks_stays_where_it_is() {
-        let text = r#"{"uid":"u","name":"domains/a","epoch":1,"vcpus":1,
-            "memory_bytes":134217728,"kernel":"/k"}"#;
-        let mut config: DomainConfig = serde_json::from_str(text).unwrap();
-        may_travel(&config).unwrap();
-        config.disks = serde_json::from_str(r#"[{"path":"/a"},{"path":"/b"}]"#).unwrap();
-        assert_eq!(
-            may_travel(&config).unwrap_err().to_string(),
-            "migrate: not possible while the domain has disks (2): local disks do not travel"
-        );
-    }
 }

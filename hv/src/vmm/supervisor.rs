@@ -6,13 +6,13 @@ use std::sync::{Arc, Mutex, PoisonError};
 use drover_proto::vmm::v1::VmmState;
 use tokio::sync::oneshot;
 
-use super::migrate::{DestinationTask, Ended, SourceTask, may_travel};
+use super::migrate::{DestinationTask, Ended, SourceTask};
 use super::{Answer, Options, Reply, Request, Shared, Vmm, VmmError};
 use crate::config::{FieldError, OnReboot};
 use crate::machine::exit::{self, ExitReason, ExitRecord, GuestExit};
 use crate::machine::migratable::MigratableVm;
 use crate::machine::vcpu::{self, OnExit};
-use crate::machine::{Machine, MachineError};
+use crate::machine::{Machine, MachineError, Purpose};
 use crate::migration::{DestinationOutcome, SourceOutcome, remove_handover};
 
 /// Requests that may wait.
@@ -128,10 +128,6 @@ impl Supervisor {
         events: SyncSender<Event>,
     ) -> Result<Self, ExitRecord> {
         let failed = |error: String| ExitRecord::new(ExitReason::Error, error);
-        if options.incoming {
-            // Before its volumes are opened and locked.
-            may_travel(&options.config).map_err(|error| failed(error.to_string()))?;
-        }
         vcpu::install_kick_handler().map_err(|error| failed(error.to_string()))?;
         exit::forget(&options.state_dir).map_err(|error| {
             let directory = options.state_dir.display();
@@ -153,7 +149,7 @@ impl Supervisor {
         let exit = Arc::default();
         let mut supervisor = Self { options, shared, events, place: Place::Lost, epoch, exit };
         let made = if supervisor.options.incoming {
-            supervisor.machine().map(|machine| {
+            supervisor.machine(Purpose::Incoming).map(|machine| {
                 supervisor.shared.set_state(VmmState::Incoming, "");
                 supervisor.place = Place::Waiting(machine);
             })
@@ -165,7 +161,7 @@ impl Supervisor {
     }
 
     /// A machine that stands still.
-    fn machine(&self) -> Result<Box<Machine>, MachineError> {
+    fn machine(&self, purpose: Purpose) -> Result<Box<Machine>, MachineError> {
         let exit = Arc::clone(&self.exit);
         let events = self.events.clone();
         let on_exit: OnExit = Arc::new(move |reason| {
@@ -174,7 +170,7 @@ impl Supervisor {
             let _ = events.try_send(Event::Guest);
         });
         let console = Arc::clone(&self.shared.console);
-        let machine = Machine::new(&self.options.config, console, on_exit)?;
+        let machine = Machine::new(&self.options.config, purpose, console, on_exit)?;
         self.shared.set_machine(&machine);
         Ok(Box::new(machine))
     }
@@ -182,7 +178,7 @@ impl Supervisor {
     /// A fresh machine that runs the domain's kernel.
     fn boot(&mut self) -> Result<(), MachineError> {
         self.shared.console.forget_panic();
-        let mut machine = self.machine()?;
+        let mut machine = self.machine(Purpose::Boot)?;
         machine.boot()?;
         // SAFETY: gives free heap back to the system, and touches nothing in use. The kernel's
         // decompression is what this VMM will ever need most memory for.
@@ -327,6 +323,10 @@ impl Supervisor {
                     return Err(FieldError::new("epoch", epoch, accepted).into());
                 }
                 let failed = |error: String| VmmError::Failed(format!("taking over: {error}"));
+                // No guest without the locks of its disks; until then nothing has changed.
+                for disk in machine.disks() {
+                    disk.volume.reopen().map_err(|error| failed(error.to_string()))?;
+                }
                 remove_handover(&self.options.state_dir).map_err(|e| failed(e.to_string()))?;
                 machine.resume().map_err(|e| failed(e.to_string()))?;
                 // Switches may have learned otherwise.

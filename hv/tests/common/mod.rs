@@ -1,11 +1,16 @@
-//! A machine of plain memory, whose guest is a thread that writes.
+//! A machine of plain memory and of files, whose guest is a thread that writes.
+
+#![allow(dead_code)] // each test takes its part
+
+pub(crate) mod cable;
+pub(crate) mod disk;
 
 use std::io;
 use std::sync::atomic::{AtomicBool, AtomicI32, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex};
 use std::thread::JoinHandle;
 
-use drover_hv::machine::migratable::{MachineState, MigratableError, MigratableVm};
+use drover_hv::machine::migratable::{MachineState, MigratableDisk, MigratableError, MigratableVm};
 use drover_hv::memory::{self, DirtyLog, DirtyPages, DirtyTracker, GuestMemory, PAGE_BYTES};
 use drover_hv::migration::{FeatureWord, Shape};
 use drover_hv::state::{self, kind};
@@ -52,6 +57,7 @@ pub(crate) struct Habits {
 pub(crate) struct FakeVm {
     memory: GuestMemory,
     tracker: DirtyTracker,
+    disks: Vec<MigratableDisk>,
     runners: Runners,
     /// Held by the guest for each write; pausing is taking it.
     gate: Arc<Mutex<bool>>,
@@ -64,6 +70,8 @@ pub(crate) struct FakeVm {
     /// The state after the rehearsal's is refused.
     pub(crate) fail_restore: bool,
     pub(crate) restores: u32,
+    /// What the disks held when the state was saved here, or restored, the last time.
+    pub(crate) disks_then: Vec<Vec<u8>>,
 }
 
 pub(crate) const PAGES: u64 = 2048;
@@ -74,6 +82,7 @@ pub(crate) fn shape() -> Shape {
         vcpus: 1,
         memory_bytes: PAGES * PAGE_BYTES,
         interfaces: vec![[0x52, 0x54, 0, 0, 0, 1]],
+        disks: vec![],
         cpu_features: vec![FeatureWord { leaf: 7, subleaf: 0, register: 1, bits: 3 }],
     }
 }
@@ -81,6 +90,15 @@ pub(crate) fn shape() -> Shape {
 impl FakeVm {
     /// A machine that stands still, with zeroed memory.
     pub(crate) fn new(runners: &Runners, habits: Habits) -> Self {
+        Self::with_disks(runners, habits, Vec::new())
+    }
+
+    /// The same with disks.
+    pub(crate) fn with_disks(
+        runners: &Runners,
+        habits: Habits,
+        disks: Vec<MigratableDisk>,
+    ) -> Self {
         let memory = memory::create(PAGES * PAGE_BYTES).unwrap();
         let tracker = DirtyTracker::new(memory.clone(), Box::new(NoLog));
         let (gate, writes) = (Arc::new(Mutex::new(false)), Arc::new(AtomicU64::new(0)));
@@ -88,11 +106,13 @@ impl FakeVm {
         let guest = {
             let (memory, gate) = (memory.clone(), Arc::clone(&gate));
             let (writes, ended) = (Arc::clone(&writes), Arc::clone(&ended));
-            std::thread::spawn(move || guest(&memory, &gate, &writes, &ended, habits))
+            let disks = disks.clone();
+            std::thread::spawn(move || guest(&memory, &disks, &gate, &writes, &ended, habits))
         };
         Self {
             memory,
             tracker,
+            disks,
             runners: runners.clone(),
             gate,
             running: false,
@@ -103,12 +123,21 @@ impl FakeVm {
             announced: 0,
             fail_restore: false,
             restores: 0,
+            disks_then: Vec::new(),
         }
     }
 
     /// A machine that has run for a while: some pages hold something, some zeros, some nothing.
     pub(crate) fn running(runners: &Runners, habits: Habits) -> Self {
-        let mut vm = Self::new(runners, habits);
+        Self::running_with_disks(runners, habits, Vec::new())
+    }
+
+    pub(crate) fn running_with_disks(
+        runners: &Runners,
+        habits: Habits,
+        disks: Vec<MigratableDisk>,
+    ) -> Self {
+        let mut vm = Self::with_disks(runners, habits, disks);
         for page in (0..PAGES).step_by(3) {
             let value = if page % 2 == 0 { page } else { 0 };
             vm.memory.write_obj(value, GuestAddress(page * PAGE_BYTES + 8)).unwrap();
@@ -117,12 +146,28 @@ impl FakeVm {
         vm
     }
 
+    /// What the disks hold that can be read.
+    fn look_at_disks(&mut self) {
+        let open = self.disks.iter().filter(|disk| disk.volume.is_open());
+        let read = open.map(|disk| {
+            let mut bytes = vec![0; disk.volume.bytes() as usize];
+            disk.volume.read_at(&mut bytes, 0).unwrap();
+            bytes
+        });
+        self.disks_then = read.collect();
+    }
+
     pub(crate) fn is_running(&self) -> bool {
         self.running
     }
 
     pub(crate) fn writes(&self) -> u64 {
         self.writes.load(Ordering::SeqCst)
+    }
+
+    /// What this machine has to be like elsewhere.
+    pub(crate) fn shape(&self) -> Shape {
+        Shape { disks: self.disks.iter().map(MigratableDisk::shape).collect(), ..shape() }
     }
 
     pub(crate) fn contents(&self) -> Vec<u8> {
@@ -134,6 +179,7 @@ impl FakeVm {
 
 fn guest(
     memory: &GuestMemory,
+    disks: &[MigratableDisk],
     gate: &Mutex<bool>,
     writes: &AtomicU64,
     ended: &AtomicBool,
@@ -148,6 +194,7 @@ fn guest(
             let value = if seed >> 60 == 0 { 0 } else { seed };
             memory.write_obj(value, GuestAddress(page * PAGE_BYTES)).unwrap();
             writes.fetch_add(1, Ordering::SeqCst);
+            disks.iter().for_each(|disk| disk::guest_writes(disk, seed));
         }
         std::thread::sleep(habits.rest);
     }
@@ -168,6 +215,10 @@ impl MigratableVm for FakeVm {
         &self.memory
     }
 
+    fn disks(&self) -> &[MigratableDisk] {
+        &self.disks
+    }
+
     fn pause(&mut self) -> Result<(), MigratableError> {
         *self.gate.lock().unwrap() = false;
         if std::mem::take(&mut self.running) {
@@ -178,6 +229,7 @@ impl MigratableVm for FakeVm {
 
     fn resume(&mut self) -> Result<(), MigratableError> {
         if !self.running {
+            assert!(self.disks.iter().all(|disk| disk.volume.is_open()), "runs without its disks");
             self.runners.enter();
             self.running = true;
             *self.gate.lock().unwrap() = true;
@@ -190,6 +242,7 @@ impl MigratableVm for FakeVm {
         // Saving may write memory, and that write must travel.
         self.memory.write_obj(0x5a5a_5a5a_u32, GuestAddress(77 * PAGE_BYTES)).unwrap();
         let writes = self.writes();
+        self.look_at_disks();
         Ok(MachineState { sections: vec![state::section(kind::VM, 0, 1, |e| e.u64(writes))] })
     }
 
@@ -201,6 +254,7 @@ impl MigratableVm for FakeVm {
     fn restore_state(&mut self, state: MachineState) -> Result<(), MigratableError> {
         assert!(!self.running);
         self.restores += 1;
+        self.look_at_disks();
         if self.fail_restore && self.restores > 1 {
             return Err(MigratableError::Mismatch("as the test wanted".into()));
         }

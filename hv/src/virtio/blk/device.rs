@@ -14,7 +14,8 @@ use vm_memory::Bytes;
 use super::backend::{self, Backend, Buffers, Done, Job, Reply, Work, wait_readable};
 use super::limits::{Cost, Limits, Throttle};
 use super::requests::{
-    DISCARD_SECTORS_MAX, ID_BYTES, RANGES_MAX, Request, Rules, Status, ZERO_SECTORS_MAX, parse,
+    DISCARD_SECTORS_MAX, ID_BYTES, RANGES_MAX, Request, Rules, Span, Status, ZERO_SECTORS_MAX,
+    parse,
 };
 use super::volume::{SECTOR_BYTES, Volume, VolumeError};
 use crate::memory::GuestMemory;
@@ -132,6 +133,11 @@ impl Blk {
         Ok((before, now))
     }
 
+    /// Its volume.
+    pub fn volume(&self) -> &Arc<Volume> {
+        &self.volume
+    }
+
     fn has(&self, feature: u32) -> bool {
         self.features & 1 << feature != 0
     }
@@ -235,6 +241,7 @@ impl Blk {
             room_bytes: parsed.room_bytes,
             answer_bytes: 0,
             moved_bytes: 0,
+            changes: Vec::new(),
             written: Vec::new(),
         };
         let durable = !self.has(VIRTIO_BLK_F_FLUSH);
@@ -273,6 +280,8 @@ impl Blk {
         self.in_flight[index] += 1;
         self.bytes_under_way += bytes;
         reply.moved_bytes = bytes;
+        reply.changes = work.changes();
+        self.volume.tracker().mark_all(&reply.changes);
         // SAFETY: `buffers` made the pointers from slices of guest memory. `self.memory` keeps it
         // mapped for longer than the backend exists; nothing here holds a reference into it.
         unsafe { self.backend.start(Job { work, reply }) };
@@ -304,6 +313,8 @@ impl Blk {
         let mut result = Ok(());
         for Done { job, result: outcome } in done.drain(..) {
             let Job { work, reply } = job;
+            // Well or not; it may have been read while it was under way.
+            self.volume.tracker().mark_all(&reply.changes);
             let status = self.status(&work, outcome);
             // The kernel wrote past `vm-memory`, by part even when it failed.
             mark_written(&self.memory, reply.written.iter(), usize::MAX);
@@ -365,6 +376,17 @@ impl Work {
             Self::Flush => "flush",
             Self::Discard { .. } => "discard",
             Self::Zero { .. } => "write zeroes",
+        }
+    }
+
+    /// Bytes of the volume that it changes.
+    fn changes(&self) -> Vec<Span> {
+        match self {
+            Self::Write { offset, buffers, .. } => {
+                vec![Span { offset: *offset, bytes: buffers.bytes(), unmap: false }]
+            }
+            Self::Discard { spans, .. } | Self::Zero { spans, .. } => spans.clone(),
+            Self::Read { .. } | Self::Flush => Vec::new(),
         }
     }
 

@@ -1,7 +1,8 @@
 //! The block device (VIRTIO 1.2, 5.2): a volume of the node, a raw file or a block device.
 //!
 //! [`device`] is the virtio side, [`requests`] tells what a chain asks for, [`limits`] when it may
-//! begin, [`backend`] does it, [`volume`] is the file: opened, measured and locked.
+//! begin, [`backend`] does it, [`volume`] is the file: opened, measured and locked. [`tracker`]
+//! notes for a migration what is written.
 //!
 //! ```text
 //!   queue ─► requests::parse ─► Job ─► Backend ─► io_uring, or a thread with preadv and pwritev
@@ -27,8 +28,10 @@ mod limits;
 mod requests;
 #[cfg(test)]
 mod tests;
+pub mod tracker;
 mod volume;
 
 pub use device::Blk;
 pub use limits::Limits;
+pub(crate) use volume::is_zero;
 pub use volume::{Volume, VolumeError};

@@ -26,6 +26,7 @@ use crate::virtio::tests::{
     BUFFERS, EVENT_IDX, MEMORY_BYTES, NEXT, TestDriver, VERSION_1, WRITE, wait_until,
 };
 
+mod copy;
 mod life;
 mod limits;
 mod property;

@@ -12,6 +12,11 @@ use rustix::fs::{FallocateFlags, FlockOperation};
 use rustix::io::Errno;
 
 use super::requests::Span;
+use super::tracker::WriteTracker;
+
+mod travel;
+
+pub(crate) use travel::is_zero;
 
 /// Virtio counts in these, whatever the disk's own block size.
 pub(super) const SECTOR_BYTES: u64 = 512;
@@ -94,8 +99,10 @@ enum Kind {
 /// An open volume. It is locked until the last handle of it is dropped.
 #[derive(Debug)]
 pub struct Volume {
-    path: PathBuf,
+    /// A descriptor that no I/O can be done with while the volume is closed ([`Volume::close`]).
     file: File,
+    path: PathBuf,
+    tracker: WriteTracker,
     kind: Kind,
     /// Grows.
     bytes: AtomicU64,
@@ -111,28 +118,9 @@ impl Volume {
     /// When it is not there, of another kind or an odd size, or in use.
     pub fn open(path: &Path, read_only: bool) -> Result<Self, VolumeError> {
         let open = |source| VolumeError::Open { path: path.to_owned(), source };
-        let busy = || VolumeError::Busy { path: path.to_owned() };
         // Looked at first: opening a pipe would wait for its other end.
         let kind = kind(path, &std::fs::metadata(path).map_err(open)?)?;
-        let exclusive = if kind == Kind::Device { libc::O_EXCL } else { 0 };
-        let deadline = Instant::now() + LOCK_WAIT_MAX;
-        let file = loop {
-            let opened = OpenOptions::new()
-                .read(true)
-                .write(!read_only)
-                .custom_flags(exclusive | libc::O_CLOEXEC)
-                .open(path);
-            let locked = opened.and_then(|file| {
-                rustix::fs::flock(&file, FlockOperation::NonBlockingLockExclusive)?;
-                Ok(file)
-            });
-            match locked {
-                Ok(file) => break file,
-                Err(error) if !is_busy(&error) => return Err(open(error)),
-                Err(_) if Instant::now() >= deadline => return Err(busy()),
-                Err(_) => std::thread::sleep(LOCK_RETRY),
-            }
-        };
+        let file = open_locked(path, read_only, kind)?;
         // What is open counts, not what lay there before.
         if self::kind(path, &file.metadata().map_err(open)?)? != kind {
             return Err(VolumeError::Kind { path: path.to_owned() });
@@ -142,7 +130,8 @@ impl Volume {
         if bytes == 0 || !bytes.is_multiple_of(SECTOR_BYTES) {
             return Err(VolumeError::Size { path, bytes });
         }
-        Ok(Self { path, file, kind, bytes: AtomicU64::new(bytes), block_bytes, read_only })
+        let (bytes, tracker) = (AtomicU64::new(bytes), WriteTracker::default());
+        Ok(Self { file, path, tracker, kind, bytes, block_bytes, read_only })
     }
 
     /// Looks how long it is now. Answers its length before and now, in bytes.
@@ -174,8 +163,14 @@ impl Volume {
         self.block_bytes
     }
 
-    pub(super) fn is_read_only(&self) -> bool {
+    /// Whether the guest can only read it.
+    pub fn is_read_only(&self) -> bool {
         self.read_only
+    }
+
+    /// Notes what is written, for a migration.
+    pub fn tracker(&self) -> &WriteTracker {
+        &self.tracker
     }
 
     /// Whether zeros can be had by giving room back.
@@ -241,6 +236,33 @@ impl Volume {
         match unsafe { libc::ioctl(self.fd(), request, range.as_ptr()) } {
             0.. => Ok(()),
             _ => Err(io::Error::last_os_error()),
+        }
+    }
+}
+
+/// Opens and locks it, waiting a little where somebody else has it.
+fn open_locked(path: &Path, read_only: bool, kind: Kind) -> Result<File, VolumeError> {
+    let exclusive = if kind == Kind::Device { libc::O_EXCL } else { 0 };
+    let deadline = Instant::now() + LOCK_WAIT_MAX;
+    loop {
+        let opened = OpenOptions::new()
+            .read(true)
+            .write(!read_only)
+            .custom_flags(exclusive | libc::O_CLOEXEC)
+            .open(path);
+        let locked = opened.and_then(|file| {
+            rustix::fs::flock(&file, FlockOperation::NonBlockingLockExclusive)?;
+            Ok(file)
+        });
+        match locked {
+            Ok(file) => return Ok(file),
+            Err(error) if !is_busy(&error) => {
+                return Err(VolumeError::Open { path: path.to_owned(), source: error });
+            }
+            Err(_) if Instant::now() >= deadline => {
+                return Err(VolumeError::Busy { path: path.to_owned() });
+            }
+            Err(_) => std::thread::sleep(LOCK_RETRY),
         }
     }
 }

@@ -59,6 +59,8 @@ pub(super) struct Reply {
     pub(super) answer_bytes: u64,
     /// Bytes that the job moves.
     pub(super) moved_bytes: u64,
+    /// Bytes of the volume that it changes.
+    pub(super) changes: Vec<Span>,
     /// Guest memory that the kernel writes.
     pub(super) written: Vec<Segment>,
 }
@@ -90,6 +92,11 @@ impl Buffers {
     /// Nothing (more) to transfer.
     pub(super) fn is_empty(&self) -> bool {
         self.left().is_empty()
+    }
+
+    /// Bytes that are left to transfer.
+    pub(super) fn bytes(&self) -> u64 {
+        self.left().iter().map(|buffer| buffer.iov_len as u64).sum()
     }
 
     fn left(&self) -> &[libc::iovec] {

@@ -294,3 +294,42 @@ fn a_disk_grows_while_the_guest_runs() {
         moved.driver.device.restore(1, &state).unwrap();
     }
 }
+
+/// A migration sees a write twice: when it begins, and when it is done, well or not; it may have
+/// read the block in between.
+#[test]
+fn what_is_written_is_tracked_from_before_until_after() {
+    let gate = Gate::new();
+    let mut volume = None;
+    let mut bench = Bench::with(file(SECTORS), false, |its| {
+        volume = Some(Arc::clone(its));
+        Box::new(gate.clone())
+    });
+    let volume = volume.unwrap();
+    let blocks = || volume.tracker().take(volume.bytes()).next_run(0);
+    volume.tracker().start(volume.bytes());
+    let zeroes = [0, 0, 0, 0, 0, 0, 0, 0, 4, 0, 0, 0, 0, 0, 0, 0];
+    bench.put(0, 0, Ask { kind: OUT, output: &[1; 512], ..Ask::default() });
+    bench.driver.kick(0);
+    wait_until("it is under way", || gate.held() == 1);
+    let first = Some((0, tracker::BLOCK_BYTES));
+    assert_eq!([blocks(), blocks()], [first, None]);
+    gate.release(0, Err(std::io::Error::from_raw_os_error(libc::EIO)));
+    bench.driver.wait_used(0);
+    assert_eq!([blocks(), blocks()], [first, None], "it may have been written by part");
+    for (slot, kind, output) in [(1, DISCARD, &zeroes[..]), (2, WRITE_ZEROES, &zeroes[..])] {
+        bench.put(0, slot, Ask { kind, output, ..Ask::default() });
+        bench.driver.kick(0);
+        wait_until("it is under way", || gate.held() == 1);
+        assert_eq!(blocks(), first);
+        gate.release_all();
+        bench.driver.wait_used(0);
+        assert_eq!(blocks(), first);
+    }
+    bench.put(0, 3, Ask { kind: IN, room: 512, ..Ask::default() });
+    bench.driver.kick(0);
+    wait_until("it is under way", || gate.held() == 1);
+    gate.release_all();
+    bench.driver.wait_used(0);
+    assert_eq!(blocks(), None);
+}

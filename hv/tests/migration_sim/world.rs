@@ -1,20 +1,6 @@
-//! The migration's two state machines under a deterministic simulator.
-//!
-//! A seed decides the order of everything: whose step is next, when a message arrives, when the
-//! cable is cut, when a side is killed, what a disk refuses, when the controller acts. After each
-//! step the invariants are checked:
-//!
-//! - I1: never two machines that run. More strictly: never two sides that *may* resume by
-//!   themselves.
-//! - I5: a failure before the hand-over ends with the source running, and with a destination that
-//!   will never run.
-//! - Nothing is stuck: when nothing more can happen, each side is in a state that ends, or waits
-//!   for the controller, and the controller's decision brings the guest back unless its only copy
-//!   was killed.
-//!
-//! `SIM_SEED=n` replays one seed, `SIM_SEEDS=n` tries that many.
+//! The world of one migration: two sides, a cable, a disk or two, and what goes wrong.
 
-#![allow(clippy::unwrap_used)] // helpers of tests are tests
+mod rules;
 
 use std::collections::VecDeque;
 
@@ -25,32 +11,15 @@ use drover_hv::migration::source_machine::{
     SourceAction as SA, SourceEvent as SE, SourceMachine, SourceState as SS,
 };
 
-/// A source of chance that replays.
-#[derive(Clone)]
-struct Chance(u64);
+use super::Chance;
+use super::disk::{Disk, Version};
 
-impl Chance {
-    fn next(&mut self) -> u64 {
-        // SplitMix64.
-        self.0 = self.0.wrapping_add(0x9e37_79b9_7f4a_7c15);
-        let mut z = self.0;
-        z = (z ^ (z >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
-        z = (z ^ (z >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
-        z ^ (z >> 31)
-    }
-    fn below(&mut self, bound: usize) -> usize {
-        (self.next() % bound as u64) as usize
-    }
-    fn one_in(&mut self, n: usize) -> bool {
-        n > 0 && self.below(n) == 0
-    }
-}
-
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, PartialEq, Eq)]
 enum Message {
     Hello,
     Welcome,
     Pages,
+    Blocks(Vec<(usize, Version)>),
     State,
     Ready,
     Commit,
@@ -60,27 +29,29 @@ enum Message {
 
 /// What may go wrong in a run; `0` never, else once in so many steps.
 #[derive(Debug, Clone, Copy, Default)]
-struct Faults {
-    cut: usize,
-    kill_source: usize,
-    kill_destination: usize,
-    cancel: usize,
-    disk: usize,
-    restore: usize,
+pub(crate) struct Faults {
+    pub(crate) cut: usize,
+    pub(crate) kill_source: usize,
+    pub(crate) kill_destination: usize,
+    pub(crate) cancel: usize,
+    pub(crate) disk: usize,
+    pub(crate) restore: usize,
     /// Fires exactly at this step: for going through all of them.
-    at: Option<(usize, Fault)>,
+    pub(crate) at: Option<(usize, Fault)>,
+    /// The disk is shared.
+    pub(crate) shared: bool,
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-enum Fault {
+pub(crate) enum Fault {
     Cut,
     KillSource,
     KillDestination,
     Cancel,
 }
 
-struct Source {
-    machine: SourceMachine,
+pub(crate) struct Source {
+    pub(crate) machine: SourceMachine,
     action: Option<SA>,
     /// Half done: the message of a two-part action is out.
     sent: bool,
@@ -88,19 +59,20 @@ struct Source {
     rounds: usize,
 }
 
-struct Destination {
-    machine: DestinationMachine,
+pub(crate) struct Destination {
+    pub(crate) machine: DestinationMachine,
     action: Option<DA>,
     said_ready: bool,
     runs: bool,
 }
 
-struct World {
+pub(crate) struct World {
     chance: Chance,
     faults: Faults,
-    steps: usize,
-    source: Option<Source>,
-    destination: Option<Destination>,
+    pub(crate) steps: usize,
+    pub(crate) source: Option<Source>,
+    pub(crate) destination: Option<Destination>,
+    disk: Disk,
     to_destination: VecDeque<Message>,
     to_source: VecDeque<Message>,
     connected: bool,
@@ -110,11 +82,11 @@ struct World {
     commit_sent: bool,
     cancelled: bool,
     moved: bool,
-    trace: Vec<String>,
+    pub(crate) trace: Vec<String>,
 }
 
 impl World {
-    fn new(seed: u64, faults: Faults) -> Self {
+    pub(crate) fn new(seed: u64, faults: Faults) -> Self {
         Self {
             chance: Chance(seed),
             faults,
@@ -132,6 +104,7 @@ impl World {
                 said_ready: false,
                 runs: false,
             }),
+            disk: Disk::new(faults.shared),
             to_destination: VecDeque::new(),
             to_source: VecDeque::new(),
             connected: false,
@@ -155,6 +128,9 @@ impl World {
         let action = source.machine.step(event).unwrap_or_else(|error| panic!("{error}"));
         source.action = Some(action);
         source.sent = false;
+        if action == SA::Finish {
+            self.disk.stop_tracking();
+        }
         if action == SA::Finish && source.machine.state() == SS::Failed {
             if self.link_up {
                 self.to_destination.push_back(Message::Abort);
@@ -169,6 +145,7 @@ impl World {
         let action = destination.machine.step(event).unwrap_or_else(|error| panic!("{error}"));
         destination.action = Some(action);
         if destination.machine.state() == DS::Failed {
+            self.disk.open_there = false;
             if self.link_up {
                 self.to_source.push_back(Message::Abort);
             }
@@ -217,8 +194,15 @@ impl World {
             }
             return false;
         };
-        let before_line =
-            !matches!(action, SA::Commit | SA::Resume | SA::Finish | SA::WriteHandover);
+        let before_line = !matches!(
+            action,
+            SA::ReleaseDisks
+                | SA::Commit
+                | SA::LockDisks
+                | SA::Resume
+                | SA::Finish
+                | SA::WriteHandover
+        );
         if self.cancelled && before_line {
             self.connected = false;
             self.source_event(SE::Failed);
@@ -239,7 +223,17 @@ impl World {
                 }
             }
             SA::Greet => return self.ask(Message::Hello, Message::Welcome, SE::Welcomed),
+            SA::CopyDisks => {
+                if let Some(sent) = self.send_blocks() {
+                    return sent;
+                }
+                let another = self.chance.one_in(2);
+                self.source_event(if another { SE::RoundDone } else { SE::DisksCopied });
+            }
             SA::CopyRound => {
+                if let Some(sent) = self.send_blocks() {
+                    return sent;
+                }
                 let ok = self.send(true, Message::Pages);
                 let enough = self.chance.one_in(3);
                 let rounds = self.source.as_mut().map_or(0, |s| {
@@ -259,11 +253,15 @@ impl World {
                 if let Some(source) = &mut self.source {
                     source.runs = false;
                 }
+                self.disk.settle();
                 let saved = !self.chance.one_in(self.faults.restore * 2);
                 self.source_event(if saved { SE::Stopped } else { SE::Failed });
             }
             SA::SendLast => {
-                let ok = self.send(true, Message::Pages) && self.send(true, Message::State);
+                let blocks = self.disk.read_last();
+                let ok = (blocks.is_empty() || self.send(true, Message::Blocks(blocks)))
+                    && self.send(true, Message::Pages)
+                    && self.send(true, Message::State);
                 self.source_event(if ok { SE::LastSent } else { SE::Failed });
             }
             SA::AwaitReady => match self.source_reads() {
@@ -273,7 +271,16 @@ impl World {
                 None => return false,
             },
             SA::WriteHandover => self.write_handover(),
+            SA::ReleaseDisks => {
+                let failed = self.chance.one_in(self.faults.disk * 4);
+                self.disk.open_here = failed;
+                self.source_event(if failed { SE::Failed } else { SE::DisksReleased });
+            }
             SA::Commit => return self.commit(),
+            SA::LockDisks => {
+                self.disk.open_here = true;
+                self.source_event(SE::DisksLocked);
+            }
             SA::Resume => {
                 if let Some(source) = &mut self.source {
                     source.runs = true;
@@ -284,6 +291,19 @@ impl World {
             SA::Finish => return false,
         }
         true
+    }
+
+    /// Some blocks of a pass; `None` when it is done.
+    fn send_blocks(&mut self) -> Option<bool> {
+        let most = 1 + self.chance.below(3);
+        let blocks = self.disk.read(most);
+        if blocks.is_empty() {
+            return None;
+        }
+        if !self.send(true, Message::Blocks(blocks)) {
+            self.source_event(SE::Failed);
+        }
+        Some(true)
     }
 
     /// A question and its answer.
@@ -311,11 +331,13 @@ impl World {
         if self.cancelled {
             self.source_event(SE::Failed);
         } else if self.chance.one_in(self.faults.disk) {
+            self.disk.check_moved();
             let unclear = self.chance.one_in(2);
             // Unclear: the file may be there or not.
             self.handed_over = unclear && self.chance.one_in(2);
             self.source_event(if unclear { SE::HandoverUnclear } else { SE::HandoverWithdrawn });
         } else {
+            self.disk.check_moved();
             self.handed_over = true;
             self.source_event(SE::HandoverWritten);
         }
@@ -325,6 +347,7 @@ impl World {
         let sent = self.source.as_ref().is_some_and(|source| source.sent);
         if !sent {
             assert!(self.handed_over, "COMMIT before the hand-over is on disk");
+            assert!(!self.disk.open_here, "COMMIT with the disks open");
             self.commit_sent = true;
             if self.send(true, Message::Commit) {
                 if let Some(source) = &mut self.source {
@@ -367,6 +390,7 @@ impl World {
             },
             DA::Receive => match self.destination_reads() {
                 Some(Some(Message::Pages)) => {}
+                Some(Some(Message::Blocks(blocks))) => self.disk.receive(&blocks),
                 Some(Some(Message::State)) => self.destination_event(DE::StateReceived),
                 Some(Some(Message::Abort)) => self.destination_event(DE::Aborted),
                 Some(Some(other)) => panic!("{other:?} among pages"),
@@ -377,9 +401,23 @@ impl World {
                 let failed = self.chance.one_in(self.faults.restore);
                 self.destination_event(if failed { DE::Failed } else { DE::Restored });
             }
+            DA::SyncDisks => {
+                let failed = self.chance.one_in(self.faults.disk);
+                if !failed {
+                    self.disk.sync_there();
+                }
+                self.destination_event(if failed { DE::Failed } else { DE::Synced });
+            }
+            DA::LockDisks => {
+                assert!(!self.disk.shared || !self.disk.open_here, "locked by two");
+                let failed = self.chance.one_in(self.faults.disk * 4);
+                self.disk.open_there = !failed;
+                self.destination_event(if failed { DE::Failed } else { DE::DisksLocked });
+            }
             DA::AwaitCommit => return self.await_commit(),
             DA::AwaitController => return false,
             DA::Resume => {
+                self.disk.check_moved();
                 if let Some(destination) = &mut self.destination {
                     destination.runs = true;
                 }
@@ -438,14 +476,14 @@ impl World {
         }
         if (source || self.chance.one_in(faults.kill_source)) && self.source.is_some() {
             self.note("the source is killed");
-            self.source = None;
-            self.connected = false;
+            self.end_source();
         }
         if (destination || self.chance.one_in(faults.kill_destination))
             && self.destination.is_some()
         {
             self.note("the destination is killed");
             self.destination = None;
+            self.disk.open_there = false;
             self.connected = false;
         }
         let closed = self.handed_over || self.commit_sent;
@@ -455,13 +493,23 @@ impl World {
         }
     }
 
+    /// Its process is gone, and what it had open is not.
+    fn end_source(&mut self) {
+        self.source = None;
+        self.disk.open_here = false;
+        self.connected = false;
+    }
+
     /// Runs until nothing happens any more.
-    fn run(&mut self) {
+    pub(crate) fn run(&mut self) {
         let mut idle = 0;
         while idle < 200 {
             self.steps += 1;
             assert!(self.steps < 5000, "it does not end");
             self.fault();
+            if self.source_runs() && self.chance.one_in(2) {
+                self.disk.guest(&mut self.chance);
+            }
             let source_first = self.chance.one_in(2);
             let moved = (source_first && self.step_source())
                 || self.step_destination()
@@ -470,153 +518,5 @@ impl World {
             self.check();
         }
         self.check_end();
-    }
-
-    fn source_runs(&self) -> bool {
-        self.source.as_ref().is_some_and(|source| source.runs)
-    }
-
-    fn destination_runs(&self) -> bool {
-        self.destination.as_ref().is_some_and(|destination| destination.runs)
-    }
-
-    /// The invariants of every moment.
-    fn check(&self) {
-        assert!(!(self.source_runs() && self.destination_runs()), "I1: the guest runs twice");
-        // Who may resume without the controller: the source before the line, the destination when
-        // COMMIT was sent. Both at once would be a race for the guest.
-        let source_may = self.source.as_ref().is_some_and(|source| {
-            !matches!(source.machine.state(), SS::Committing | SS::HandedOver | SS::Succeeded)
-        });
-        let destination_may = self.commit_sent || self.moved;
-        assert!(!(source_may && destination_may), "I1: both sides may resume");
-    }
-
-    /// The invariants of the end, and the controller's part.
-    fn check_end(&mut self) {
-        let source = self.source.as_ref().map(|source| source.machine.state());
-        let destination = self.destination.as_ref().map(|d| d.machine.state());
-        let ended = [SS::Succeeded, SS::Failed, SS::HandedOver];
-        assert!(source.is_none_or(|state| ended.contains(&state)), "stuck: source in {source:?}");
-        let ended = [DS::Running, DS::Failed, DS::Ready];
-        assert!(
-            destination.is_none_or(|state| ended.contains(&state)),
-            "stuck: destination in {destination:?}"
-        );
-        match source {
-            Some(SS::Failed) => {
-                assert!(self.source_runs(), "I5: the source failed in time and does not run");
-                assert_ne!(destination, Some(DS::Running));
-            }
-            Some(SS::Succeeded) => {
-                let alive = self.destination.is_some();
-                assert!(!alive || self.destination_runs(), "moved, and runs nowhere");
-            }
-            _ => {}
-        }
-        self.decide(source, destination);
-    }
-
-    /// The controller: ends the one side for certain, then lets the other take over.
-    fn decide(&mut self, source: Option<SS>, destination: Option<DS>) {
-        if destination == Some(DS::Ready) && !matches!(source, Some(SS::Failed)) {
-            self.source = None;
-            self.destination_event(DE::TakeOver);
-            assert!(self.step_destination());
-            assert!(self.destination_runs());
-        } else if source == Some(SS::HandedOver) && destination != Some(DS::Running) && !self.moved
-        {
-            // Only when the destination is gone and never ran.
-            self.destination = None;
-            self.source_event(SE::TakeOver);
-            assert!(self.step_source());
-            assert!(self.source_runs());
-        }
-        assert!(!(self.source_runs() && self.destination_runs()), "I1 after the decision");
-    }
-}
-
-fn run(seed: u64, faults: Faults) -> (Option<SS>, Option<DS>, usize) {
-    let mut world = World::new(seed, faults);
-    let result = std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| world.run()));
-    if let Err(panic) = result {
-        eprintln!("seed {seed} ({faults:?}); replay with SIM_SEED={seed}");
-        eprintln!("{}", world.trace.join("\n"));
-        std::panic::resume_unwind(panic);
-    }
-    let source = world.source.as_ref().map(|source| source.machine.state());
-    let destination = world.destination.as_ref().map(|d| d.machine.state());
-    (source, destination, world.steps)
-}
-
-fn seeds() -> Vec<u64> {
-    let number = |name: &str| std::env::var(name).ok().and_then(|value| value.parse().ok());
-    match number("SIM_SEED") {
-        Some(seed) => vec![seed],
-        None => (0..number("SIM_SEEDS").unwrap_or(3000)).collect(),
-    }
-}
-
-#[test]
-fn without_faults_every_migration_ends_well() {
-    let mut moved = 0;
-    for seed in seeds() {
-        let (source, destination, _) = run(seed, Faults::default());
-        match source {
-            Some(SS::Succeeded) => {
-                assert_eq!(destination, Some(DS::Running));
-                moved += 1;
-            }
-            // The policy gave up, or an answer took too long.
-            Some(SS::Failed) => assert_ne!(destination, Some(DS::Running), "seed {seed}"),
-            _ => assert_eq!(destination, Some(DS::Running), "seed {seed}: {source:?}"),
-        }
-    }
-    assert!(moved * 2 > seeds().len(), "only {moved} moved");
-}
-
-#[test]
-fn any_storm_of_faults_keeps_the_invariants() {
-    let mut endings = std::collections::BTreeMap::new();
-    for seed in seeds() {
-        let mut chance = Chance(seed ^ 0xfau64);
-        let mut pick = || [0, 0, 20, 60, 200][chance.below(5)];
-        let faults = Faults {
-            cut: pick(),
-            kill_source: pick(),
-            kill_destination: pick(),
-            cancel: pick(),
-            disk: [0, 2, 10][(seed % 3) as usize],
-            restore: [0, 3, 10][(seed / 3 % 3) as usize],
-            at: None,
-        };
-        let (source, destination, _) = run(seed, faults);
-        *endings.entry(format!("{source:?}/{destination:?}")).or_insert(0) += 1;
-    }
-    // The storm reaches every corner, or it shows nothing.
-    if seeds().len() > 1000 {
-        for corner in [
-            "Some(Succeeded)/Some(Running)",
-            "Some(Failed)/Some(Failed)",
-            "Some(Failed)/Some(Ready)",
-            "Some(Owner)/None",
-            "None/Some(Running)",
-            "None/None",
-        ] {
-            assert!(endings.contains_key(corner), "never saw {corner}: {endings:#?}");
-        }
-    }
-}
-
-/// Each fault at each step of a migration, in many orders.
-#[test]
-fn every_fault_at_every_step_keeps_the_invariants() {
-    for seed in seeds().into_iter().take(100) {
-        let (_, _, steps) = run(seed, Faults::default());
-        for step in 1..=steps {
-            for fault in [Fault::Cut, Fault::KillSource, Fault::KillDestination, Fault::Cancel] {
-                run(seed, Faults { at: Some((step, fault)), ..Faults::default() });
-            }
-        }
     }
 }

@@ -1,0 +1,248 @@
+//! The source's disks: what has to go over, and the passes in which it does.
+
+use std::time::{Duration, Instant};
+
+use super::super::blocks::{Batch, Pass};
+use super::super::link::buffer;
+use super::super::policy::{self, DiskDecision, Progress, Stop};
+use super::super::wire::{self, DATA_BYTES_MAX, Kind};
+use super::super::{IDLE_TIMEOUT, MigrationError};
+use super::{Pacer, Source, SourceEvent, SourceState, gave_up};
+use crate::machine::migratable::{MigratableDisk, MigratableVm};
+use crate::virtio::blk::tracker::BlockSet;
+
+/// A pass that finds nothing to send says so often that it is there: the destination gives up
+/// after [`IDLE_TIMEOUT`].
+const SIGN_OF_LIFE: Duration = Duration::from_secs(5);
+/// The destination is never more behind than this. A few bytes may tell of many that it has to look
+/// at or zero, and its disk may be slower than the link: without a bound the answer at the end of
+/// a pass would come too late.
+const UNACKED_BYTES_MAX: u64 = 32 << 20;
+
+/// The disks whose content goes over.
+#[derive(Default)]
+pub(super) struct Disks {
+    /// With their numbers in the shape.
+    local: Vec<(u32, MigratableDisk)>,
+    /// All of them, shared ones too.
+    all: Vec<MigratableDisk>,
+    /// As the destination said: those that read as zeros there.
+    zeroed: Vec<bool>,
+    /// What the next pass sends, disk by disk; `None` before the first.
+    dirty: Option<Vec<BlockSet>>,
+    buffer: Vec<u8>,
+    /// Bytes told of since the destination last answered.
+    unacked: u64,
+    pub(super) remaining_before: Option<u64>,
+}
+
+impl Disks {
+    pub(super) fn of(vm: &dyn MigratableVm) -> Self {
+        let all = vm.disks().to_vec();
+        let local = (0..).zip(all.iter().cloned()).filter(|(_, disk)| !disk.shared).collect();
+        Self { local, all, ..Self::default() }
+    }
+
+    /// WELCOME said which read as zeros there.
+    pub(super) fn welcome(&mut self, payload: &[u8]) -> Result<(), crate::state::StateError> {
+        self.zeroed = wire::decode_welcome(payload, self.all.len())?;
+        Ok(())
+    }
+
+    fn start_tracking(&self) {
+        for (_, disk) in &self.local {
+            disk.volume.tracker().start(disk.volume.bytes());
+        }
+    }
+
+    /// Nobody wants to know any more what is written.
+    pub(super) fn stop_tracking(&self) {
+        for (_, disk) in &self.local {
+            disk.volume.tracker().stop();
+        }
+    }
+
+    /// Adds what was written since to what the next pass sends; answers how much that is.
+    pub(super) fn gather(&mut self) -> u64 {
+        let Some(dirty) = &mut self.dirty else { return 0 };
+        for (blocks, (_, disk)) in dirty.iter_mut().zip(&self.local) {
+            blocks.merge(&disk.volume.tracker().take(disk.volume.bytes()));
+        }
+        dirty.iter().map(BlockSet::bytes).sum()
+    }
+
+    /// What the next pass sends; nothing is left.
+    fn take(&mut self) -> Vec<BlockSet> {
+        let none = self.local.iter().map(|(_, disk)| BlockSet::none(disk.volume.bytes()));
+        self.dirty.replace(none.collect()).unwrap_or_default()
+    }
+
+    /// What lies in this node's cache is not seen by the other.
+    pub(super) fn sync_shared(&self) -> Result<(), MigrationError> {
+        let shared = self.all.iter().enumerate().filter(|(_, disk)| disk.shared);
+        for (index, disk) in shared.filter(|(_, disk)| !disk.volume.is_read_only()) {
+            disk.volume.sync().map_err(MigrationError::disk(index, "making it durable"))?;
+        }
+        Ok(())
+    }
+
+    /// Closes all of them: their locks are free, and nothing can be written from here.
+    pub(super) fn release(&self) -> Result<(), MigrationError> {
+        for (index, disk) in self.all.iter().enumerate() {
+            disk.volume.close().map_err(MigrationError::disk(index, "letting go of it"))?;
+        }
+        Ok(())
+    }
+}
+
+impl Source<'_, '_> {
+    /// One pass over the disks: all that is allocated, or what was written since the last one.
+    pub(super) fn copy_disks(&mut self) -> Result<SourceEvent, MigrationError> {
+        if self.disks.local.is_empty() {
+            return Ok(SourceEvent::DisksCopied);
+        }
+        let began = Instant::now();
+        let before = self.report.bytes_sent;
+        self.send_disks(&mut Pacer::begin(), SourceState::CopyingDisks)?;
+        self.end_pass(began, before)?;
+        let remaining = self.disks.gather();
+        let progress = Progress {
+            rounds: self.copied.passes,
+            remaining,
+            remaining_before: self.disks.remaining_before.replace(remaining),
+            sent: self.report.bytes_sent,
+            elapsed: self.started.elapsed(),
+            rate: self.copied.rate,
+        };
+        self.report.remaining_bytes = remaining;
+        self.report.disk_remaining_bytes = remaining;
+        tracing::debug!(?progress, "a pass over the disks is done");
+        match policy::decide_disks(&progress, &self.config.limits) {
+            DiskDecision::Copy => Ok(SourceEvent::RoundDone),
+            DiskDecision::Memory => Ok(SourceEvent::DisksCopied),
+            DiskDecision::GiveUp(stop) => {
+                self.report.stop_reason = stop.name().to_owned();
+                Err(gave_up(stop, &progress, &self.config.limits))
+            }
+        }
+    }
+
+    /// Sends what the disks' next pass has to, in this state.
+    pub(super) fn send_disks(
+        &mut self,
+        pacer: &mut Pacer,
+        state: SourceState,
+    ) -> Result<(), MigrationError> {
+        if self.disks.local.is_empty() {
+            return Ok(());
+        }
+        let fresh = self.disks.dirty.is_none();
+        if fresh {
+            // From here on every write is noted; so what is read now and written later, or
+            // meanwhile, is.
+            self.disks.start_tracking();
+        }
+        let mut blocks = self.disks.take().into_iter();
+        let zeroed = self.disks.zeroed.clone();
+        let local = self.disks.local.clone();
+        let mut passes: Vec<Pass<'_>> = local
+            .iter()
+            .map(|(number, disk)| match blocks.next() {
+                Some(blocks) => Pass::blocks(&disk.volume, *number, blocks),
+                None => Pass::all(&disk.volume, *number, zeroed[*number as usize]),
+            })
+            .collect();
+        let mut buffer = std::mem::take(&mut self.disks.buffer);
+        buffer.resize(DATA_BYTES_MAX, 0);
+        let mut left: u64 = passes.iter().map(Pass::left).sum();
+        if left > 0 || fresh {
+            self.report.disk_rounds += 1;
+        }
+        let mut spoke = Instant::now();
+        for pass in &mut passes {
+            loop {
+                self.may_go_on()?;
+                let disk = pass.disk() as usize;
+                let before = pass.left();
+                let next = pass.next(&mut buffer);
+                let Some(batch) = next.map_err(MigrationError::disk(disk, "reading it"))? else {
+                    break;
+                };
+                left = left.saturating_sub(before.saturating_sub(pass.left()));
+                self.report.disk_remaining_bytes = left;
+                self.report.disk_zero_bytes += batch.zero_bytes;
+                if !batch.extents.is_empty() || spoke.elapsed() > SIGN_OF_LIFE {
+                    pacer.sent += self.send_blocks(&batch, &buffer)?;
+                    self.disks.unacked += batch.told_bytes();
+                    if self.disks.unacked >= UNACKED_BYTES_MAX {
+                        self.acknowledge()?;
+                    }
+                    spoke = Instant::now();
+                }
+                if self.pause.is_none() {
+                    self.report.remaining_bytes = left;
+                    self.pace(pacer)?;
+                    self.report(state, false);
+                }
+            }
+        }
+        self.disks.buffer = buffer;
+        Ok(())
+    }
+
+    /// Between two messages of the disks, of which there may be hours full.
+    fn may_go_on(&mut self) -> Result<(), MigrationError> {
+        if self.control.is_cancelled() {
+            return Err(MigrationError::Cancelled);
+        }
+        let elapsed = self.started.elapsed();
+        let limits = &self.config.limits;
+        if self.pause.is_none() && elapsed >= limits.total_time {
+            let stop = Stop::Time;
+            self.report.stop_reason = stop.name().to_owned();
+            let remaining = self.report.disk_remaining_bytes;
+            let progress = Progress { remaining, rate: self.copied.rate, ..Default::default() };
+            return Err(gave_up(stop, &progress, limits));
+        }
+        Ok(())
+    }
+
+    fn send_blocks(&mut self, batch: &Batch, buffer_of: &[u8]) -> Result<u64, MigrationError> {
+        let table = wire::encode_extents(&batch.extents);
+        let header = wire::header(Kind::Disk, table.len() + batch.data_bytes);
+        let mut buffers = Vec::with_capacity(2 + batch.data.len());
+        buffers.extend([buffer(&header), buffer(&table)]);
+        buffers.extend(batch.data.iter().map(|range| buffer(&buffer_of[range.clone()])));
+        let link = self.link()?;
+        let before = link.sent;
+        // SAFETY: the buffers are the header, the table, and parts of a borrowed slice.
+        unsafe { link.send_buffers(&mut buffers) }?;
+        let sent = link.sent - before;
+        self.report.bytes_sent += sent;
+        self.report.disk_bytes_sent += batch.data_bytes as u64;
+        self.copied.sent.disk_bytes += batch.told_bytes();
+        Ok(sent)
+    }
+
+    /// A pass is out: the destination has it all, durable what is of disks, and the rate is known.
+    pub(super) fn end_pass(&mut self, began: Instant, before: u64) -> Result<(), MigrationError> {
+        self.copied.passes += 1;
+        self.acknowledge()?;
+        let sent = self.report.bytes_sent - before;
+        self.copied.rate = policy::rate_after(self.copied.rate, sent, began.elapsed());
+        self.report.rate_bytes_per_second = self.copied.rate;
+        Ok(())
+    }
+
+    /// Waits until the destination has all that was sent.
+    fn acknowledge(&mut self) -> Result<(), MigrationError> {
+        self.disks.unacked = 0;
+        let round = wire::encode_round(self.copied.passes, self.copied.sent);
+        self.link()?.send(Kind::Round, &round)?;
+        let ack = self.link()?.expect(Kind::RoundAck, IDLE_TIMEOUT)?;
+        if ack != round {
+            return Err(MigrationError::Protocol("what was sent does not add up".into()));
+        }
+        Ok(())
+    }
+}
