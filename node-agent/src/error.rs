@@ -62,6 +62,9 @@ pub enum Error {
     /// A pool, or what is in it.
     #[error(transparent)]
     InPool(#[from] drover_storage::PoolError),
+    /// Those who could help are helping others now.
+    #[error("{0}")]
+    Busy(String),
     /// There is no room for what is to come.
     #[error("{0}")]
     NoRoom(String),

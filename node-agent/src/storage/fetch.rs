@@ -56,16 +56,22 @@ pub(super) async fn fetch(
     let (random, _) = uuid::Uuid::new_v4().as_u64_pair();
     let first = (random % sources.len() as u64) as usize;
     let mut reasons = Vec::new();
+    let mut all_busy = true;
     for source in sources.iter().cycle().skip(first).take(sources.len().min(SOURCES_MAX)) {
         match fetch_from(source, pool, image, bytes, progress).await {
             Ok(info) => return Ok(info),
             Err(error) => {
                 tracing::warn!(%image, source, %error, "cannot fetch the image");
+                all_busy &= matches!(error, Error::Busy(_));
                 reasons.push(format!("{source}: {error}"));
             }
         }
     }
-    Err(Error::Domain(format!("the image cannot be fetched: {}", reasons.join("; "))))
+    let reasons = reasons.join("; ");
+    if all_busy {
+        return Err(Error::Busy(format!("the image is to be copied: {reasons}")));
+    }
+    Err(Error::Domain(format!("the image cannot be fetched: {reasons}")))
 }
 
 fn copy(
@@ -103,7 +109,10 @@ async fn fetch_from(
     let mut client = AgentServiceClient::new(channel);
     let request = ReadImageRequest { digest: image.to_string() };
     let silent = |_| wrong(format!("said nothing for {} s", SILENCE_MAX.as_secs()));
-    let said = |status: tonic::Status| wrong(status.message().to_owned());
+    let said = |status: tonic::Status| match status.code() {
+        tonic::Code::ResourceExhausted => Error::Busy(status.message().to_owned()),
+        _ => wrong(status.message().to_owned()),
+    };
     let answer = timeout(SILENCE_MAX, client.read_image(request)).await.map_err(silent)?;
     let mut stream = answer.map_err(said)?.into_inner();
     let next = timeout(SILENCE_MAX, stream.message()).await.map_err(silent)?.map_err(said)?;

@@ -94,8 +94,9 @@ async fn ask(uri: &Uri) -> Result<Response<Incoming>, String> {
         return builder.build(tcp).request(request).await.map_err(|err| wrong(&err));
     }
     tcp.enforce_http(false);
+    // Named, so that it is this one whatever else is linked into the program.
     let tls = HttpsConnectorBuilder::new()
-        .with_native_roots()
+        .with_provider_and_native_roots(rustls::crypto::ring::default_provider())
         .map_err(|err| format!("url: {uri}: the node has no certificates to trust: {err}"))?
         .https_only()
         .enable_http1()
@@ -145,6 +146,26 @@ mod tests {
         }
         assert!(parse("http://user:secret@host/x").is_err());
         assert!(parse(&format!("http://h/{}", "x".repeat(URL_BYTES_MAX))).is_err());
+    }
+
+    /// A server that speaks no TLS: what is refused is the handshake.
+    #[tokio::test]
+    async fn https_is_spoken_where_it_is_asked_for() {
+        use tokio::io::{AsyncReadExt, AsyncWriteExt};
+        let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap();
+        let url = format!("https://{}/disk", listener.local_addr().unwrap());
+        let server = tokio::spawn(async move {
+            let (mut stream, _) = listener.accept().await.unwrap();
+            let first = stream.read_u8().await.unwrap();
+            stream.write_all(b"HTTP/1.1 400 Bad Request\r\n\r\n").await.unwrap();
+            first
+        });
+        let error = get(&url).await.unwrap_err();
+        assert!(error.starts_with(&format!("url: {url}: ")), "{error}");
+        if !error.contains("no certificates") {
+            const TLS_HANDSHAKE: u8 = 22;
+            assert_eq!(server.await.unwrap(), TLS_HANDSHAKE);
+        }
     }
 
     #[test]

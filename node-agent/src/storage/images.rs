@@ -25,8 +25,10 @@ use crate::error::{Error, blocking};
 
 /// Imports at the same time.
 const IMPORTS_MAX: usize = 2;
-/// Readers of images at the same time, most of them other nodes.
-const READERS_MAX: usize = 8;
+/// Readers of images at the same time, most of them other nodes; each has a few MiB on its way.
+const READERS_MAX: usize = 16;
+/// One more waits so long for its turn: less than a reader's own patience.
+const TURN_TIMEOUT: Duration = Duration::from_secs(20);
 /// How long the first message may take.
 const FIRST_MESSAGE_TIMEOUT: Duration = Duration::from_secs(10);
 /// A caller that sends or takes nothing for so long is not there.
@@ -152,10 +154,13 @@ impl Images {
     /// As AgentService.ReadImage.
     pub(crate) async fn read(&self, request: ReadImageRequest) -> Result<ReadAnswers, Status> {
         let id: ImageId = request.digest.parse().map_err(|err| status(&Error::from(err)))?;
-        let permit = Arc::clone(&self.readers).try_acquire_owned().map_err(|_| {
-            let text = format!("{READERS_MAX} images are read on node {} already", self.node);
-            Status::resource_exhausted(text)
-        })?;
+        let turn = timeout(TURN_TIMEOUT, Arc::clone(&self.readers).acquire_owned()).await;
+        let Ok(Ok(permit)) = turn else {
+            return Err(Status::resource_exhausted(format!(
+                "node {} gives images to {READERS_MAX} others already",
+                self.node
+            )));
+        };
         let pools = Arc::clone(&self.storage.pools);
         let image = blocking(move || {
             for pool in pools.iter() {

@@ -31,6 +31,8 @@ pub(super) const TRIES_MAX: u32 = 5;
 /// First and longest pause before what failed is tried again.
 const RETRY_MS_MIN: u64 = 1_000;
 const RETRY_MS_MAX: u64 = 60_000;
+/// And before those who were busy are asked again.
+const BUSY_MS: u64 = 2_000;
 
 /// What the controller wants of this node's pools.
 #[derive(Debug, Clone, Default, PartialEq)]
@@ -144,8 +146,14 @@ impl Failure {
     /// Once more, now.
     pub(super) fn again(before: Option<&Self>, reason: String, now_ms: u64) -> Self {
         let count = before.map_or(1, |before| before.count.saturating_add(1));
-        let pause = RETRY_MS_MIN << (count - 1).min(16);
+        let pause = RETRY_MS_MIN << count.saturating_sub(1).min(16);
         Self { reason, count, retry_ms: now_ms + pause.min(RETRY_MS_MAX) }
+    }
+
+    /// Nothing is wrong, but it was not its turn: that is no try.
+    pub(super) fn not_yet(before: Option<&Self>, reason: String, now_ms: u64) -> Self {
+        let count = before.map_or(0, |before| before.count);
+        Self { reason, count, retry_ms: now_ms + BUSY_MS }
     }
 }
 
@@ -284,6 +292,7 @@ impl Planner<'_> {
     fn unless_failed(&self, thing: &Thing, otherwise: String) -> (VolumeState, String) {
         match self.facts.failed.get(thing) {
             None => (VolumeState::Creating, otherwise),
+            Some(failure) if failure.count == 0 => (VolumeState::Creating, failure.reason.clone()),
             Some(failure) if failure.count < TRIES_MAX => {
                 (VolumeState::Creating, format!("tries again after: {}", failure.reason))
             }

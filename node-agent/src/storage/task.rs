@@ -102,7 +102,7 @@ fn open(flags: &[PoolFlag]) -> Result<Vec<Arc<NodePool>>, Error> {
 
 /// How a job ended.
 enum Ended {
-    Job { thing: Thing, result: Result<Made, String> },
+    Job { thing: Thing, result: Result<Made, Error> },
     Look { pool: String, result: Result<(Contents, PoolUsage), String> },
 }
 
@@ -254,7 +254,7 @@ impl Task {
                 }
                 (work, id) => on_thread(move || call(&pool, id, work)).await,
             };
-            Ended::Job { thing, result: result.map_err(|err| err.to_string()) }
+            Ended::Job { thing, result }
         });
     }
 
@@ -300,7 +300,7 @@ impl Task {
                         self.failed.remove(&thing);
                         self.made(&thing, made);
                     }
-                    Err(reason) => self.note_failure(thing, work, reason),
+                    Err(error) => self.note_failure(thing, work, &error),
                 }
             }
             Ended::Look { pool, result } => {
@@ -312,12 +312,16 @@ impl Task {
         }
     }
 
-    fn note_failure(&mut self, thing: Thing, work: Option<Work>, reason: String) {
+    fn note_failure(&mut self, thing: Thing, work: Option<Work>, error: &Error) {
         let before = self.failed.get(&thing);
+        let reason = error.to_string();
         if before.is_none_or(|before| before.reason != reason) {
             tracing::warn!(pool = thing.pool, thing = %thing.id, ?work, reason, "will try again");
         }
-        let failure = Failure::again(before, reason, self.now_ms());
+        let failure = match error {
+            Error::Busy(_) => Failure::not_yet(before, reason, self.now_ms()),
+            _ => Failure::again(before, reason, self.now_ms()),
+        };
         // Whatever came of it: the pool knows.
         if let Some(look) = self.looks.get_mut(&thing.pool) {
             look.due = look.due.min(Instant::now() + LOOK_AGAIN);

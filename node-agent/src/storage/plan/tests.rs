@@ -311,4 +311,13 @@ fn pauses_grow_and_end_somewhere() {
     }
     assert_eq!(pauses[..4], [1000, 2000, 4000, 8000]);
     assert_eq!((pauses[40], failure.count), (RETRY_MS_MAX, 41));
+    // A node that gives the image to others first is no failure, however long that takes.
+    let mut busy = Failure::not_yet(None, "busy".into(), NOW);
+    for _ in 0..2 * TRIES_MAX {
+        busy = Failure::not_yet(Some(&busy), "busy".into(), NOW);
+    }
+    let mut world = World::with(&[], &[]);
+    world.failed.insert(image_thing(7), busy);
+    let plan = world.plan(want(vec![from_image(1, 7)]));
+    assert_eq!(first(&plan), (&[][..], VolumeState::Creating, "busy"));
 }
