@@ -15,7 +15,7 @@ use super::refusal::Refusal;
 use super::step::{Context, Step, timestamp};
 use crate::model::{
     DomainId, DomainRecord, GarbageRecord, ImageId, ImageRecord, NodeId, NodeRecord, VolumeId,
-    VolumeRecord,
+    VolumeRecord, garbage,
 };
 use crate::scheduler::{NodeView, PoolNeeds};
 use crate::store::{Txn, Versioned};
@@ -30,6 +30,7 @@ pub(super) fn steps(cx: &Context<'_>) -> Vec<Step> {
     let stay = |row: &&Versioned<DomainRecord>| row.value.state() != DomainState::Deleting;
     for row in cx.world.domains.values().filter(stay) {
         steps.extend(cx.world.volumes_of(&row.value).filter_map(|v| volume(cx, &row.value, v)));
+        steps.extend(strays(cx, row));
     }
     steps.extend(cx.world.garbage.values().filter_map(|row| removed(cx, row)));
     steps.extend(cx.world.images.values().filter_map(|row| image(cx, row)));
@@ -63,6 +64,34 @@ fn volume(cx: &Context<'_>, domain: &DomainRecord, row: &Versioned<VolumeRecord>
         txn = txn.put(&cx.event(EventSeverity::Error, subject, "VOLUME_FAILED", message));
     }
     Some(Step { subject: format!("volumes/{}", volume.id), txn })
+}
+
+/// Copies on nodes where the domain neither is nor goes: of a node that was forgotten and is known
+/// again, for one.
+fn strays(cx: &Context<'_>, row: &Versioned<DomainRecord>) -> Option<Step> {
+    let domain = &row.value;
+    if domain.migration.is_some() {
+        return None;
+    }
+    // The row need not stay as it is: nobody is sent to a node that reports a copy.
+    let mut txn = Txn::new().term_is(cx.term);
+    let mut found = false;
+    for volume in cx.world.volumes_of(domain).map(|row| &row.value) {
+        for (node, seen) in &cx.observed.nodes {
+            let listed = garbage(node.as_str(), &volume.pool, &volume.uid, "");
+            let stray = node.as_str() != domain.node
+                && cx.world.nodes.contains_key(node)
+                && seen.reported
+                && seen.taken_in >= row.mod_revision
+                && seen.volumes.contains_key(&volume.uid)
+                && !cx.world.garbage.contains_key(&listed.id);
+            if stray {
+                found = true;
+                txn = txn.put(&listed);
+            }
+        }
+    }
+    found.then(|| Step { subject: format!("domains/{}", domain.id), txn })
 }
 
 /// It is gone, or there is no such node any more.
@@ -218,8 +247,8 @@ pub(super) fn settle(volumes: &mut [VolumeRecord], disks: &mut [Disk], node: &No
     }
 }
 
-/// Nodes that have yet to remove an earlier copy of one of the domain's volumes: a new one would
-/// be removed in its place.
+/// Nodes that have, or have yet to remove, an earlier copy of one of the domain's volumes: a new one
+/// would be removed in its place, or the old one taken for it.
 pub(super) fn unclean(cx: &Context<'_>, domain: &DomainRecord) -> BTreeMap<NodeId, String> {
     let mut nodes = BTreeMap::new();
     for volume in cx.world.volumes_of(domain) {
@@ -227,6 +256,12 @@ pub(super) fn unclean(cx: &Context<'_>, domain: &DomainRecord) -> BTreeMap<NodeI
         for row in rows {
             let why = format!("has yet to remove an earlier copy of volumes/{}", volume.value.id);
             nodes.insert(NodeId::trusted(&row.value.node), why);
+        }
+        for (node, seen) in &cx.observed.nodes {
+            if seen.volumes.contains_key(&volume.value.uid) {
+                let why = format!("has an earlier copy of volumes/{}", volume.value.id);
+                nodes.entry(node.clone()).or_insert(why);
+            }
         }
     }
     nodes

@@ -14,7 +14,7 @@ use serde::Deserialize;
 
 use crate::error::Error;
 use crate::records::{DomainFiles, EndReason, Handover};
-use crate::wanted::Assigned;
+use crate::wanted::{Assigned, Role};
 
 /// A VMM's log is cut when it is longer; so much is kept.
 const LOG_BYTES_MAX: u64 = 1 << 20;
@@ -96,6 +96,9 @@ pub(crate) fn domain_config(
         path: path.clone(),
         read_only: disk.read_only,
         serial: serial(&disk.volume),
+        shared: false,
+        // Made for this very migration: nobody is sent to a node that has a copy.
+        zeroed: matches!(assigned.role, Role::Incoming { .. }),
         limits: DiskLimits {
             iops: disk.limits.requests_per_second,
             iops_burst: disk.limits.requests_burst,
@@ -107,6 +110,8 @@ pub(crate) fn domain_config(
         path: path.to_owned(),
         read_only: true,
         serial: SEED_SERIAL.to_owned(),
+        shared: false,
+        zeroed: false,
         limits: DiskLimits::default(),
     });
     // Without a kernel of the node's, the first disk brings its own.

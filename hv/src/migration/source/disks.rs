@@ -9,6 +9,7 @@ use super::super::wire::{self, DATA_BYTES_MAX, Kind};
 use super::super::{IDLE_TIMEOUT, MigrationError};
 use super::{Pacer, Source, SourceEvent, SourceState, gave_up};
 use crate::machine::migratable::{MigratableDisk, MigratableVm};
+use crate::virtio::blk::Closed;
 use crate::virtio::blk::tracker::BlockSet;
 
 /// A pass that finds nothing to send says so often that it is there: the destination gives up
@@ -34,6 +35,8 @@ pub(super) struct Disks {
     /// Bytes told of since the destination last answered.
     unacked: u64,
     pub(super) remaining_before: Option<u64>,
+    /// What they were open by, until the destination runs.
+    closed: Vec<Closed>,
 }
 
 impl Disks {
@@ -86,10 +89,16 @@ impl Disks {
         Ok(())
     }
 
-    /// Closes all of them: their locks are free, and nothing can be written from here.
-    pub(super) fn release(&self) -> Result<(), MigrationError> {
+    /// Closes all of them: their locks are free, and nothing can be written from here. What the
+    /// system has cached of local ones is of no use to anybody, so nobody waits for it to be
+    /// written; a shared one is the destination's from here on.
+    pub(super) fn release(&mut self) -> Result<(), MigrationError> {
         for (index, disk) in self.all.iter().enumerate() {
-            disk.volume.close().map_err(MigrationError::disk(index, "letting go of it"))?;
+            let closed = disk.volume.close();
+            let closed = closed.map_err(MigrationError::disk(index, "letting go of it"))?;
+            if !disk.shared {
+                self.closed.push(closed);
+            }
         }
         Ok(())
     }

@@ -16,7 +16,7 @@ use super::tracker::WriteTracker;
 
 mod travel;
 
-pub(crate) use travel::is_zero;
+pub(crate) use travel::{Closed, is_zero};
 
 /// Virtio counts in these, whatever the disk's own block size.
 pub(super) const SECTOR_BYTES: u64 = 512;

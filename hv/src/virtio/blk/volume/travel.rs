@@ -27,6 +27,10 @@ pub(crate) fn is_zero(bytes: &[u8]) -> bool {
     bytes.first().is_none_or(|first| *first == 0 && bytes[1..] == bytes[..bytes.len() - 1])
 }
 
+/// What a volume was open by. It holds no lock, and nobody reads or writes through it.
+#[derive(Debug)]
+pub struct Closed(#[allow(dead_code)] File);
+
 impl Volume {
     /// A volume that another VMM still has: nothing is opened or locked before
     /// [`reopen`](Self::reopen).
@@ -62,10 +66,16 @@ impl Volume {
 
     /// Lets go of the volume and its lock. Nothing may be under way.
     ///
+    /// What comes back is to be dropped when there is time: with the last descriptor of a block
+    /// device the system writes out all that it has cached of it, which takes seconds.
+    ///
     /// # Errors
     /// When the system has no descriptors left; then it is still open.
-    pub fn close(&self) -> io::Result<()> {
-        self.put(&nothing()?)
+    pub fn close(&self) -> io::Result<Closed> {
+        let closed = Closed(self.file.try_clone()?);
+        self.put(&nothing()?)?;
+        rustix::fs::flock(&closed.0, rustix::fs::FlockOperation::Unlock)?;
+        Ok(closed)
     }
 
     /// Opens and locks it again; does nothing when it is open.
