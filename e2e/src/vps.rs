@@ -7,7 +7,7 @@ use std::time::Duration;
 
 use serde_json::Value;
 
-use crate::cluster::Cluster;
+use crate::cluster::{Cluster, list};
 use crate::image::GuestImage;
 use crate::process::{run, wait_for};
 use crate::vpsctl::Vpsctl;
@@ -21,12 +21,19 @@ pub const NETWORK: &str = "lan";
 pub const POOL: &str = "ssd";
 /// Debian's own first user, whom cloud-init gives the keys.
 const USER: &str = "debian";
+/// Agents look at their pools when they start.
+const POOL_PATIENCE: Duration = Duration::from_secs(30);
 /// For all that a guest does as it boots for the first time on an emulated core.
 pub const BOOT_PATIENCE: Duration = Duration::from_secs(600);
 
 /// Imports the image onto a node and makes the network, unless they are there.
 pub fn prepare(cluster: &Cluster, node: &str, mut progress: impl FnMut(&str)) -> Result<()> {
     let vpsctl = cluster.vpsctl();
+    let hosts = cluster.lab().hosts()?.len();
+    wait_for("the hosts' pools", POOL_PATIENCE, || {
+        let pools = vpsctl.json(&["pool", "list"])?;
+        Ok((list(&pools).filter(|pool| pool["state"] == "ready").count() >= hosts).then_some(()))
+    })?;
     if vpsctl.call(&["network", "show", NETWORK])?.code != 0 {
         let range = ["--first", "10.78.0.100", "--last", "10.78.0.199"];
         let mut arguments = vec!["network", "create", NETWORK, "--subnet", "10.78.0.0/24"];

@@ -53,7 +53,7 @@ use drover_proto::v1::{
 };
 
 use super::step::{Work, error, millis, timestamp};
-use crate::model::{Migration, MigrationStage, NodeId, Side};
+use crate::model::{Migration, MigrationStage, NodeId, Side, has_disks};
 
 /// The destination must listen within this.
 pub const PREPARE_WAIT_MS: i64 = 60_000;
@@ -310,6 +310,7 @@ fn say_where_it_stands(work: &mut Work<'_>) {
     let (from_lost, to_lost) = (work.cx.is_lost(&m.from), work.cx.is_lost(&m.to));
     let words = match m.stage() {
         MigrationStage::Preparing => format!("nodes/{} prepares", m.to),
+        MigrationStage::Copying if has_disks(&work.domain) => "disks and memory are copied".into(),
         MigrationStage::Copying => "memory is copied".into(),
         MigrationStage::Cancelling => format!("nodes/{} is asked to stay the owner", m.from),
         MigrationStage::HandedOver => format!("handed over; waits for nodes/{} to run it", m.to),
@@ -380,6 +381,12 @@ pub fn merge_report(
     let phase = match m.stage() {
         MigrationStage::Unspecified => MigrationPhase::Unspecified,
         MigrationStage::Preparing => MigrationPhase::Preparing,
+        // Of the two that this is, only the VMM knows which.
+        MigrationStage::Copying
+            if said.as_ref().is_some_and(|s| s.phase() == MigrationPhase::CopyingDisks) =>
+        {
+            MigrationPhase::CopyingDisks
+        }
         MigrationStage::Copying => MigrationPhase::Copying,
         MigrationStage::Cancelling => MigrationPhase::Aborting,
         MigrationStage::HandedOver | MigrationStage::Granted => MigrationPhase::HandedOver,

@@ -12,7 +12,7 @@ use crate::{Test, ensure};
 pub(crate) const TESTS: &[Test] = &[("disks::a_vps_lives_on_its_disk", a_vps_lives_on_its_disk)];
 
 /// For copying an image and disks on emulated cores.
-const COPY_PATIENCE: Duration = Duration::from_secs(300);
+const COPY_PATIENCE: Duration = Duration::from_secs(900);
 
 fn a_vps_lives_on_its_disk(world: &mut World) -> Result<()> {
     vps::prepare(&world.cluster, "host1", |line| println!("  {line}"))?;
@@ -31,8 +31,9 @@ fn a_vps_lives_on_its_disk(world: &mut World) -> Result<()> {
     ensure!(size.is_some_and(|mib: u32| mib > 3500), "the filesystem did not grow: {said}");
     ensure!(said.contains("root=UUID="), "it did not boot as its own menu says: {said}");
 
-    // What was flushed is there after the VMM was killed.
-    let write = "dd if=/dev/urandom of=data bs=1M count=32 conv=fsync status=none; sha256sum data";
+    // What was flushed is there after the VMM was killed; so are the keys of its first boot.
+    let write = "sync; dd if=/dev/urandom of=data bs=1M count=32 conv=fsync status=none; \
+                 sha256sum data";
     let sum = vps.run(&world.cluster, write)?;
     world.lab().ssh("host2")?.run("pkill -KILL -x drover-vmm")?;
     world.wait_domain("vps1", "failed", |d| d.state.as_deref() == Some("failed"))?;
@@ -46,7 +47,7 @@ fn a_vps_lives_on_its_disk(world: &mut World) -> Result<()> {
     let boot = vps.run(&world.cluster, "cat /proc/sys/kernel/random/boot_id")?;
     let script = "i=0; while [ ! -e stop ]; do i=$((i+1)); \
                   dd if=/dev/urandom of=f$((i%8)) bs=64k count=4 conv=fsync status=none; \
-                  sha256sum f$((i%8)) > s$((i%8)); sync; done; echo wrote $i; cat s*; sha256sum -c s*";
+                  sha256sum f$((i%8)) > s$((i%8)); sync; sleep 0.5; done; echo wrote $i; cat s*; sha256sum -c s*";
     let writer = vps
         .command(&world.cluster, script)?
         .stdout(std::process::Stdio::piped())
