@@ -47,13 +47,13 @@ fn a_vps_lives_on_its_disk(world: &mut World) -> Result<()> {
     let boot = vps.run(&world.cluster, "cat /proc/sys/kernel/random/boot_id")?;
     let script = "i=0; while [ ! -e stop ]; do i=$((i+1)); \
                   dd if=/dev/urandom of=f$((i%8)) bs=64k count=4 conv=fsync status=none; \
-                  sha256sum f$((i%8)) > s$((i%8)); sync; sleep 0.5; done; echo wrote $i; cat s*; sha256sum -c s*";
+                  sha256sum f$((i%8)) > sum$((i%8)); sync; sleep 0.5; done; echo wrote $i; sha256sum -c sum*";
     let writer = vps
         .command(&world.cluster, script)?
         .stdout(std::process::Stdio::piped())
         .spawn()
         .map_err(|e| Error::other(format!("cannot run ssh: {e}")))?;
-    wait_for("the writer", PATIENCE, || Ok(vps.run(&world.cluster, "test -s s7").ok()))?;
+    wait_for("the writer", PATIENCE, || Ok(vps.run(&world.cluster, "test -s sum7").ok()))?;
     let operation = vpsctl.start(&["domain", "migrate", "vps1", "--to", "host3"])?;
     let moved = world.cluster.wait_operation(&operation, COPY_PATIENCE)?;
     ensure!(moved["state"] == "succeeded", "it should move: {moved:#}");
