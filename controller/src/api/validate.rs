@@ -27,7 +27,7 @@ const COMMAND_LINE_BYTES_MAX: usize = 2047;
 const BRIDGE_BYTES_MAX: usize = 15;
 /// The eighth is the seed.
 const DISKS_MAX: usize = 7;
-const DISK_BYTES_MAX: u64 = 64 << 40;
+const DISK_BYTES_MAX: u64 = 16 << 40;
 const SSH_KEYS_MAX: usize = 32;
 const SSH_KEY_BYTES_MAX: usize = 16 << 10;
 const USER_DATA_BYTES_MAX: usize = 64 << 10;
@@ -202,7 +202,7 @@ fn disks(given: &[Disk]) -> Result<(), Refusal> {
             return Err(invalid(&field("pool"), &excerpt(&disk.pool), &expected));
         }
         if disk.size_bytes % MIB != 0 || disk.size_bytes > DISK_BYTES_MAX {
-            let expected = "a multiple of 1 MiB (1048576), at most 64 TiB; 0 for the image's size";
+            let expected = "a multiple of 1 MiB (1048576), at most 16 TiB; 0 for the image's size";
             return Err(invalid(&field("size_bytes"), &disk.size_bytes.to_string(), expected));
         }
         if !disk.image.is_empty() {

@@ -7,22 +7,19 @@
 use std::collections::{BTreeMap, BTreeSet};
 
 use drover_proto::v1::{
-    DomainSpec, DomainState, EventSeverity, MigrationLimits, MigrationReport, NodeRejection,
-    OperationError, OperationKind, OperationState, Placement, PowerState,
+    DomainSpec, DomainState, EventSeverity, MigrationLimits, NodeRejection, OperationError,
+    OperationKind, OperationState, Placement, PowerState,
 };
-use prost::Message;
 
-use super::desired::duration;
+use super::moving::Moving;
 use super::refusal::Refusal;
 use super::step::{Context, end, error, millis, timestamp};
 use super::{network, storage};
 use crate::model::{
-    DomainId, DomainRecord, EventRecord, ImageRecord, Migration, MigrationStage, NetworkId, NodeId,
-    NodeRecord, OperationId, OperationRecord, VolumeRecord, has_disks, is_at_rest, needs,
+    DomainId, DomainRecord, ImageRecord, MigrationStage, NetworkId, NodeId, NodeRecord,
+    OperationId, OperationRecord, VolumeRecord, has_disks, is_at_rest,
 };
-use crate::scheduler::{
-    ClusterView, Decision, OTHER_NODE, PlaceOptions, PoolNeeds, Resources, Strategy, place,
-};
+use crate::scheduler::{Decision, OTHER_NODE, PlaceOptions, Resources, Strategy, place};
 use crate::store::{Txn, Versioned};
 
 /// Creating or starting: the VMM is up in seconds, a busy host needs longer.
@@ -33,13 +30,6 @@ const FILL_WAIT_MS: i64 = 60 * 60_000;
 const STOP_WAIT_MS: i64 = 60_000;
 /// Deleting.
 const DELETE_WAIT_MS: i64 = 5 * 60_000;
-/// What copying a domain without disks may take.
-const TOTAL_TIME_MS: u64 = 10 * 60_000;
-/// Disks are copied at this rate at least, bytes a second.
-const DISK_RATE_MIN: u64 = 10 << 20;
-const TOTAL_TIME_MS_MAX: u64 = 24 * 3_600_000;
-/// Beyond the time that the copying may take: preparing and switching over.
-const MIGRATE_WAIT_MS: i64 = 60_000;
 
 /// So many of the nodes that were passed over are kept with a domain's placement.
 const REJECTIONS_MAX: usize = 32;
@@ -305,148 +295,6 @@ pub fn migrate_domain(
     Ok(Begun { txn: moving.finish(Txn::new().term_is(cx.term)), operation })
 }
 
-/// Several domains that begin to move in one transaction, each taking room that the next one
-/// does not have.
-pub(super) struct Moving<'a> {
-    cx: Context<'a>,
-    view: ClusterView,
-    domains: Vec<(&'a Versioned<DomainRecord>, DomainRecord)>,
-    operations: Vec<OperationRecord>,
-    events: Vec<EventRecord>,
-    destinations: BTreeMap<NodeId, &'a Versioned<NodeRecord>>,
-    bytes: usize,
-}
-
-impl<'a> Moving<'a> {
-    pub(super) fn new(cx: &Context<'a>, view: &ClusterView) -> Self {
-        Self {
-            cx: *cx,
-            view: view.clone(),
-            domains: Vec::new(),
-            operations: Vec::new(),
-            events: Vec::new(),
-            destinations: BTreeMap::new(),
-            bytes: 0,
-        }
-    }
-
-    /// The picture with everything added so far.
-    pub(super) fn view(&self) -> &ClusterView {
-        &self.view
-    }
-
-    /// Places one more. The row must be free and movable. It ends at `latest_ms` whatever its
-    /// limits allow.
-    pub(super) fn add(
-        &mut self,
-        row: &'a Versioned<DomainRecord>,
-        options: &PlaceOptions,
-        limits: &MigrationLimits,
-        latest_ms: i64,
-        parent: &str,
-    ) -> Result<OperationRecord, Refusal> {
-        let cx = self.cx;
-        let limits = with_total_time(limits, &cx.world.pool_needs(&row.value));
-        let wait = duration_ms(limits.total_time.as_ref()).saturating_add(MIGRATE_WAIT_MS);
-        let deadline_ms = latest_ms.min(cx.now.wall_ms.saturating_add(wait));
-        let needs = needs(&row.value);
-        let mut options = options.clone();
-        options.disks = cx.world.pool_needs(&row.value);
-        options.excluded.extend(storage::unclean(&cx, &row.value));
-        let decision = place(&self.view, needs, &options)
-            .map_err(|no_room| Refusal::NoRoom { needs, no_room })?;
-        let node = known_node(&cx, &decision.node)?;
-        let to = decision.node.clone();
-        if let Some(target) = self.view.nodes.get_mut(&to) {
-            target.promise(needs, &options.disks);
-            target.migrations += 1;
-        }
-        self.destinations.insert(to.clone(), node);
-
-        let id = DomainId::trusted(&row.value.id);
-        let mut operation = operation(&cx, OperationKind::MigrateDomain, id.name(), 0);
-        operation.deadline = Some(timestamp(deadline_ms));
-        operation.parent = parent.to_owned();
-        operation.migration = Some(MigrationReport {
-            from_node: format!("nodes/{}", row.value.node),
-            to_node: to.name(),
-            ..MigrationReport::default()
-        });
-        let mut domain = row.value.clone();
-        domain.placement = Some(placement(&cx, &decision));
-        domain.epoch_max += 1;
-        if is_at_rest(&row.value) {
-            domain.node = to.as_str().to_owned();
-            domain.epoch = domain.epoch_max;
-            end(&mut operation, OperationState::Succeeded, None, cx.now);
-            let message = format!("not running: from nodes/{} to {}", row.value.node, to.name());
-            self.events.push(cx.event(EventSeverity::Info, id.name(), "DOMAIN_MIGRATED", message));
-        } else {
-            operation.status_message = format!("{} prepares", to.name());
-            domain.operation.clone_from(&operation.id);
-            domain.migration = Some(Migration {
-                id: operation.id.clone(),
-                from: row.value.node.clone(),
-                to: to.as_str().to_owned(),
-                from_epoch: row.value.epoch,
-                to_epoch: domain.epoch_max,
-                token: cx.ids.token(),
-                stage: MigrationStage::Preparing.into(),
-                stage_time: Some(timestamp(cx.now.wall_ms)),
-                limits: Some(limits),
-                ..Migration::default()
-            });
-            domain.set_state(DomainState::Migrating);
-            domain.state_reason = format!("to {}", to.name());
-            let message = format!("from nodes/{} to {}", row.value.node, to.name());
-            self.events.push(cx.event(
-                EventSeverity::Info,
-                id.name(),
-                "MIGRATION_STARTED",
-                message,
-            ));
-        }
-        // An event and the destination's row are small.
-        self.bytes += domain.encoded_len() + operation.encoded_len() + 1024;
-        self.domains.push((row, domain));
-        self.operations.push(operation.clone());
-        Ok(operation)
-    }
-
-    pub(super) fn is_empty(&self) -> bool {
-        self.domains.is_empty()
-    }
-
-    /// About the size of what has been added.
-    pub(super) fn bytes(&self) -> usize {
-        self.bytes
-    }
-
-    pub(super) fn finish(self, mut txn: Txn) -> Txn {
-        for (row, domain) in &self.domains {
-            txn = txn.unchanged(row).put(domain);
-        }
-        for operation in &self.operations {
-            txn = txn.put(operation);
-        }
-        for event in &self.events {
-            txn = txn.put(event);
-        }
-        self.destinations.into_values().fold(txn, reserve)
-    }
-}
-
-/// What a move may take, where the caller has not said: enough for the memory, and for the disks
-/// at a rate that any link has.
-fn with_total_time(limits: &MigrationLimits, disks: &PoolNeeds) -> MigrationLimits {
-    if limits.total_time.is_some() {
-        return *limits;
-    }
-    let disk_ms = disks.values().sum::<u64>() / (DISK_RATE_MIN / 1000);
-    let total_time = duration(TOTAL_TIME_MS.saturating_add(disk_ms).min(TOTAL_TIME_MS_MAX));
-    MigrationLimits { total_time: Some(total_time), ..*limits }
-}
-
 /// A new operation, running.
 pub(super) fn operation(
     cx: &Context<'_>,
@@ -603,13 +451,13 @@ fn hold(
 }
 
 /// Room on a node was promised: nobody else may have promised it meanwhile.
-fn reserve(txn: Txn, row: &Versioned<NodeRecord>) -> Txn {
+pub(super) fn reserve(txn: Txn, row: &Versioned<NodeRecord>) -> Txn {
     let mut node = row.value.clone();
     node.placement_generation += 1;
     txn.unchanged(row).put(&node)
 }
 
-fn placement(cx: &Context<'_>, decision: &Decision) -> Placement {
+pub(super) fn placement(cx: &Context<'_>, decision: &Decision) -> Placement {
     let rejected = decision.rejected.iter().filter(|r| r.reason != OTHER_NODE);
     Placement {
         node: decision.node.name(),

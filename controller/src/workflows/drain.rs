@@ -19,8 +19,9 @@ use drover_proto::v1::{
 };
 use prost::Message;
 
-use super::begin::{Begun, Moving, busy, known_node, operation};
+use super::begin::{Begun, busy, known_node, operation};
 use super::desired::duration;
+use super::moving::Moving;
 use super::refusal::{Refusal, cut};
 use super::step::{Context, Step, end, error, is_overdue, millis, timestamp};
 use crate::model::{

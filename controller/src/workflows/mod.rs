@@ -19,7 +19,7 @@
 //! - `power`: a domain that is on one node; `operation`: what each operation waits for
 //! - [`drain`]: drains and balances, made of migrations
 //! - [`nodes`]: registration, leases; `storage`: volumes, images and what is to be removed
-//! - [`begin`]: what accepts an operation, for the API
+//! - [`begin`]: what accepts an operation, for the API; `moving`: where that is a move
 //! - [`desired`]: what a node shall run
 //! - [`driver`]: the thin part that waits, calls `plan` and commits
 //!
@@ -31,6 +31,7 @@ pub mod drain;
 pub mod driver;
 pub mod housekeeping;
 pub mod migration;
+mod moving;
 pub mod network;
 pub mod nodes;
 mod operation;

@@ -167,7 +167,8 @@ impl World {
 
     /// The volumes on a host, by LVM's own word.
     pub(crate) fn volumes_on(&self, host: &str) -> Result<Vec<String>> {
-        let list = "lvs --noheadings -o lv_name drover | grep -vE 'drover_image_| thin$' || true";
+        let list = "lvs --noheadings -o lv_name drover | tr -d ' ' | \
+                    grep -vE '^(drover_image_.*|thin)$' || true";
         let list = self.lab().ssh(host)?.run(list)?;
         Ok(list.split_whitespace().map(str::to_owned).collect())
     }
