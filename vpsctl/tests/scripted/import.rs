@@ -67,7 +67,7 @@ fn a_file_arrives_whole_and_in_order() {
     let more = ["--sha256", &digest, "--node=host1", "--pool=ssd"];
     let ended = run(&servers, &[file.arguments(), more.to_vec()].concat());
     assert_eq!(ended.code, 0, "{ended:#?}");
-    let said = "debian13 is imported on host1: 3 GiB, SHA-256 of the raw content abab";
+    let said = "debian13 is imported on host1: 3 GiB, digest abab";
     assert!(ended.stdout.starts_with(said), "{ended:#?}");
     assert!(ended.stderr.starts_with("import image debian13: 0 B of 24.0 MiB (0%)"), "{ended:#?}");
 

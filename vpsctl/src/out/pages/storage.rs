@@ -147,7 +147,7 @@ pub(crate) fn image(image: &Image, now: SystemTime) -> String {
 pub(crate) fn imported(image: &Image) -> String {
     let on = if image.nodes.is_empty() { String::new() } else { format!(" on {}", nodes(image)) };
     let (name, size) = (short(&image.name), size(image.size_bytes));
-    format!("{name} is imported{on}: {size}, SHA-256 of the raw content {}\n", image.digest)
+    format!("{name} is imported{on}: {size}, digest {}\n", image.digest)
 }
 
 #[cfg(test)]
@@ -209,6 +209,6 @@ host2: pool ssd is FILLING: its data is 85% full, its limit is 80%
         let row = "debian13   3 GiB   e3b0c44298fc   host1 host2   -";
         assert_eq!(images(std::slice::from_ref(&it), now).lines().last(), Some(row));
         assert!(image(&it, now).contains("copies on     host1 host2\n"));
-        assert!(imported(&it).starts_with("debian13 is imported on host1 host2: 3 GiB, SHA-256"));
+        assert!(imported(&it).starts_with("debian13 is imported on host1 host2: 3 GiB, digest e3b0"));
     }
 }
