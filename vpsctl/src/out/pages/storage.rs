@@ -209,6 +209,8 @@ host2: pool ssd is FILLING: its data is 85% full, its limit is 80%
         let row = "debian13   3 GiB   e3b0c44298fc   host1 host2   -";
         assert_eq!(images(std::slice::from_ref(&it), now).lines().last(), Some(row));
         assert!(image(&it, now).contains("copies on     host1 host2\n"));
-        assert!(imported(&it).starts_with("debian13 is imported on host1 host2: 3 GiB, digest e3b0"));
+        assert!(
+            imported(&it).starts_with("debian13 is imported on host1 host2: 3 GiB, digest e3b0")
+        );
     }
 }
