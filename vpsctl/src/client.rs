@@ -1,7 +1,7 @@
 //! The cluster as its members' addresses: a call goes to the member that answered last, and to
 //! the next one when that cannot answer.
 //!
-//! Every mutation carries a request id, so that asking again after a lost answer is safe.
+//! What becomes an operation carries a request id, so that asking again after a lost answer is safe.
 
 use std::{
     error::Error as _,

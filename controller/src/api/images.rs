@@ -94,7 +94,8 @@ impl Service {
             return Err(invalid("message", "", "spec, in the first message").into());
         };
         let (id, spec) = checked(spec)?;
-        let (node, address) = self.look(|cx| receiver(cx, &id, &spec)).await?;
+        let (node, pool, address) = self.look(|cx| receiver(cx, &id, &spec)).await?;
+        let spec = ImportImageSpec { pool, ..spec };
 
         let channel = agents::connect(&address).await?;
         // Who breaks off has sent fewer bytes than it said: the agent sees that.
@@ -205,27 +206,28 @@ fn checked(mut spec: ImportImageSpec) -> Result<(ImageId, ImportImageSpec), Refu
     Ok((id, spec))
 }
 
-/// Which node takes the import, and where its agent is: the one that was asked for, or the one
+/// Which node takes the import, into which pool, and where its agent is: the one that was asked for, or the one
 /// with most room.
 fn receiver(
     cx: &Context<'_>,
     id: &ImageId,
     spec: &ImportImageSpec,
-) -> Result<(NodeId, String), Refusal> {
+) -> Result<(NodeId, String, String), Refusal> {
     absent(cx, id)?;
     let only = validate::maybe_node("spec.node", &spec.node)?;
     let view = cx.world.cluster_view(cx.observed);
     let room = |node: &NodeView| {
-        let pool = node.pools.get(&node.pool_id(&spec.pool)?)?;
+        let id = node.pool_id(&spec.pool)?;
+        let pool = node.pools.get(&id)?;
         let free = pool.capacity_bytes.saturating_sub(pool.promised_bytes);
-        (node.ready && pool.closed.is_none()).then_some(free)
+        (node.ready && pool.closed.is_none()).then_some((free, id))
     };
     let candidates = view.nodes.iter().filter(|(id, _)| only.as_ref().is_none_or(|o| o == *id));
     let best = candidates.filter_map(|(id, node)| Some((room(node)?, id))).max();
-    if let Some((_, id)) = best
+    if let Some(((_, pool), id)) = best
         && let Some(row) = cx.world.nodes.get(id)
     {
-        return Ok((id.clone(), row.value.address.clone()));
+        return Ok((id.clone(), pool, row.value.address.clone()));
     }
     let Some(only) = only else {
         let message = "no node that is READY has a pool that takes an image: vpsctl pool list";

@@ -5,8 +5,8 @@ use std::net::{IpAddr, Ipv4Addr};
 use std::time::Duration;
 
 use drover_proto::v1::{
-    Boot, CloudInit, Disk, DomainSpec, DrainPolicy, MigrationLimits, Network, NetworkInterface,
-    RestartPolicy,
+    Boot, CloudInit, Disk, DiskLimits, DomainSpec, DrainPolicy, MigrationLimits, Network,
+    NetworkInterface, RestartPolicy,
 };
 
 use super::errors::{excerpt, invalid};
@@ -205,8 +205,31 @@ fn disks(given: &[Disk]) -> Result<(), Refusal> {
             let expected = "a multiple of 1 MiB (1048576), at most 16 TiB; 0 for the image's size";
             return Err(invalid(&field("size_bytes"), &disk.size_bytes.to_string(), expected));
         }
+        if let Some(limits) = &disk.limits {
+            disk_limits(&field("limits"), limits)?;
+        }
         if !disk.image.is_empty() {
             ImageId::from_name(&disk.image).map_err(|bad| bad_id(&field("image"), &bad))?;
+        }
+    }
+    Ok(())
+}
+
+/// What a VMM would refuse when the domain starts (hv/src/config/disk.rs).
+fn disk_limits(field: &str, limits: &DiskLimits) -> Result<(), Refusal> {
+    let requests = (limits.requests_per_second, 1..=100_000_000, limits.requests_burst, 1 << 30);
+    let bytes = (limits.bytes_per_second, 64 << 10..=1 << 40, limits.bytes_burst, 1 << 50);
+    for (name, (rate, rates, burst, burst_max)) in [("requests", requests), ("bytes", bytes)] {
+        let invalid = |what: &str, value: u64, expected: &str| {
+            Err(invalid(&format!("{field}.{name}_{what}"), &value.to_string(), expected))
+        };
+        if rate != 0 && !rates.contains(&rate) {
+            let expected = format!("0 (no limit), or {} to {}", rates.start(), rates.end());
+            return invalid("per_second", rate, &expected);
+        }
+        if burst > burst_max || (rate == 0 && burst != 0) {
+            let expected = format!("at most {burst_max}, and 0 without {name}_per_second");
+            return invalid("burst", burst, &expected);
         }
     }
     Ok(())
@@ -433,6 +456,22 @@ fn to_proto(duration: Duration) -> prost_types::Duration {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn limits_that_no_disk_can_have_are_refused() {
+        let fine =
+            DiskLimits { requests_per_second: 500, requests_burst: 1, ..DiskLimits::default() };
+        assert_eq!(disk_limits("limits", &fine), Ok(()));
+        for (field, limits) in [
+            ("bytes_per_second", DiskLimits { bytes_per_second: 1, ..fine }),
+            ("bytes_burst", DiskLimits { bytes_burst: 1, ..fine }),
+            ("requests_per_second", DiskLimits { requests_per_second: u64::MAX, ..fine }),
+            ("requests_burst", DiskLimits { requests_burst: u64::MAX, ..fine }),
+        ] {
+            let refused = disk_limits("limits", &limits).unwrap_err().to_string();
+            assert!(refused.starts_with(&format!("limits.{field}: ")), "{refused}");
+        }
+    }
 
     #[test]
     fn an_address_is_made_of_hex_digits_alone() {

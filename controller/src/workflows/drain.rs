@@ -10,6 +10,8 @@
 //! nothing is ever stopped. What cannot move is given [`STALL_WAIT_MS`] for the cluster to
 //! change, then the drain ends as INCOMPLETE and says what is left and what would help.
 
+mod lines;
+
 use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
 
@@ -19,10 +21,13 @@ use drover_proto::v1::{
 };
 use prost::Message;
 
+pub use lines::{balance_move, planned_move};
+use lines::{balance_rows, domain_of, fits, is, ms, planned, rows, settle, summary};
+
 use super::begin::{Begun, busy, known_node, operation};
 use super::desired::duration;
 use super::moving::Moving;
-use super::refusal::{Refusal, cut};
+use super::refusal::Refusal;
 use super::step::{Context, Step, end, error, is_overdue, millis, timestamp};
 use crate::model::{
     CLUSTER_KEY, ClusterRecord, DomainId, MoveRecord, NodeId, NodeObservation, NodeRecord,
@@ -42,10 +47,6 @@ pub const STALL_WAIT_MS: i64 = 20_000;
 const LAST_MOVES_WAIT_MS: i64 = 60_000;
 /// A drain's end names so many of the domains that are left.
 const LEFT_NAMED_MAX: usize = 20;
-/// What is kept of the reason for which a move failed, in bytes.
-const WHY_BYTES_MAX: usize = 500;
-/// And when there are very many.
-const WHY_BYTES_MIN: usize = 100;
 /// A balance moves a bounded number of domains.
 const BALANCE_WAIT_MS: i64 = 60 * 60_000;
 
@@ -524,115 +525,4 @@ impl<'a> Run<'a> {
         let txn = self.moving.finish(txn);
         Some(Pass { step: Step { subject, txn }, claimed: self.claimed })
     }
-}
-
-/// Keeps the row well below what one transaction holds, by saying less with each move when there
-/// are very many; false when that is not enough.
-fn fits(operation: &mut OperationRecord) -> bool {
-    if operation.encoded_len() > TXN_BYTES_ENOUGH {
-        for line in operation.moves.iter_mut().filter_map(|row| row.r#move.as_mut()) {
-            line.reason = cut(&line.reason, WHY_BYTES_MIN);
-            line.error = cut(&line.error, WHY_BYTES_MIN);
-        }
-    }
-    operation.encoded_len() <= TXN_BYTES_ENOUGH
-}
-
-/// A move whose migration has ended.
-fn settle(row: &mut MoveRecord, child: Option<&OperationRecord>, last_try: bool) {
-    let Some(line) = row.r#move.as_mut() else { return };
-    if let Some(child) = child.filter(|child| child.state() == OperationState::Succeeded) {
-        line.set_state(MoveState::Moved);
-        line.progress_percent = 100;
-        if let Some(report) = &child.migration {
-            line.pause_us = report.pause_us;
-            line.total_us = report.total_us;
-        }
-        return;
-    }
-    let why = child.and_then(|child| child.error.as_ref());
-    line.error = match why {
-        Some(why) => cut(&why.message, WHY_BYTES_MAX),
-        None => "its migration is not known".into(),
-    };
-    row.attempts += 1;
-    if let Ok(node) = NodeId::from_name(&line.to_node) {
-        row.failed_nodes.push(node.as_str().to_owned());
-    }
-    let again = !last_try && row.attempts < ATTEMPTS_MAX;
-    line.set_state(if again { MoveState::Planned } else { MoveState::Failed });
-}
-
-fn rows(proposal: &DrainProposal, node: &NodeId) -> Vec<MoveRecord> {
-    proposal.moves.iter().map(|line| planned(line, node)).collect()
-}
-
-fn planned(line: &crate::scheduler::ProposedMove, from: &NodeId) -> MoveRecord {
-    MoveRecord { r#move: Some(planned_move(line, from)), ..MoveRecord::default() }
-}
-
-/// One line of a plan, as the API shows it.
-#[must_use]
-pub fn planned_move(line: &crate::scheduler::ProposedMove, from: &NodeId) -> PlannedMove {
-    let blocked = line.to.is_none() && !line.waits;
-    let state = if blocked { MoveState::Blocked } else { MoveState::Planned };
-    PlannedMove {
-        domain: line.domain.name(),
-        from_node: from.name(),
-        to_node: line.to.as_ref().map(NodeId::name).unwrap_or_default(),
-        reason: line.reason.clone(),
-        state: state.into(),
-        memory_bytes: line.memory_bytes,
-        expected_time: Some(duration(ms(line.expected_time))),
-        ..PlannedMove::default()
-    }
-}
-
-fn balance_rows(proposal: &BalanceProposal) -> Vec<MoveRecord> {
-    let lines = proposal.moves.iter().map(balance_move);
-    lines.map(|line| MoveRecord { r#move: Some(line), ..MoveRecord::default() }).collect()
-}
-
-/// One line of a balance, as the API shows it.
-#[must_use]
-pub fn balance_move(line: &crate::scheduler::BalanceMove) -> PlannedMove {
-    PlannedMove {
-        domain: line.domain.name(),
-        from_node: line.from.name(),
-        to_node: line.to.name(),
-        reason: line.reason.clone(),
-        state: MoveState::Planned.into(),
-        memory_bytes: line.memory_bytes,
-        ..PlannedMove::default()
-    }
-}
-
-/// "2 of 6 moved, 2 moving, 1 blocked".
-fn summary(moves: &[MoveRecord]) -> String {
-    let count = |state| moves.iter().filter(|row| is(row, state)).count();
-    let mut text = format!("{} of {} moved", count(MoveState::Moved), moves.len());
-    for (state, word) in [
-        (MoveState::Moving, "moving"),
-        (MoveState::Blocked, "blocked"),
-        (MoveState::Failed, "failed"),
-        (MoveState::Skipped, "skipped"),
-    ] {
-        let n = count(state);
-        if n > 0 {
-            text.push_str(&format!(", {n} {word}"));
-        }
-    }
-    text
-}
-
-fn is(row: &MoveRecord, state: MoveState) -> bool {
-    row.r#move.as_ref().is_some_and(|line| line.state() == state)
-}
-
-fn domain_of(row: &MoveRecord) -> &str {
-    row.r#move.as_ref().map_or("", |line| line.domain.as_str())
-}
-
-fn ms(duration: std::time::Duration) -> u64 {
-    u64::try_from(duration.as_millis()).unwrap_or(u64::MAX)
 }

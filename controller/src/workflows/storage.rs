@@ -30,8 +30,8 @@ pub(super) fn steps(cx: &Context<'_>) -> Vec<Step> {
     let stay = |row: &&Versioned<DomainRecord>| row.value.state() != DomainState::Deleting;
     for row in cx.world.domains.values().filter(stay) {
         steps.extend(cx.world.volumes_of(&row.value).filter_map(|v| volume(cx, &row.value, v)));
-        steps.extend(strays(cx, row));
     }
+    steps.extend(strays(cx));
     steps.extend(cx.world.garbage.values().filter_map(|row| removed(cx, row)));
     steps.extend(cx.world.images.values().filter_map(|row| image(cx, row)));
     steps
@@ -68,30 +68,31 @@ fn volume(cx: &Context<'_>, domain: &DomainRecord, row: &Versioned<VolumeRecord>
 
 /// Copies on nodes where the domain neither is nor goes: of a node that was forgotten and is known
 /// again, for one.
-fn strays(cx: &Context<'_>, row: &Versioned<DomainRecord>) -> Option<Step> {
-    let domain = &row.value;
-    if domain.migration.is_some() {
-        return None;
+fn strays(cx: &Context<'_>) -> Vec<Step> {
+    let mut volumes = BTreeMap::new();
+    for row in cx.world.domains.values().filter(|row| row.value.migration.is_none()) {
+        let of_domain = cx.world.volumes_of(&row.value);
+        volumes.extend(of_domain.map(|volume| (volume.value.uid.as_str(), (row, &volume.value))));
     }
-    // The row need not stay as it is: nobody is sent to a node that reports a copy.
-    let mut txn = Txn::new().term_is(cx.term);
-    let mut found = false;
-    for volume in cx.world.volumes_of(domain).map(|row| &row.value) {
-        for (node, seen) in &cx.observed.nodes {
-            let listed = garbage(node.as_str(), &volume.pool, &volume.uid, "");
-            let stray = node.as_str() != domain.node
-                && cx.world.nodes.contains_key(node)
-                && seen.reported
+    let mut steps = Vec::new();
+    for (node, seen) in &cx.observed.nodes {
+        if !seen.reported || !cx.world.nodes.contains_key(node) {
+            continue;
+        }
+        for uid in seen.volumes.keys() {
+            let Some((row, volume)) = volumes.get(uid.as_str()) else { continue };
+            let listed = garbage(node.as_str(), &volume.pool, uid, "");
+            let stray = node.as_str() != row.value.node
                 && seen.taken_in >= row.mod_revision
-                && seen.volumes.contains_key(&volume.uid)
                 && !cx.world.garbage.contains_key(&listed.id);
             if stray {
-                found = true;
-                txn = txn.put(&listed);
+                // The row need not stay as it is: nobody is sent to a node that reports a copy.
+                let txn = Txn::new().term_is(cx.term).put(&listed);
+                steps.push(Step { subject: node.name(), txn });
             }
         }
     }
-    found.then(|| Step { subject: format!("domains/{}", domain.id), txn })
+    steps
 }
 
 /// It is gone, or there is no such node any more.

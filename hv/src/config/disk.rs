@@ -14,7 +14,7 @@ pub const DISKS_MAX: usize = 8;
 pub const SERIAL_BYTES_MAX: usize = 20;
 /// Requests a second that may be sold.
 const IOPS: RangeInclusive<u64> = 1..=100_000_000;
-const IOPS_BURST: RangeInclusive<u64> = 1..=1_000_000_000;
+const IOPS_BURST: RangeInclusive<u64> = 1..=1 << 30;
 /// With less, a guest's kernel takes its disk for dead: the largest request would take hours.
 const BYTES_PER_SECOND: RangeInclusive<u64> = 64 << 10..=1 << 40;
 const BYTES_BURST: RangeInclusive<u64> = 1..=1 << 50;

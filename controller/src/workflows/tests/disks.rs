@@ -235,3 +235,18 @@ fn a_stopped_domain_with_disks_stays_where_they_are() {
     let refused = lab.migrate("vm", "b").unwrap_err().to_string();
     assert!(refused.contains("start it first"), "{refused}");
 }
+
+/// A node that was forgotten with a copy, and is known again: the copy is old, and must be neither
+/// taken for a blank volume nor kept.
+#[test]
+fn a_copy_that_nobody_knows_of_is_removed() {
+    let mut lab = running();
+    let uid = volume(&lab).uid;
+    says(&mut lab, "b", VolumeState::Ready);
+    lab.report("b", vec![]);
+    let refused = lab.migrate("vm", "b").unwrap_err().to_string();
+    assert!(refused.contains("has an earlier copy of volumes/vm-0"), "{refused}");
+    lab.settle();
+    assert_eq!(garbage(&lab), [format!("b/{uid}")]);
+    assert!(lab.level("a").garbage.is_empty());
+}
