@@ -162,8 +162,10 @@ impl VirtioPci {
         } else if within(&window::ISR) {
             // Reading acknowledges.
             data.fill(0);
-            if offset == window::ISR.start {
-                data[0] = self.core.interrupt.isr.swap(0, Ordering::SeqCst);
+            if offset == window::ISR.start
+                && let Some(first) = data.first_mut()
+            {
+                *first = self.core.interrupt.isr.swap(0, Ordering::SeqCst);
             }
         } else if within(&window::DEVICE) {
             data.fill(0);
