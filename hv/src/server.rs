@@ -68,6 +68,13 @@ impl VmmService for Server {
         Ok(Response::new(Box::pin(statuses(self.vmm.clone()))))
     }
 
+    async fn save(
+        &self,
+        _: tonic::Request<drover_proto::vmm::v1::SaveRequest>,
+    ) -> Result<Response<VmmStatus>, Status> {
+        Err(Status::unimplemented("not yet"))
+    }
+
     async fn pause(&self, _: tonic::Request<PauseRequest>) -> Result<Response<VmmStatus>, Status> {
         self.ask(Request::Pause).await
     }

@@ -30,6 +30,7 @@ impl AgentService for Service {
     type AttachConsoleStream = ConsoleAnswers;
     type ImportImageStream = ImportAnswers;
     type ReadImageStream = ReadAnswers;
+    type ReadVolumeStream = std::pin::Pin<Box<dyn tokio_stream::Stream<Item = Result<drover_proto::v1::ReadSnapshotResponse, Status>> + Send>>;
 
     async fn attach_console(
         &self,
@@ -50,5 +51,19 @@ impl AgentService for Service {
         request: Request<ReadImageRequest>,
     ) -> Result<Response<ReadAnswers>, Status> {
         self.images.read(request.into_inner()).await.map(Response::new)
+    }
+
+    async fn read_volume(
+        &self,
+        _: Request<Streaming<drover_proto::agent::v1::ReadVolumeRequest>>,
+    ) -> Result<Response<Self::ReadVolumeStream>, Status> {
+        Err(Status::unimplemented("not yet"))
+    }
+
+    async fn call_guest(
+        &self,
+        _: Request<drover_proto::agent::v1::CallGuestRequest>,
+    ) -> Result<Response<drover_proto::agent::v1::CallGuestResponse>, Status> {
+        Err(Status::unimplemented("not yet"))
     }
 }

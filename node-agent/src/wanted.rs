@@ -131,7 +131,7 @@ impl Wanted {
 }
 
 fn parse(assignment: pb::Assignment) -> Result<Assigned, String> {
-    let pb::Assignment { uid: _, name, epoch, spec, role, outgoing, disks } = assignment;
+    let pb::Assignment { uid: _, name, epoch, spec, role, outgoing, disks, .. } = assignment;
     let spec = spec.ok_or("the assignment has no spec")?;
     if epoch == 0 {
         return Err("the assignment's epoch is 0; epochs begin at 1".into());
@@ -141,7 +141,7 @@ fn parse(assignment: pb::Assignment) -> Result<Assigned, String> {
             running: match owner.power() {
                 PowerState::Running => true,
                 PowerState::Stopped => false,
-                PowerState::Unspecified => {
+                PowerState::Saved | PowerState::Unspecified => {
                     return Err("the assignment's power is neither RUNNING nor STOPPED".into());
                 }
             },

@@ -154,6 +154,55 @@ impl DomainService for Service {
         Ok(Response::new(operation))
     }
 
+    async fn resize_domain(
+        &self,
+        _: Request<drover_proto::v1::ResizeDomainRequest>,
+    ) -> Result<Response<drover_proto::v1::Operation>, Status> {
+        Err(Status::unimplemented("not yet"))
+    }
+
+    async fn reinstall_domain(
+        &self,
+        _: Request<drover_proto::v1::ReinstallDomainRequest>,
+    ) -> Result<Response<drover_proto::v1::Operation>, Status> {
+        Err(Status::unimplemented("not yet"))
+    }
+
+    async fn rescue_domain(
+        &self,
+        _: Request<drover_proto::v1::RescueDomainRequest>,
+    ) -> Result<Response<drover_proto::v1::Operation>, Status> {
+        Err(Status::unimplemented("not yet"))
+    }
+
+    async fn end_rescue(
+        &self,
+        _: Request<drover_proto::v1::EndRescueRequest>,
+    ) -> Result<Response<drover_proto::v1::Operation>, Status> {
+        Err(Status::unimplemented("not yet"))
+    }
+
+    async fn save_domain(
+        &self,
+        _: Request<drover_proto::v1::SaveDomainRequest>,
+    ) -> Result<Response<drover_proto::v1::Operation>, Status> {
+        Err(Status::unimplemented("not yet"))
+    }
+
+    async fn get_guest(
+        &self,
+        _: Request<drover_proto::v1::GetGuestRequest>,
+    ) -> Result<Response<drover_proto::v1::Guest>, Status> {
+        Err(Status::unimplemented("not yet"))
+    }
+
+    async fn set_guest_password(
+        &self,
+        _: Request<drover_proto::v1::SetGuestPasswordRequest>,
+    ) -> Result<Response<drover_proto::v1::SetGuestPasswordResponse>, Status> {
+        Err(Status::unimplemented("not yet"))
+    }
+
     async fn attach_console(
         &self,
         request: Request<Streaming<ConsoleInput>>,

@@ -62,6 +62,10 @@ pub(super) fn domain(row: &Versioned<DomainRecord>, observed: &Observed) -> Doma
         last_exit: record.last_exit,
         addresses: addresses.collect(),
         spec: Some(spec),
+        rescue_image: full("images", &record.rescue_image),
+        next_vcpus: record.next_vcpus,
+        next_memory_bytes: record.next_memory_bytes,
+        generation_id: record.generation_id.clone(),
     }
 }
 

@@ -92,6 +92,34 @@ impl VolumeService for Service {
         let volumes = rows.iter().map(|row| present(row, &world, &observed)).collect();
         Ok(Response::new(ListVolumesResponse { volumes, next_page_token }))
     }
+
+    async fn create_volume(
+        &self,
+        _: Request<drover_proto::v1::CreateVolumeRequest>,
+    ) -> Result<Response<drover_proto::v1::Operation>, Status> {
+        Err(Status::unimplemented("not yet"))
+    }
+
+    async fn delete_volume(
+        &self,
+        _: Request<drover_proto::v1::DeleteVolumeRequest>,
+    ) -> Result<Response<drover_proto::v1::DeleteVolumeResponse>, Status> {
+        Err(Status::unimplemented("not yet"))
+    }
+
+    async fn attach_volume(
+        &self,
+        _: Request<drover_proto::v1::AttachVolumeRequest>,
+    ) -> Result<Response<drover_proto::v1::Volume>, Status> {
+        Err(Status::unimplemented("not yet"))
+    }
+
+    async fn detach_volume(
+        &self,
+        _: Request<drover_proto::v1::DetachVolumeRequest>,
+    ) -> Result<Response<drover_proto::v1::Volume>, Status> {
+        Err(Status::unimplemented("not yet"))
+    }
 }
 
 fn present(row: &Versioned<VolumeRecord>, world: &World, observed: &Observed) -> Volume {

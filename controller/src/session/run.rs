@@ -225,8 +225,9 @@ impl Session {
         };
         match self.levels.next(&held.world, &self.node) {
             Some((sequence, level)) => {
-                let Level { domains, volumes, garbage } = level;
-                let desired = Desired { term: self.term, sequence, domains, volumes, garbage };
+                let Level { domains, volumes, garbage, snapshots } = level;
+                let desired =
+                    Desired { term: self.term, sequence, domains, volumes, garbage, snapshots };
                 self.send(controller_message::Message::Desired(desired)).await
             }
             None => {

@@ -4,7 +4,7 @@ use std::collections::BTreeMap;
 
 use drover_proto::agent::v1::assignment::Role;
 use drover_proto::agent::v1::{
-    AssignedDisk, Assignment, Garbage, Incoming, Outgoing, Owner, WantedVolume,
+    AssignedDisk, Assignment, Garbage, Incoming, Outgoing, Owner, WantedSnapshot, WantedVolume,
 };
 use drover_proto::v1::{DomainSpec, DomainState, VolumeState};
 
@@ -17,6 +17,8 @@ pub struct Level {
     pub domains: Vec<Assignment>,
     /// Their volumes.
     pub volumes: Vec<WantedVolume>,
+    /// Taken, or to be taken.
+    pub snapshots: Vec<WantedSnapshot>,
     /// What shall be gone.
     pub garbage: Vec<Garbage>,
 }
@@ -35,6 +37,7 @@ pub fn desired(world: &World, node: &NodeId) -> Level {
                 pool: volume.value.pool.clone(),
                 read_only: disk.read_only,
                 limits: disk.limits,
+                serial: volume.value.serial.clone(),
             });
             level.volumes.push(match comes {
                 true => arriving(&row.value, &volume.value),
@@ -50,6 +53,7 @@ pub fn desired(world: &World, node: &NodeId) -> Level {
             pool: row.value.pool.clone(),
             volume_uid: row.value.volume_uid.clone(),
             image_digest: row.value.image_digest.clone(),
+            snapshot_uid: row.value.snapshot_uid.clone(),
         });
     }
     level
@@ -142,6 +146,9 @@ fn assign(domain: &DomainRecord, epoch: u64, role: Role, outgoing: Option<Outgoi
         outgoing,
         role: Some(role),
         disks: Vec::new(),
+        rescue: false,
+        memory: None,
+        generation_id: domain.generation_id.clone(),
     }
 }
 

@@ -102,7 +102,7 @@ pub(super) fn step(work: &mut Work<'_>) {
             handed_over(work, migration, &source, &destination);
         }
         MigrationStage::Settling => settling(work, &migration, &source),
-        MigrationStage::Unspecified => {}
+        MigrationStage::CopyingStopped | MigrationStage::Unspecified => {}
     }
     if work.domain.migration.is_some() {
         say_where_it_stands(work);
@@ -316,6 +316,7 @@ fn say_where_it_stands(work: &mut Work<'_>) {
         MigrationStage::HandedOver => format!("handed over; waits for nodes/{} to run it", m.to),
         MigrationStage::Granted => format!("nodes/{} takes over", m.to),
         MigrationStage::Settling => "runs there; waits for the last figures".into(),
+        MigrationStage::CopyingStopped => "its volumes are copied".into(),
         MigrationStage::Unspecified => String::new(),
     };
     work.status(words);
@@ -390,6 +391,7 @@ pub fn merge_report(
         MigrationStage::Copying => MigrationPhase::Copying,
         MigrationStage::Cancelling => MigrationPhase::Aborting,
         MigrationStage::HandedOver | MigrationStage::Granted => MigrationPhase::HandedOver,
+        MigrationStage::CopyingStopped => MigrationPhase::CopyingDisks,
         MigrationStage::Settling => MigrationPhase::Done,
     };
     let mut report = said.unwrap_or(held);

@@ -38,6 +38,7 @@ impl AgentService for Receiver {
     type AttachConsoleStream = Answers<ConsoleOutput>;
     type ImportImageStream = Answers<ImportImageResponse>;
     type ReadImageStream = Answers<ReadImageResponse>;
+    type ReadVolumeStream = Answers<drover_proto::v1::ReadSnapshotResponse>;
 
     async fn attach_console(
         &self,
@@ -51,6 +52,20 @@ impl AgentService for Receiver {
         _: Request<ReadImageRequest>,
     ) -> Result<Response<Self::ReadImageStream>, Status> {
         Err(Status::unimplemented("nothing is kept here"))
+    }
+
+    async fn read_volume(
+        &self,
+        _: Request<Streaming<drover_proto::agent::v1::ReadVolumeRequest>>,
+    ) -> Result<Response<Self::ReadVolumeStream>, Status> {
+        Err(Status::unimplemented("nothing is kept here"))
+    }
+
+    async fn call_guest(
+        &self,
+        _: Request<drover_proto::agent::v1::CallGuestRequest>,
+    ) -> Result<Response<drover_proto::agent::v1::CallGuestResponse>, Status> {
+        Err(Status::unimplemented("no domain here"))
     }
 
     async fn import_image(
