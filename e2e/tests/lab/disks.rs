@@ -1,4 +1,5 @@
-//! A VPS with a disk: made from an image, booted from its own kernel, moved with its data.
+//! A VPS with a disk: made from an image, booted from its own kernel, moved with its data, and
+//! what its operators do with it.
 
 use std::time::Duration;
 
@@ -9,7 +10,10 @@ use drover_e2e::{Error, Result};
 use crate::world::{PATIENCE, World};
 use crate::{Test, ensure};
 
-pub(crate) const TESTS: &[Test] = &[("disks::a_vps_lives_on_its_disk", a_vps_lives_on_its_disk)];
+pub(crate) const TESTS: &[Test] = &[
+    ("disks::a_vps_lives_on_its_disk", a_vps_lives_on_its_disk),
+    ("disks::its_operators_repair_it", its_operators_repair_it),
+];
 
 /// For copying an image and disks on emulated cores.
 const COPY_PATIENCE: Duration = Duration::from_secs(900);
@@ -54,6 +58,23 @@ fn a_vps_lives_on_its_disk(world: &mut World) -> Result<()> {
         .spawn()
         .map_err(|e| Error::other(format!("cannot run ssh: {e}")))?;
     wait_for("the writer", PATIENCE, || Ok(vps.run(&world.cluster, "test -s sum7").ok()))?;
+
+    // The destination dies in the middle of the disk: nothing has happened.
+    let slow = ["domain", "migrate", "vps1", "--to", "host3", "--bandwidth-max", "4MiB"];
+    let operation = vpsctl.start(&slow)?;
+    world.wait_shown(&operation, "the middle of its disk", |o| {
+        (o["migration"]["disk_bytes_sent"].as_u64() > Some(0)).then_some(())
+    })?;
+    world.lab().kill("host3")?;
+    let ended = world.fails(&operation)?;
+    let why = ended["error"]["message"].as_str().unwrap_or_default();
+    ensure!(why.contains("host3"), "the reason should name host3: {ended:#}");
+    world.wait_domain("vps1", "runs on host2", |d| d.is_running() && d.host() == "host2")?;
+    world.revive("host3")?;
+    wait_for("host3 without half a volume", PATIENCE, || {
+        Ok(world.volumes_on("host3")?.is_empty().then_some(()))
+    })?;
+
     let operation = vpsctl.start(&["domain", "migrate", "vps1", "--to", "host3"])?;
     let moved = world.cluster.wait_operation(&operation, COPY_PATIENCE)?;
     ensure!(moved["state"] == "succeeded", "it should move: {moved:#}");
@@ -69,5 +90,89 @@ fn a_vps_lives_on_its_disk(world: &mut World) -> Result<()> {
     wait_for("host2 without its volume", PATIENCE, || {
         Ok(world.volumes_on("host2")?.is_empty().then_some(()))
     })?;
+    Ok(())
+}
+
+/// Its disk grows, it is frozen for a snapshot, saved and woken, breaks, is rescued, loses its data
+/// and gets it back.
+fn its_operators_repair_it(world: &mut World) -> Result<()> {
+    vps::prepare(&world.cluster, "host1", |line| println!("  {line}"))?;
+    let vps = Vps::new(&world.cluster, "vps1");
+    let vpsctl = world.vpsctl();
+    let ends_well = |arguments: &[&str]| -> Result<()> {
+        let operation = vpsctl.start(arguments)?;
+        let ended = world.cluster.wait_operation(&operation, COPY_PATIENCE)?;
+        ensure!(ended["state"] == "succeeded", "{arguments:?} should succeed: {ended:#}");
+        Ok(())
+    };
+    let operation = vps.create(&vpsctl, Some("host1"))?;
+    let created = world.cluster.wait_operation(&operation, COPY_PATIENCE)?;
+    ensure!(created["state"] == "succeeded", "it should be made: {created:#}");
+    vps.wait_ssh(&world.cluster)?;
+
+    // The agent inside speaks for it.
+    let address = vps.address(&vpsctl)?;
+    let guest = wait_for("the guest's agent", PATIENCE, || {
+        Ok(vpsctl.json(&["domain", "guest", "vps1"]).ok())
+    })?;
+    ensure!(guest["host_name"] == "vps1", "{guest:#}");
+    ensure!(guest.to_string().contains(&address), "no address {address}: {guest:#}");
+
+    // Its disk grows while it runs.
+    ends_well(&["domain", "resize", "vps1", "--disk", "0=5GiB"])?;
+    let grow = "sudo growpart /dev/vda 1 >/dev/null && sudo resize2fs /dev/vda1 2>/dev/null; \
+                df --output=size -BM / | tail -1";
+    let size = vps.run(&world.cluster, grow)?;
+    let mib = size.trim().trim_end_matches('M').parse().ok();
+    ensure!(mib.is_some_and(|mib: u32| mib > 4500), "the filesystem did not grow: {size}");
+
+    // Saved and woken, it is the same boot.
+    let boot = vps.run(&world.cluster, "cat /proc/sys/kernel/random/boot_id")?;
+    ends_well(&["domain", "save", "vps1"])?;
+    world.wait_domain("vps1", "saved", |d| d.state.as_deref() == Some("saved"))?;
+    ensure!(world.cluster.vmm_pids("host1")?.is_empty(), "a saved domain has a VMM");
+    ends_well(&["domain", "restore", "vps1"])?;
+    vps.wait_ssh(&world.cluster)?;
+    let same = vps.run(&world.cluster, "cat /proc/sys/kernel/random/boot_id")?;
+    ensure!(same == boot, "it booted anew: {boot} {same}");
+
+    // A snapshot of frozen filesystems.
+    let sum = vps.run(
+        &world.cluster,
+        "dd if=/dev/urandom of=data bs=1M count=16 status=none; sha256sum data",
+    )?;
+    ends_well(&["snapshot", "create", "vps1", "before"])?;
+    let snapshot = vpsctl.json(&["snapshot", "show", "before"])?;
+    ensure!(snapshot["quiesced"] == true, "it was not frozen: {snapshot:#}");
+
+    // It does not boot any more, and says why.
+    vps.run(&world.cluster, "sudo mv /boot/grub/grub.cfg /boot/grub/away; rm data; sync")?;
+    ends_well(&["domain", "stop", "vps1"])?;
+    let operation = vpsctl.start(&["domain", "start", "vps1"])?;
+    let failed = world.fails(&operation)?;
+    let why = failed["error"]["message"].as_str().unwrap_or_default();
+    ensure!(why.contains("boot"), "the reason should say what is missing: {failed:#}");
+
+    // Rescued, with its own disk behind the rescue disk.
+    ends_well(&["domain", "rescue", "vps1", "--image", vps::IMAGE])?;
+    vps.wait_ssh(&world.cluster)?;
+    let repair = "sudo mount /dev/vdb1 /mnt && sudo mv /mnt/boot/grub/away /mnt/boot/grub/grub.cfg \
+                  && sudo umount /mnt && findmnt -no SOURCE /";
+    let root = vps.run(&world.cluster, repair)?;
+    ensure!(root.trim() == "/dev/vda1", "its root is not the rescue disk: {root}");
+    ends_well(&["domain", "stop", "vps1"])?;
+    ends_well(&["domain", "rescue", "vps1", "--end"])?;
+    ends_well(&["domain", "start", "vps1"])?;
+    vps.wait_ssh(&world.cluster)?;
+    ensure!(vps.run(&world.cluster, "test -e data").is_err(), "its disk is an earlier one");
+
+    // What it lost is in the snapshot.
+    ends_well(&["domain", "stop", "vps1"])?;
+    ends_well(&["snapshot", "restore", "before", "--yes"])?;
+    ends_well(&["domain", "start", "vps1"])?;
+    vps.wait_ssh(&world.cluster)?;
+    let after = vps.run(&world.cluster, "sha256sum data")?;
+    ensure!(after == sum, "the snapshot holds something else: {sum} {after}");
+    vpsctl.run(&["snapshot", "delete", "before", "--yes"])?;
     Ok(())
 }

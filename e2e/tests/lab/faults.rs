@@ -47,14 +47,7 @@ fn the_destination_is_killed(world: &mut World) -> Result<()> {
     world.wait_domain("web1", "runs on host1", |d| d.is_running() && d.host() == "host1")?;
     world.unnoticed(watch)?;
     world.ran_only_on(&guest, &["host1"])?;
-    revive(world, "host3")
-}
-
-/// Power is back: the host boots, its agent starts, its node is ready.
-fn revive(world: &World, host: &str) -> Result<()> {
-    world.lab().start(host)?;
-    world.cluster.wait_agent(host, None)?;
-    world.cluster.wait_nodes_ready(world.lab().hosts()?.len(), PATIENCE)
+    world.revive("host3")
 }
 
 fn the_sources_agent_is_killed(world: &mut World) -> Result<()> {
@@ -109,7 +102,7 @@ fn the_source_is_killed_after_the_hand_over(world: &mut World) -> Result<()> {
         world.wait_domain("web1", "runs on host2", |d| d.is_running() && d.host() == "host2")?;
     ensure!(ended["state"] == "succeeded", "the guest moved: {ended:#}, {domain:?}");
     // The host comes back with the domain in its records, and must not run it.
-    revive(world, "host1")?;
+    world.revive("host1")?;
     ensure!(world.cluster.vmm_pids("host1")?.is_empty(), "host1 runs a domain that it handed over");
     world.unnoticed(watch)?;
     world.ran_only_on(&guest, &["host1", "host2"])

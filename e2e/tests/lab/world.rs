@@ -173,6 +173,13 @@ impl World {
         Ok(list.split_whitespace().map(str::to_owned).collect())
     }
 
+    /// Power is back: the host boots, its agent starts, its node is ready.
+    pub(crate) fn revive(&self, host: &str) -> Result<()> {
+        self.lab().start(host)?;
+        self.cluster.wait_agent(host, None)?;
+        self.cluster.wait_nodes_ready(self.lab().hosts()?.len(), PATIENCE)
+    }
+
     /// After each test: no domain is left, all nodes take domains, all members run.
     pub(crate) fn tidy(&mut self) -> Result<()> {
         let vpsctl = self.vpsctl();
