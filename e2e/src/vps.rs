@@ -75,14 +75,24 @@ impl Vps {
 
     /// Asks for it; the operation's name.
     pub fn create(&self, vpsctl: &Vpsctl, node: Option<&str>) -> Result<String> {
+        match node {
+            Some(node) => self.ask_for(vpsctl, &["--node", node]),
+            None => self.ask_for(vpsctl, &[]),
+        }
+    }
+
+    /// As `create`, on whichever node; it is not started.
+    pub fn create_stopped(&self, vpsctl: &Vpsctl) -> Result<String> {
+        self.ask_for(vpsctl, &["--stopped"])
+    }
+
+    fn ask_for(&self, vpsctl: &Vpsctl, how: &[&str]) -> Result<String> {
         let public = format!("{}.pub", key(&self.lab)?.display());
         let memory = format!("{}MiB", self.memory_mib);
         let disk = format!("image={IMAGE},size={}GiB,pool={POOL}", self.disk_gib);
         let mut arguments = vec!["domain", "create", &self.name, "--memory", &memory];
         arguments.extend(["--disk", &disk, "--network", NETWORK, "--ssh-key", &public]);
-        if let Some(node) = node {
-            arguments.extend(["--node", node]);
-        }
+        arguments.extend(how);
         vpsctl.start(&arguments)
     }
 

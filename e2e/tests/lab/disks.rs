@@ -1,8 +1,10 @@
 //! A VPS with a disk: made from an image, booted from its own kernel, moved with its data, and
 //! what its operators do with it.
 
+use std::collections::BTreeSet;
 use std::time::Duration;
 
+use drover_e2e::cluster::list;
 use drover_e2e::process::wait_for;
 use drover_e2e::vps::{self, Vps};
 use drover_e2e::{Error, Result};
@@ -27,6 +29,7 @@ fn a_vps_lives_on_its_disk(world: &mut World) -> Result<()> {
     let operation = vps.create(&vpsctl, Some("host2"))?;
     let created = world.cluster.wait_operation(&operation, COPY_PATIENCE)?;
     ensure!(created["state"] == "succeeded", "it should be made: {created:#}");
+    ten_from_one_image(world)?;
     vps.wait_ssh(&world.cluster)?;
     let said =
         vps.run(&world.cluster, "hostname; df --output=size -BM / | tail -1; cat /proc/cmdline")?;
@@ -75,21 +78,45 @@ fn a_vps_lives_on_its_disk(world: &mut World) -> Result<()> {
         Ok(world.volumes_on("host3")?.is_empty().then_some(()))
     })?;
 
-    let operation = vpsctl.start(&["domain", "migrate", "vps1", "--to", "host3"])?;
-    let moved = world.cluster.wait_operation(&operation, COPY_PATIENCE)?;
-    ensure!(moved["state"] == "succeeded", "it should move: {moved:#}");
+    let operation = vpsctl.start(&["node", "drain", "host2"])?;
+    let drained = world.cluster.wait_operation(&operation, COPY_PATIENCE)?;
+    ensure!(drained["state"] == "succeeded", "host2 should be drained: {drained:#}");
+    ensure!(drained["moves"][0]["state"] == "moved", "it should move: {drained:#}");
     vps.run(&world.cluster, "touch stop")?;
     let output = writer.wait_with_output().map_err(|e| Error::other(format!("ssh: {e}")))?;
     let said = String::from_utf8_lossy(&output.stdout);
     ensure!(output.status.success() && said.contains("f7: OK"), "the session: {said}");
     let same = vps.run(&world.cluster, "cat /proc/sys/kernel/random/boot_id; sha256sum data")?;
     ensure!(same == format!("{boot}{sum}"), "another boot or other data: {same}");
-    println!("  moved: {}", moved["migration"]);
+    println!("  moved: {}", drained["moves"][0]);
 
     // And leaves nothing behind.
     wait_for("host2 without its volume", PATIENCE, || {
         Ok(world.volumes_on("host2")?.is_empty().then_some(()))
     })?;
+    Ok(())
+}
+
+/// Nine more, whose content each node fetches once.
+fn ten_from_one_image(world: &World) -> Result<()> {
+    let vpsctl = world.vpsctl();
+    let others: Vec<Vps> = (2..=10).map(|n| Vps::new(&world.cluster, &format!("vps{n}"))).collect();
+    for vps in &others {
+        let operation = vps.create_stopped(&vpsctl)?;
+        let created = world.cluster.wait_operation(&operation, COPY_PATIENCE)?;
+        ensure!(created["state"] == "succeeded", "{} should be made: {created:#}", vps.name);
+    }
+    let volumes = vpsctl.json(&["volume", "list"])?;
+    let ready = list(&volumes).filter(|volume| volume["state"] == "ready").count();
+    ensure!(ready == 10, "ten volumes should be ready: {volumes:#}");
+    let domains = vpsctl.json(&["domain", "list"])?;
+    let addresses: BTreeSet<String> =
+        list(&domains).map(|domain| domain["addresses"].to_string()).collect();
+    ensure!(addresses.len() == 10, "ten should have an address each: {addresses:?}");
+    for vps in &others {
+        let operation = vpsctl.start(&["domain", "delete", &vps.name])?;
+        world.succeeds(&operation)?;
+    }
     Ok(())
 }
 
