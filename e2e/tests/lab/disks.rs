@@ -106,9 +106,11 @@ fn ten_from_one_image(world: &World) -> Result<()> {
         let created = world.cluster.wait_operation(&operation, COPY_PATIENCE)?;
         ensure!(created["state"] == "succeeded", "{} should be made: {created:#}", vps.name);
     }
-    let volumes = vpsctl.json(&["volume", "list"])?;
-    let ready = list(&volumes).filter(|volume| volume["state"] == "ready").count();
-    ensure!(ready == 10, "ten volumes should be ready: {volumes:#}");
+    wait_for("ten volumes", COPY_PATIENCE, || {
+        let volumes = vpsctl.json(&["volume", "list"])?;
+        let ready = list(&volumes).filter(|volume| volume["state"] == "ready").count();
+        Ok((ready == 10).then_some(()))
+    })?;
     let domains = vpsctl.json(&["domain", "list"])?;
     let addresses: BTreeSet<String> =
         list(&domains).map(|domain| domain["addresses"].to_string()).collect();
