@@ -144,6 +144,10 @@ pub struct DomainConfig {
     /// shown it. None: the guest has no such device.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub generation_id: Option<String>,
+    /// Go on from the state that was saved there instead of booting, once: when a guest has done
+    /// so before, boot. Without `--incoming`.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub restore: Option<PathBuf>,
     /// What a reboot by the guest does.
     #[serde(default)]
     pub on_reboot: OnReboot,
@@ -260,6 +264,7 @@ impl DomainConfig {
             }
         }
         disk::validate(&self.disks)?;
+        self.restore.iter().try_for_each(|path| validate_path("restore", path))?;
         self.generation().map(drop)
     }
 
@@ -483,6 +488,7 @@ mod tests {
             }],
             guest_agent: true,
             generation_id: Some("324e6eaf-d1d1-4bf6-bf41-b9bb6c91fb87".into()),
+            restore: Some("/srv/web-1/memory.raw".into()),
             on_reboot: OnReboot::Restart,
         }
     }
@@ -523,6 +529,7 @@ mod tests {
                 (c.kernel, c.initramfs) = (None, None);
                 c.boot_disk = Some(BootDiskConfig { own_root: true, ..root_disk("/other") });
             }),
+            ("restore", |c| c.restore = Some("memory.raw".into())),
             ("initramfs", |c| c.initramfs = Some("".into())),
             ("command_line", |c| c.command_line = "x".repeat(2048)),
             ("command_line", |c| c.command_line = "a\nb".into()),
@@ -587,6 +594,7 @@ mod tests {
         let text = serde_json::to_string(&config).unwrap();
         assert!(!text.contains("disks") && !text.contains("guest_agent"));
         assert!(!text.contains("generation") && !text.contains("own_root"));
+        assert!(!text.contains("restore"));
         let disk = minimal.replace("\"epoch\"", "\"disks\":[{\"path\":\"/d\"}],\"epoch\"");
         let config: DomainConfig = serde_json::from_str(&disk).unwrap();
         assert_eq!((config.disks[0].read_only, config.disks[0].serial.as_str()), (false, ""));

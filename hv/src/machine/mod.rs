@@ -25,6 +25,7 @@ mod vcpu_state;
 mod vm_state;
 
 use std::io;
+use std::path::PathBuf;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Instant;
@@ -42,7 +43,8 @@ use crate::console::Console;
 use crate::guest_agent::GuestAgent;
 use crate::memory::{self, DirtyPages, DirtyTracker, GuestMemory, KvmDirtyLog, MemoryError};
 use crate::migration::{Shape, cpu_features};
-use crate::pci::{KvmWiring, PciBus, RestoreError, Wiring};
+use crate::pci::{self, KvmWiring, PciBus, Wiring};
+use crate::saved::RestoreError;
 use crate::serial::SerialPort;
 use crate::state::{self, kind};
 use crate::virtio::blk::{Blk, VolumeError};
@@ -87,6 +89,14 @@ pub enum MachineError {
     /// The boot structures do not fit into memory.
     #[error("writing the ACPI tables: {0}")]
     Acpi(#[from] GuestMemoryError),
+    /// There is no saved state that it could go on from.
+    #[error("restore: {path}: {source}", path = .path.display())]
+    Restore {
+        /// The file or device.
+        path: PathBuf,
+        /// Why not.
+        source: RestoreError,
+    },
     /// It was made, and does not run.
     #[error("starting the guest: {0}")]
     Start(#[source] MigratableError),
@@ -435,11 +445,11 @@ impl From<VcpuStateError> for MigratableError {
     }
 }
 
-impl From<RestoreError> for MigratableError {
-    fn from(error: RestoreError) -> Self {
+impl From<pci::RestoreError> for MigratableError {
+    fn from(error: pci::RestoreError) -> Self {
         match error {
-            RestoreError::State(error) => mismatch(error),
-            error @ RestoreError::Routes(_) => step("restoring PCI", error),
+            pci::RestoreError::State(error) => mismatch(error),
+            error @ pci::RestoreError::Routes(_) => step("restoring PCI", error),
         }
     }
 }
@@ -547,6 +557,10 @@ impl MigratableVm for Machine {
         let all = began.elapsed();
         tracing::debug!(?devices, ?vcpus, ?all, "the state is restored");
         Ok(())
+    }
+
+    fn was_saved(&mut self) {
+        self.clock = self.clock.take().map(Clock::after_saving);
     }
 
     fn start_dirty_log(&mut self) -> Result<(), MigratableError> {

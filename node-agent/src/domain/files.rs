@@ -142,6 +142,7 @@ pub(crate) fn domain_config(
         // A guest that brings its own system may bring the agent for it, too.
         guest_agent: boots_from_disk,
         generation_id: None,
+        restore: None,
         on_reboot: match spec.on_reboot() {
             RestartPolicy::Stop => OnReboot::Stop,
             RestartPolicy::Restart | RestartPolicy::Unspecified => OnReboot::Restart,
