@@ -14,6 +14,7 @@
 mod cpuid;
 mod devices;
 mod disks;
+mod error;
 pub mod exit;
 pub mod generation;
 mod landing;
@@ -25,7 +26,6 @@ mod vcpu_state;
 mod vm_state;
 
 use std::io;
-use std::path::PathBuf;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Instant;
@@ -35,16 +35,14 @@ use kvm_bindings::{
 };
 use kvm_ioctls::{Cap, Kvm, VmFd};
 use uuid::Uuid;
-use vm_memory::GuestMemoryError;
 use vmm_sys_util::eventfd::EventFd;
 
 use crate::config::{DiskLimits, DomainConfig, FieldError};
 use crate::console::Console;
 use crate::guest_agent::GuestAgent;
-use crate::memory::{self, DirtyPages, DirtyTracker, GuestMemory, KvmDirtyLog, MemoryError};
+use crate::memory::{self, DirtyPages, DirtyTracker, GuestMemory, KvmDirtyLog};
 use crate::migration::{Shape, cpu_features};
 use crate::pci::{self, KvmWiring, PciBus, Wiring};
-use crate::saved::RestoreError;
 use crate::serial::SerialPort;
 use crate::state::{self, kind};
 use crate::virtio::blk::{Blk, VolumeError};
@@ -56,6 +54,8 @@ use crate::{acpi, loader};
 pub use devices::Devices;
 use devices::SciLine;
 pub use disks::Purpose;
+pub use error::MachineError;
+use error::kvm;
 use generation::Generation;
 use migratable::{MachineState, MigratableDisk, MigratableError, MigratableVm, StateSection};
 use power::Power;
@@ -65,54 +65,6 @@ use vm_state::{Clock, mismatch, step};
 
 /// Three pages that KVM on Intel needs for real mode, between the PCI windows and 4 GiB.
 const TSS_START: usize = 0xfffb_d000;
-
-/// Why a machine could not be made.
-#[derive(Debug, thiserror::Error)]
-pub enum MachineError {
-    /// What was asked for is wrong: the field says where.
-    #[error(transparent)]
-    Field(#[from] FieldError),
-    /// KVM refused.
-    #[error("{step}: {source}")]
-    Kvm {
-        /// What was tried.
-        step: &'static str,
-        /// What KVM said.
-        source: kvm_ioctls::Error,
-    },
-    /// A vCPU could not be set up.
-    #[error(transparent)]
-    Vcpu(#[from] VcpuStateError),
-    /// Memory could not be had.
-    #[error(transparent)]
-    Memory(#[from] MemoryError),
-    /// The boot structures do not fit into memory.
-    #[error("writing the ACPI tables: {0}")]
-    Acpi(#[from] GuestMemoryError),
-    /// There is no saved state that it could go on from.
-    #[error("restore: {path}: {source}", path = .path.display())]
-    Restore {
-        /// The file or device.
-        path: PathBuf,
-        /// Why not.
-        source: RestoreError,
-    },
-    /// It was made, and does not run.
-    #[error("starting the guest: {0}")]
-    Start(#[source] MigratableError),
-    /// A device could not be made.
-    #[error("making {device}: {source}")]
-    Device {
-        /// Which.
-        device: String,
-        /// What the system said.
-        source: io::Error,
-    },
-}
-
-fn kvm<T>(step: &'static str, result: Result<T, kvm_ioctls::Error>) -> Result<T, MachineError> {
-    result.map_err(|source| MachineError::Kvm { step, source })
-}
 
 /// A machine. Dropping it ends its threads.
 pub struct Machine {
