@@ -13,20 +13,31 @@ use crate::config::FieldError;
 use crate::machine::exit::{ExitReason, ExitRecord};
 use crate::machine::migratable::MigratableVm;
 use crate::machine::{Machine, MachineError, Purpose};
-use crate::saved::{self, Restored, SaveControl, SaveOutcome};
+use crate::saved::{self, Restored, SaveControl, SaveError, SaveOutcome};
 
 /// A saving that has the machine.
 pub(super) struct SaveTask {
     pub(super) control: SaveControl,
     path: PathBuf,
     /// Whoever asked hears when it has ended.
-    reply: oneshot::Sender<Answer>,
+    replies: Vec<oneshot::Sender<Answer>>,
 }
+
+/// Most calls that wait for the same saving: an agent that was started again asks again.
+const REPLIES_MAX: usize = 8;
 
 impl Supervisor {
     /// Begins; the answer comes when it has ended.
     pub(super) fn save(&mut self, request: SaveRequest, reply: oneshot::Sender<Answer>) {
         let path = PathBuf::from(request.path);
+        if let Place::Saving(task) = &mut self.place
+            && task.path == path
+            && task.replies.len() < REPLIES_MAX
+        {
+            // Asked again.
+            task.replies.push(reply);
+            return;
+        }
         let (worker, control) = match self.prepare_save(&path) {
             Ok(prepared) => prepared,
             Err(error) => {
@@ -36,7 +47,7 @@ impl Supervisor {
             }
         };
         self.shared.set_state(VmmState::Paused, "it is being saved");
-        self.give(&worker, Place::Saving(SaveTask { control, path, reply }));
+        self.give(&worker, Place::Saving(SaveTask { control, path, replies: vec![reply] }));
     }
 
     fn prepare_save(
@@ -71,23 +82,23 @@ impl Supervisor {
         let Place::Saving(task) = std::mem::replace(&mut self.place, Place::Owned(machine)) else {
             unreachable!("the machine was with a saving");
         };
-        let SaveTask { path, reply, .. } = task;
+        let SaveTask { path, replies, .. } = task;
         match outcome {
             SaveOutcome::Saved(saved) => {
                 // Told when the end is on disk.
-                self.farewell = Some(reply);
+                self.farewell = replies;
                 let bytes = saved.bytes;
                 let detail = format!("the guest is saved: {bytes} bytes in {}", path.display());
                 Err(ExitRecord::new(ExitReason::Saved, detail))
             }
             SaveOutcome::Failed(error) => {
                 self.shared.set_state(VmmState::Running, "");
-                let _ = reply.send(Err(error.into()));
+                refuse(replies, error);
                 Ok(())
             }
             SaveOutcome::Broken(error) => {
                 let detail = format!("the guest could not go on after it was not saved: {error}");
-                let _ = reply.send(Err(error.into()));
+                refuse(replies, error);
                 Err(ExitRecord::new(ExitReason::Error, detail))
             }
         }
@@ -121,10 +132,20 @@ impl Supervisor {
         Ok(())
     }
 
-    /// Tells the one who asked for it that the guest is saved.
+    /// Tells those who asked for it that the guest is saved.
     pub(super) fn say_farewell(&mut self) {
-        if let Some(reply) = self.farewell.take() {
+        for reply in self.farewell.drain(..) {
             let _ = reply.send(Ok(Reply::Done));
         }
+    }
+}
+
+/// The last who asked hears why by its kind, the others, who have likely gone, by its words.
+fn refuse(replies: Vec<oneshot::Sender<Answer>>, error: SaveError) {
+    let words = error.to_string();
+    let mut error = Some(VmmError::from(error));
+    for reply in replies.into_iter().rev() {
+        let error = error.take().unwrap_or_else(|| VmmError::Failed(words.clone()));
+        let _ = reply.send(Err(error));
     }
 }

@@ -74,7 +74,7 @@ pub(super) struct Supervisor {
     /// The first that a guest said of its end, until it is dealt with.
     exit: Arc<Mutex<Option<GuestExit>>>,
     /// Whoever asked for what ends the VMM, and hears when the end is on disk.
-    pub(super) farewell: Option<oneshot::Sender<Answer>>,
+    pub(super) farewell: Vec<oneshot::Sender<Answer>>,
 }
 
 /// Makes the machine, starts the thread, and waits until the guest runs.
@@ -155,7 +155,8 @@ impl Supervisor {
         let epoch = options.config.epoch;
         let exit = Arc::default();
         let place = Place::Lost;
-        let mut supervisor = Self { options, shared, events, place, epoch, exit, farewell: None };
+        let mut supervisor =
+            Self { options, shared, events, place, epoch, exit, farewell: Vec::new() };
         // Once: the guest's own reboots begin anew.
         let restore = supervisor.options.config.restore.take();
         let made = if let Some(path) = restore {
