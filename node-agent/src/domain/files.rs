@@ -116,7 +116,7 @@ pub(crate) fn domain_config(
     });
     // Without a kernel of the node's, the first disk brings its own.
     let boot_disk = match (boot.kernel.is_empty(), disks.first()) {
-        (true, Some(path)) => Some(BootDiskConfig { path: path.clone() }),
+        (true, Some(path)) => Some(BootDiskConfig { path: path.clone(), own_root: false }),
         (true, None) => {
             return Err(Error::Domain(
                 "boot.kernel: is empty, and the domain has no disk to boot from; give it a \
@@ -142,6 +142,7 @@ pub(crate) fn domain_config(
         // A guest that brings its own system may bring the agent for it, too.
         guest_agent: boots_from_disk,
         generation_id: None,
+        restore: None,
         on_reboot: match spec.on_reboot() {
             RestartPolicy::Stop => OnReboot::Stop,
             RestartPolicy::Restart | RestartPolicy::Unspecified => OnReboot::Restart,
