@@ -116,7 +116,7 @@ pub(crate) fn domain_config(
     });
     // Without a kernel of the node's, the first disk brings its own.
     let boot_disk = match (boot.kernel.is_empty(), disks.first()) {
-        (true, Some(path)) => Some(BootDiskConfig { path: path.clone() }),
+        (true, Some(path)) => Some(BootDiskConfig { path: path.clone(), own_root: false }),
         (true, None) => {
             return Err(Error::Domain(
                 "boot.kernel: is empty, and the domain has no disk to boot from; give it a \
