@@ -7,7 +7,6 @@ use std::path::{Path, PathBuf};
 
 use drover_hv::config::{
     BootDiskConfig, DiskConfig, DiskLimits, DomainConfig, InterfaceConfig, OnReboot,
-    SERIAL_BYTES_MAX,
 };
 use drover_proto::v1::RestartPolicy;
 use serde::Deserialize;
@@ -95,7 +94,7 @@ pub(crate) fn domain_config(
     let volumes = assigned.disks.iter().zip(disks).map(|(disk, path)| DiskConfig {
         path: path.clone(),
         read_only: disk.read_only,
-        serial: serial(&disk.volume),
+        serial: disk.serial.clone(),
         shared: false,
         // Made for this very migration: nobody is sent to a node that has a copy.
         zeroed: matches!(assigned.role, Role::Incoming { .. }),
@@ -141,7 +140,7 @@ pub(crate) fn domain_config(
         disks: volumes.chain(seed).collect(),
         // A guest that brings its own system may bring the agent for it, too.
         guest_agent: boots_from_disk,
-        generation_id: None,
+        generation_id: assigned.generation_id.clone(),
         on_reboot: match spec.on_reboot() {
             RestartPolicy::Stop => OnReboot::Stop,
             RestartPolicy::Restart | RestartPolicy::Unspecified => OnReboot::Restart,
@@ -149,11 +148,6 @@ pub(crate) fn domain_config(
     };
     config.validate().map_err(|err| Error::Domain(err.to_string()))?;
     Ok(config)
-}
-
-/// What the guest sees of a volume's uid: as much as a serial number holds.
-fn serial(volume: &str) -> String {
-    volume.chars().filter(|c| *c != '-').take(SERIAL_BYTES_MAX).collect()
 }
 
 /// Replaces the paths of the domain's disks by words that mean something without the node.

@@ -113,7 +113,9 @@ mod tests {
             ..CloudInit::default()
         });
         let spec = DomainSpec { cloud_init, interfaces, ..DomainSpec::default() };
-        Assigned { name: "domains/web".into(), epoch, spec, role, disks: vec![] }
+        let name = "domains/web".into();
+        let (disks, rescue, generation_id) = (vec![], false, None);
+        Assigned { name, epoch, spec, role, disks, rescue, generation_id }
     }
 
     fn incoming() -> Role {

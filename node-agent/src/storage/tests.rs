@@ -200,6 +200,7 @@ async fn volumes_come_and_go_as_they_are_wanted() {
         volume: uid(n),
         pool: "main".into(),
         read_only: false,
+        serial: String::new(),
         limits: Default::default(),
     };
     node.until_ready(1).await;

@@ -129,6 +129,13 @@ impl Vmm {
     }
 }
 
+fn serial(disk: Option<Disk>) -> String {
+    match disk.unwrap().which.unwrap() {
+        disk::Which::Serial(serial) => serial,
+        disk::Which::Index(index) => panic!("index {index}"),
+    }
+}
+
 type Answer<T> = Result<Response<T>, Status>;
 
 #[tonic::async_trait]
@@ -168,12 +175,15 @@ impl VmmService for Vmm {
         Err(Status::unimplemented(""))
     }
 
-    async fn set_disk_limits(&self, _: Request<SetDiskLimitsRequest>) -> Answer<VmmStatus> {
-        Err(Status::unimplemented(""))
+    async fn set_disk_limits(&self, request: Request<SetDiskLimitsRequest>) -> Answer<VmmStatus> {
+        let SetDiskLimitsRequest { disk, limits } = request.into_inner();
+        eprintln!("SetDiskLimits {} {}", serial(disk), limits.unwrap().iops);
+        Ok(self.change(|_| {}))
     }
 
-    async fn grow_disk(&self, _: Request<GrowDiskRequest>) -> Answer<GrowDiskResponse> {
-        Err(Status::unimplemented(""))
+    async fn grow_disk(&self, request: Request<GrowDiskRequest>) -> Answer<GrowDiskResponse> {
+        eprintln!("GrowDisk {}", serial(request.into_inner().disk));
+        Ok(Response::new(GrowDiskResponse::default()))
     }
 
     async fn set_generation(&self, _: Request<SetGenerationRequest>) -> Answer<VmmStatus> {
