@@ -265,6 +265,10 @@ mod tests {
                 "1 disks, and its spec 0",
             ),
             (
+                pb::Assignment { rescue: true, ..good.clone() },
+                "0 disks, the rescue disk among them, and its spec 0",
+            ),
+            (
                 pb::Assignment {
                     spec: Some(DomainSpec {
                         disks: vec![drover_proto::v1::Disk::default()],

@@ -156,11 +156,17 @@ impl Domain {
     async fn open_disks(&self, assigned: &Assigned) -> Result<Vec<PathBuf>, Error> {
         let storage = self.storage.clone();
         let disks = assigned.disks.clone();
+        let rescue = assigned.rescue;
         blocking(move || {
             let activate = |(index, disk): (usize, &Disk)| {
+                let name = match (rescue, index) {
+                    (true, 0) => "the rescue disk".to_owned(),
+                    (true, index) => format!("disk {index}"),
+                    (false, index) => format!("disk {}", index + 1),
+                };
                 storage
                     .activate(&disk.pool, &disk.volume)
-                    .map_err(|err| Error::Domain(format!("disk {}: {err}", index + 1)))
+                    .map_err(|err| Error::Domain(format!("{name}: {err}")))
             };
             disks.iter().enumerate().map(activate).collect()
         })

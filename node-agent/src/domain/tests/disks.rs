@@ -37,3 +37,44 @@ fn a_disk_changes_while_its_domain_runs() {
     assert_eq!(told[2..], ["SetDiskLimits root 900", "GrowDisk root"]);
     assert_eq!(agent.until_state(ObservedState::Running).state_reason, "");
 }
+
+const RESCUE: &str = "0193f2a6-7e3c-7000-8000-00000000beef";
+
+/// The rescue disk is booted in place of whatever the domain boots from, as its own root, before
+/// the domain's own disks, with a seed of its own; afterwards all is as it was.
+#[test]
+fn a_rescue_disk_is_booted_before_the_domains_own() {
+    let host = Host::new();
+    let agent = host.agent();
+    let own = |epoch| {
+        let mut own = with_disk(&host, "single", host.run(epoch));
+        own.spec.as_mut().unwrap().boot = host.spec("single").boot;
+        own
+    };
+    let mut rescue = Assignment { rescue: true, ..own(3) };
+    rescue.disks.insert(
+        0,
+        AssignedDisk { volume_uid: RESCUE.into(), pool: "main".into(), ..Default::default() },
+    );
+    let volumes = || vec![volume(true), WantedVolume { uid: RESCUE.into(), ..volume(true) }];
+    agent.wish_with(&host, vec![rescue], volumes());
+    agent.until_state(ObservedState::Running);
+    let config = || drover_hv::config::DomainConfig::load(&host.files().config).unwrap();
+    let seed = || String::from_utf8_lossy(&std::fs::read(&host.files().seed).unwrap()).into_owned();
+    let rescued = config();
+    let boot = rescued.boot_disk.unwrap();
+    assert!(boot.own_root && rescued.kernel.is_none());
+    assert_eq!((&boot.path, rescued.command_line.as_str()), (&rescued.disks[0].path, ""));
+    let serials: Vec<_> = rescued.disks.iter().map(|disk| disk.serial.as_str()).collect();
+    assert_eq!(serials, [&RESCUE.replace('-', "")[..20], "0193f2a57e3c70008000", "cidata"]);
+    assert!(seed().contains(&format!("{UID}-rescue")));
+
+    agent.wish_with(&host, vec![Assignment { ..host.owner(3, PowerState::Stopped) }], volumes());
+    agent.until_state(ObservedState::Stopped);
+    agent.wish_with(&host, vec![own(4)], volumes());
+    agent.until_state(ObservedState::Running);
+    let again = config();
+    assert!(again.boot_disk.is_none() && again.kernel.is_some());
+    assert_eq!((again.disks.len(), again.command_line.as_str()), (2, "single"));
+    assert!(!seed().contains("-rescue"));
+}
