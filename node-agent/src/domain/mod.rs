@@ -8,6 +8,7 @@
 mod act;
 pub(crate) mod client;
 mod files;
+pub mod guest;
 pub mod quiesce;
 mod seeding;
 mod vmm;

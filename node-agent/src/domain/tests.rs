@@ -3,6 +3,7 @@
 //! that it is a process of its own with the domain's lock as its standard input.
 
 mod disks;
+mod guests;
 mod quiet;
 mod scripted;
 
