@@ -1,19 +1,22 @@
 //! AgentService: what controllers and other agents ask of this node. Each call is another
 //! module's; this one only says whose.
 
-use drover_proto::agent::v1::ReadImageRequest;
 use drover_proto::agent::v1::agent_service_server::{AgentService, AgentServiceServer};
+use drover_proto::agent::v1::{CallGuestRequest, CallGuestResponse, ReadImageRequest};
 use drover_proto::v1::{ConsoleInput, ImportImageRequest};
 use tonic::{Request, Response, Status, Streaming};
 
 use crate::console::{Console, ConsoleAnswers};
+use crate::domain::guest::Guests;
 use crate::storage::{Images, ImportAnswers, ReadAnswers};
 
-/// The node's consoles and images.
+/// The node's consoles, guests and images.
 #[derive(Debug, Clone)]
 pub struct Service {
     /// Of the domains that run here.
     pub console: Console,
+    /// The agents inside them.
+    pub guests: Guests,
     /// In the node's pools.
     pub images: Images,
 }
@@ -30,7 +33,12 @@ impl AgentService for Service {
     type AttachConsoleStream = ConsoleAnswers;
     type ImportImageStream = ImportAnswers;
     type ReadImageStream = ReadAnswers;
-    type ReadVolumeStream = std::pin::Pin<Box<dyn tokio_stream::Stream<Item = Result<drover_proto::v1::ReadSnapshotResponse, Status>> + Send>>;
+    type ReadVolumeStream = std::pin::Pin<
+        Box<
+            dyn tokio_stream::Stream<Item = Result<drover_proto::v1::ReadSnapshotResponse, Status>>
+                + Send,
+        >,
+    >;
 
     async fn attach_console(
         &self,
@@ -62,8 +70,8 @@ impl AgentService for Service {
 
     async fn call_guest(
         &self,
-        _: Request<drover_proto::agent::v1::CallGuestRequest>,
-    ) -> Result<Response<drover_proto::agent::v1::CallGuestResponse>, Status> {
-        Err(Status::unimplemented("not yet"))
+        request: Request<CallGuestRequest>,
+    ) -> Result<Response<CallGuestResponse>, Status> {
+        self.guests.call(request.into_inner()).await.map(Response::new)
     }
 }

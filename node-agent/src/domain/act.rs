@@ -35,6 +35,7 @@ impl Domain {
             Action::StartMigration => self.start_migration().await,
             Action::CancelMigration => self.cancel_migration().await,
             Action::TakeOver => self.take_over().await,
+            Action::UpdateDisks => self.update_disks().await,
             Action::PowerButton => self.power_button().await,
             Action::Quit => self.quit().await,
             Action::Kill => self.kill(),
@@ -98,6 +99,8 @@ impl Domain {
         let Ok(_permit) = shared.starts.acquire().await else {
             return Err(Error::Ended("start queue"));
         };
+        // Nothing begins to write to disks that are being read.
+        let _turn = shared.quiescer.turn(&self.uid)?;
         if self.wanted_source.has_changed().unwrap_or(true) {
             // Something else may be wanted after the wait: decide again.
             return Ok(());
@@ -123,7 +126,8 @@ impl Domain {
             ran: false,
         });
         self.save(record.clone()).await?;
-        self.progress = Progress::default();
+        let told_disks = Some(self.live_disks.clone());
+        self.progress = Progress { told_disks, ..Progress::default() };
         if let Err(error) = self.spawn(config, incoming.is_some()).await {
             record.run = None;
             return self.could_not_start(record, &assigned, incoming, &error).await;
@@ -152,11 +156,17 @@ impl Domain {
     async fn open_disks(&self, assigned: &Assigned) -> Result<Vec<PathBuf>, Error> {
         let storage = self.storage.clone();
         let disks = assigned.disks.clone();
+        let rescue = assigned.rescue;
         blocking(move || {
             let activate = |(index, disk): (usize, &Disk)| {
+                let name = match (rescue, index) {
+                    (true, 0) => "the rescue disk".to_owned(),
+                    (true, index) => format!("disk {index}"),
+                    (false, index) => format!("disk {}", index + 1),
+                };
                 storage
                     .activate(&disk.pool, &disk.volume)
-                    .map_err(|err| Error::Domain(format!("disk {}: {err}", index + 1)))
+                    .map_err(|err| Error::Domain(format!("{name}: {err}")))
             };
             disks.iter().enumerate().map(activate).collect()
         })
@@ -189,6 +199,7 @@ impl Domain {
             drover_storage::create_dir(&files.dir)?;
             drover_storage::remove(&files.exit)?;
             drover_storage::remove(&files.handover)?;
+            drover_storage::remove(&files.held)?;
             seeding::place(&files.seed, seed.as_deref())?;
             Ok(config)
         })
@@ -353,6 +364,8 @@ impl Domain {
 
     async fn start_migration(&mut self) -> Result<(), Error> {
         let Some(outgoing) = self.outgoing() else { return Ok(()) };
+        // A guest that is frozen is thawed by this node.
+        let _turn = self.shared.quiescer.turn(&self.uid)?;
         let mut client = self.client()?;
         let id = outgoing.migration_id.clone();
         let request = StartMigrationRequest {
@@ -434,6 +447,28 @@ impl Domain {
         // Its status says when it runs, and under which epoch; that is written down then.
         self.progress.taken_over = Some(assigned.epoch);
         self.learn().await;
+        Ok(())
+    }
+
+    /// Tells the VMM what it does not know of its disks. Whatever it was told before an error, it
+    /// is told again.
+    async fn update_disks(&mut self) -> Result<(), Error> {
+        let mut client = self.client()?;
+        let disks = self.live_disks.clone();
+        let told = self.progress.told_disks.take().unwrap_or_default();
+        for disk in &disks {
+            let before = told.iter().find(|before| before.serial == disk.serial);
+            if before.is_none_or(|before| before.limits != disk.limits) {
+                tracing::info!(uid = self.uid, ?disk, "tells the VMM of limits");
+                client.set_disk_limits(&disk.serial, disk.limits).await?;
+            }
+            let grown = before.is_none_or(|before| before.size_bytes != disk.size_bytes);
+            if grown && disk.size_bytes > 0 {
+                tracing::info!(uid = self.uid, ?disk, "tells the VMM of a size");
+                client.grow_disk(&disk.serial).await?;
+            }
+        }
+        self.progress.told_disks = Some(disks);
         Ok(())
     }
 

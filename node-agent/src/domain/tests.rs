@@ -2,6 +2,9 @@
 //! the real one needs KVM (the lab has it): this test binary, started again through a script, so
 //! that it is a process of its own with the domain's lock as its standard input.
 
+mod disks;
+mod guests;
+mod quiet;
 mod scripted;
 
 use super::*;
@@ -76,6 +79,7 @@ impl Host {
         let shared = Shared {
             storage: storage.unwrap().0,
             node: "host1".into(),
+            quiescer: quiesce::Quiescer::new(places.clone()),
             places,
             vmm: self.dir.path().join("vmm"),
             bridge: "br0".into(),
@@ -85,8 +89,9 @@ impl Host {
             clock: Instant::now(),
             changed,
         };
+        let quiescer = shared.quiescer.clone();
         let node = runtime.block_on(start_without_network(Arc::new(shared), home)).unwrap();
-        Agent { runtime: Some(runtime), node, term: self.term }
+        Agent { runtime: Some(runtime), node, quiescer, term: self.term }
     }
 
     /// Another test that forks at the moment when the last agent dies has that one's lock, too,
@@ -128,8 +133,7 @@ impl Host {
             epoch,
             spec: Some(self.spec("")),
             role: Some(assignment::Role::Owner(owner)),
-            outgoing: None,
-            disks: vec![],
+            ..Assignment::default()
         }
     }
 
@@ -154,6 +158,21 @@ impl Host {
         Assignment { outgoing: Some(outgoing), ..self.run(epoch) }
     }
 
+    /// The lines that the VMM has logged and that `says` picks, as soon as they fit.
+    fn until_told(&self, fits: impl Fn(&[String]) -> bool, says: &[&str]) -> Vec<String> {
+        let deadline = std::time::Instant::now() + LONG;
+        loop {
+            let log = std::fs::read_to_string(&self.files().log).unwrap_or_default();
+            let picked = |line: &&str| says.iter().any(|word| line.contains(word));
+            let told: Vec<String> = log.lines().filter(picked).map(str::to_owned).collect();
+            if fits(&told) {
+                return told;
+            }
+            assert!(std::time::Instant::now() < deadline, "{told:?}");
+            std::thread::sleep(Duration::from_millis(5));
+        }
+    }
+
     fn next(&self) -> u64 {
         self.sequence.set(self.sequence.get() + 1);
         self.sequence.get()
@@ -174,6 +193,7 @@ impl Drop for Host {
 struct Agent {
     runtime: Option<tokio::runtime::Runtime>,
     node: NodeHandle,
+    quiescer: quiesce::Quiescer,
     term: u64,
 }
 

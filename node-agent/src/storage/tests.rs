@@ -70,7 +70,8 @@ async fn node_in(dir: tempfile::TempDir) -> Node {
     std::fs::create_dir_all(&spool).unwrap();
     let places = Places { state: spool.clone(), run: dir.path().join("run") };
     let service = Service {
-        console: Console::new(places, "host1".into()),
+        console: Console::new(places.clone(), "host1".into()),
+        guests: crate::domain::guest::Guests::new(places, "host1".into()),
         images: Images::new(handle.clone(), "host1".into(), spool),
     };
     let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
@@ -200,6 +201,7 @@ async fn volumes_come_and_go_as_they_are_wanted() {
         volume: uid(n),
         pool: "main".into(),
         read_only: false,
+        serial: String::new(),
         limits: Default::default(),
     };
     node.until_ready(1).await;
