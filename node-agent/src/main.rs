@@ -8,6 +8,7 @@ use std::time::Duration;
 use clap::Parser;
 use drover_agent::cli::Options;
 use drover_agent::console::Console;
+use drover_agent::domain::quiesce::Quiescer;
 use drover_agent::domain::{STARTS_AT_ONCE_MAX, Shared};
 use drover_agent::error::Error;
 use drover_agent::identity::Home;
@@ -87,6 +88,7 @@ async fn run(options: Options) -> Result<(), Error> {
     let images = Images::new(pools.clone(), options.node.clone(), options.state_dir.clone());
     let shared = Arc::new(Shared {
         node: options.node.clone(),
+        quiescer: Quiescer::new(places.clone()),
         places: places.clone(),
         vmm: options.vmm,
         bridge: options.bridge,

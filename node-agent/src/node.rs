@@ -149,6 +149,7 @@ pub(crate) async fn start_without_network(
         tasks: JoinSet::new(),
         sampler: Sampler::default(),
     };
+    node.shared.quiescer.release_leftovers(&uids);
     for uid in uids {
         node.add(uid, Wanted::Unknown);
     }

@@ -8,6 +8,7 @@
 //!                    /vmm.lock       locked for as long as the VMM's process exists
 //!                    /vmm.log        what the VMM says (and .1, the part before)
 //!                    /seed.img       what cloud-init in the guest is told, where it is
+//!                    /held           the guest is frozen or paused for a moment (domain::quiesce)
 //! RUN/domains/<uid>/vmm.sock         the VMM's API
 //! ```
 //!
@@ -43,6 +44,8 @@ pub struct DomainFiles {
     pub log: PathBuf,
     /// The disk that cloud-init in the guest reads.
     pub seed: PathBuf,
+    /// While the guest is frozen or paused by the agent, what is to be undone.
+    pub held: PathBuf,
     /// RUN/domains/<uid>.
     pub run_dir: PathBuf,
     /// The VMM's API.
@@ -71,6 +74,7 @@ impl Places {
             lock: dir.join("vmm.lock"),
             log: dir.join("vmm.log"),
             seed: dir.join("seed.img"),
+            held: dir.join("held"),
             socket: run_dir.join("vmm.sock"),
             dir,
             run_dir,

@@ -98,6 +98,8 @@ impl Domain {
         let Ok(_permit) = shared.starts.acquire().await else {
             return Err(Error::Ended("start queue"));
         };
+        // Nothing begins to write to disks that are being read.
+        let _turn = shared.quiescer.turn(&self.uid)?;
         if self.wanted_source.has_changed().unwrap_or(true) {
             // Something else may be wanted after the wait: decide again.
             return Ok(());
@@ -189,6 +191,7 @@ impl Domain {
             drover_storage::create_dir(&files.dir)?;
             drover_storage::remove(&files.exit)?;
             drover_storage::remove(&files.handover)?;
+            drover_storage::remove(&files.held)?;
             seeding::place(&files.seed, seed.as_deref())?;
             Ok(config)
         })
@@ -353,6 +356,8 @@ impl Domain {
 
     async fn start_migration(&mut self) -> Result<(), Error> {
         let Some(outgoing) = self.outgoing() else { return Ok(()) };
+        // A guest that is frozen is thawed by this node.
+        let _turn = self.shared.quiescer.turn(&self.uid)?;
         let mut client = self.client()?;
         let id = outgoing.migration_id.clone();
         let request = StartMigrationRequest {

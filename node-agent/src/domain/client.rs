@@ -56,6 +56,27 @@ impl VmmClient {
         call("WatchStatus", self.inner.watch_status(pb::GetStatusRequest {})).await
     }
 
+    pub(crate) async fn pause(&mut self) -> Result<pb::VmmStatus, Error> {
+        call("Pause", self.inner.pause(pb::PauseRequest {})).await
+    }
+
+    pub(crate) async fn resume(&mut self) -> Result<pb::VmmStatus, Error> {
+        call("Resume", self.inner.resume(pb::ResumeRequest {})).await
+    }
+
+    /// One command of the guest agent's protocol; answers its result, JSON. `timeout` is the
+    /// guest's, and shorter than the VMM's own.
+    pub(crate) async fn guest_agent_call(
+        &mut self,
+        command: String,
+        timeout: Duration,
+    ) -> Result<String, Error> {
+        let timeout = prost_types::Duration::try_from(timeout).ok();
+        let request = pb::GuestAgentCallRequest { command, timeout };
+        let answer = call("GuestAgentCall", self.inner.guest_agent_call(request)).await?;
+        Ok(answer.result)
+    }
+
     pub(crate) async fn power_button(&mut self) -> Result<pb::VmmStatus, Error> {
         call("PowerButton", self.inner.power_button(pb::PowerButtonRequest {})).await
     }

@@ -8,6 +8,7 @@
 mod act;
 pub(crate) mod client;
 mod files;
+pub mod quiesce;
 mod seeding;
 mod vmm;
 
@@ -25,6 +26,7 @@ use crate::observe::{differs, handed_over, observe, shorten};
 use crate::records::{DomainFiles, DomainRecord, Handover, Places};
 use crate::storage::StorageHandle;
 use crate::wanted::Wanted;
+use quiesce::Quiescer;
 use vmm::Link;
 
 /// How many VMMs may be starting at once.
@@ -52,6 +54,8 @@ pub struct Shared {
     pub bridge: String,
     /// The node's pools, and what is in them.
     pub storage: StorageHandle,
+    /// Makes guests stand still; and who else may, meanwhile.
+    pub quiescer: Quiescer,
     /// `ADDR:0`, where a destination listens.
     pub migration_listen: String,
     /// This boot of the host.

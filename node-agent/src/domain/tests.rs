@@ -2,6 +2,7 @@
 //! the real one needs KVM (the lab has it): this test binary, started again through a script, so
 //! that it is a process of its own with the domain's lock as its standard input.
 
+mod quiet;
 mod scripted;
 
 use super::*;
@@ -76,6 +77,7 @@ impl Host {
         let shared = Shared {
             storage: storage.unwrap().0,
             node: "host1".into(),
+            quiescer: quiesce::Quiescer::new(places.clone()),
             places,
             vmm: self.dir.path().join("vmm"),
             bridge: "br0".into(),
@@ -85,8 +87,9 @@ impl Host {
             clock: Instant::now(),
             changed,
         };
+        let quiescer = shared.quiescer.clone();
         let node = runtime.block_on(start_without_network(Arc::new(shared), home)).unwrap();
-        Agent { runtime: Some(runtime), node, term: self.term }
+        Agent { runtime: Some(runtime), node, quiescer, term: self.term }
     }
 
     /// Another test that forks at the moment when the last agent dies has that one's lock, too,
@@ -128,8 +131,7 @@ impl Host {
             epoch,
             spec: Some(self.spec("")),
             role: Some(assignment::Role::Owner(owner)),
-            outgoing: None,
-            disks: vec![],
+            ..Assignment::default()
         }
     }
 
@@ -174,6 +176,7 @@ impl Drop for Host {
 struct Agent {
     runtime: Option<tokio::runtime::Runtime>,
     node: NodeHandle,
+    quiescer: quiesce::Quiescer,
     term: u64,
 }
 

@@ -136,6 +136,7 @@ async fn a_node(dir: &tempfile::TempDir) -> NodeHandle {
     let shared = Shared {
         storage,
         node: "host1".into(),
+        quiescer: crate::domain::quiesce::Quiescer::new(places.clone()),
         places,
         vmm: "/nonexistent/drover-vmm".into(),
         bridge: "br0".into(),
@@ -160,8 +161,7 @@ fn assignment(epoch: u64, power: PowerState) -> Assignment {
         epoch,
         spec: Some(DomainSpec { vcpus: 1, memory_bytes: 64 << 20, ..DomainSpec::default() }),
         role: Some(assignment::Role::Owner(owner)),
-        outgoing: None,
-        disks: vec![],
+        ..Assignment::default()
     }
 }
 

@@ -19,6 +19,9 @@ use tonic::{Request, Response, Status, Streaming};
 /// The VMM's command line comes in this variable.
 pub(super) const ENV: &str = "DROVER_TEST_SCRIPTED_VMM";
 
+const FREEZE: &str = r#"{"execute":"guest-fsfreeze-freeze"}"#;
+const THAW: &str = r#"{"execute":"guest-fsfreeze-thaw"}"#;
+
 /// Does nothing, unless it was started as a VMM.
 #[test]
 fn vmm() {
@@ -37,6 +40,8 @@ fn vmm() {
 #[derive(Clone)]
 struct Vmm {
     dir: PathBuf,
+    /// What the guest does.
+    how: String,
     status: watch::Sender<VmmStatus>,
     known_epoch: Arc<Mutex<u64>>,
 }
@@ -58,6 +63,7 @@ async fn serve(config: DomainConfig, socket: PathBuf, dir: PathBuf, incoming: bo
     };
     let vmm = Vmm {
         dir: dir.clone(),
+        how: config.command_line.clone(),
         status: watch::Sender::new(status),
         known_epoch: Arc::new(Mutex::new(config.epoch)),
     };
@@ -140,12 +146,18 @@ impl VmmService for Vmm {
         Ok(Response::new(Box::pin(stream)))
     }
 
-    async fn pause(&self, _: Request<PauseRequest>) -> Answer<VmmStatus> {
+    async fn save(&self, _: Request<SaveRequest>) -> Answer<VmmStatus> {
         Err(Status::unimplemented(""))
     }
 
+    async fn pause(&self, _: Request<PauseRequest>) -> Answer<VmmStatus> {
+        eprintln!("Pause");
+        Ok(self.change(|status| status.set_state(VmmState::Paused)))
+    }
+
     async fn resume(&self, _: Request<ResumeRequest>) -> Answer<VmmStatus> {
-        Err(Status::unimplemented(""))
+        eprintln!("Resume");
+        Ok(self.change(|status| status.set_state(VmmState::Running)))
     }
 
     async fn power_button(&self, _: Request<PowerButtonRequest>) -> Answer<VmmStatus> {
@@ -170,9 +182,25 @@ impl VmmService for Vmm {
 
     async fn guest_agent_call(
         &self,
-        _: Request<GuestAgentCallRequest>,
+        request: Request<GuestAgentCallRequest>,
     ) -> Answer<GuestAgentCallResponse> {
-        Err(Status::unimplemented(""))
+        let command = request.into_inner().command;
+        eprintln!("guest's agent: {command}");
+        if self.status.borrow().state() != VmmState::Running {
+            return Err(Status::failed_precondition("the VMM does not run the guest"));
+        }
+        let result = match (self.how.as_str(), command.as_str()) {
+            ("agent", FREEZE) => "2",
+            ("agent" | "agent-slow", THAW) => "2",
+            ("agent-slow", FREEZE) => {
+                return Err(Status::deadline_exceeded("the guest's agent does not answer"));
+            }
+            // Frozen for good, until there is a file of that name.
+            ("agent-stuck", FREEZE) => "1",
+            ("agent-stuck", THAW) if self.dir.join("thaw").exists() => "1",
+            _ => return Err(Status::unavailable("the guest's agent does not run")),
+        };
+        Ok(Response::new(GuestAgentCallResponse { result: result.into() }))
     }
 
     async fn quit(&self, _: Request<QuitRequest>) -> Answer<QuitResponse> {
