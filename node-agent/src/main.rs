@@ -14,7 +14,7 @@ use drover_agent::error::Error;
 use drover_agent::identity::Home;
 use drover_agent::records::Places;
 use drover_agent::service::Service;
-use drover_agent::storage::{self, Images};
+use drover_agent::storage::{self, Images, Volumes};
 use drover_agent::{node, process, session, usage};
 use drover_proto::agent::v1::Hello;
 use tokio::net::TcpListener;
@@ -84,11 +84,14 @@ async fn run(options: Options) -> Result<(), Error> {
     );
     let places = Places { state: options.state_dir.clone(), run: options.run_dir.clone() };
     let changed = watch::Sender::new(0);
-    let (pools, pools_task) = storage::start(&options.pools, changed.clone()).await?;
+    let quiescer = Quiescer::new(places.clone());
+    let (pools, pools_task) =
+        storage::start(&options.pools, quiescer.clone(), changed.clone()).await?;
+    let volumes = Volumes::new(pools.clone(), options.node.clone());
     let images = Images::new(pools.clone(), options.node.clone(), options.state_dir.clone());
     let shared = Arc::new(Shared {
         node: options.node.clone(),
-        quiescer: Quiescer::new(places.clone()),
+        quiescer,
         places: places.clone(),
         vmm: options.vmm,
         bridge: options.bridge,
@@ -103,7 +106,9 @@ async fn run(options: Options) -> Result<(), Error> {
     let server = Server::builder()
         .http2_keepalive_interval(Some(KEEP_ALIVE))
         .http2_keepalive_timeout(Some(KEEP_ALIVE))
-        .add_service(Service { console: Console::new(places, options.node), images }.server())
+        .add_service(
+            Service { console: Console::new(places, options.node), images, volumes }.server(),
+        )
         .serve_with_incoming(TcpListenerStream::new(listener));
     tokio::select! {
         error = session::run(options.controllers, hello, node) => Err(error),

@@ -1,13 +1,13 @@
 //! AgentService: what controllers and other agents ask of this node. Each call is another
 //! module's; this one only says whose.
 
-use drover_proto::agent::v1::ReadImageRequest;
 use drover_proto::agent::v1::agent_service_server::{AgentService, AgentServiceServer};
+use drover_proto::agent::v1::{ReadImageRequest, ReadVolumeRequest};
 use drover_proto::v1::{ConsoleInput, ImportImageRequest};
 use tonic::{Request, Response, Status, Streaming};
 
 use crate::console::{Console, ConsoleAnswers};
-use crate::storage::{Images, ImportAnswers, ReadAnswers};
+use crate::storage::{Images, ImportAnswers, ReadAnswers, VolumeAnswers, Volumes};
 
 /// The node's consoles and images.
 #[derive(Debug, Clone)]
@@ -16,6 +16,8 @@ pub struct Service {
     pub console: Console,
     /// In the node's pools.
     pub images: Images,
+    /// Volumes and snapshots in them.
+    pub volumes: Volumes,
 }
 
 impl Service {
@@ -30,7 +32,7 @@ impl AgentService for Service {
     type AttachConsoleStream = ConsoleAnswers;
     type ImportImageStream = ImportAnswers;
     type ReadImageStream = ReadAnswers;
-    type ReadVolumeStream = std::pin::Pin<Box<dyn tokio_stream::Stream<Item = Result<drover_proto::v1::ReadSnapshotResponse, Status>> + Send>>;
+    type ReadVolumeStream = VolumeAnswers;
 
     async fn attach_console(
         &self,
@@ -55,9 +57,9 @@ impl AgentService for Service {
 
     async fn read_volume(
         &self,
-        _: Request<Streaming<drover_proto::agent::v1::ReadVolumeRequest>>,
-    ) -> Result<Response<Self::ReadVolumeStream>, Status> {
-        Err(Status::unimplemented("not yet"))
+        request: Request<Streaming<ReadVolumeRequest>>,
+    ) -> Result<Response<VolumeAnswers>, Status> {
+        self.volumes.read(request.into_inner()).await.map(Response::new)
     }
 
     async fn call_guest(
