@@ -51,14 +51,6 @@ pub enum Error {
     /// A record on disk.
     #[error(transparent)]
     Storage(#[from] drover_storage::Error),
-    /// A pool of the flags cannot be opened.
-    #[error("--pool {id}: {source}")]
-    Pool {
-        /// Its id.
-        id: String,
-        /// Why.
-        source: drover_storage::PoolError,
-    },
     /// A pool, or what is in it.
     #[error(transparent)]
     InPool(#[from] drover_storage::PoolError),

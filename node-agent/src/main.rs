@@ -15,7 +15,7 @@ use drover_agent::error::Error;
 use drover_agent::identity::Home;
 use drover_agent::records::Places;
 use drover_agent::service::Service;
-use drover_agent::storage::{self, Images};
+use drover_agent::storage::{self, Images, Volumes};
 use drover_agent::{node, process, session, usage};
 use drover_proto::agent::v1::Hello;
 use tokio::net::TcpListener;
@@ -85,11 +85,14 @@ async fn run(options: Options) -> Result<(), Error> {
     );
     let places = Places { state: options.state_dir.clone(), run: options.run_dir.clone() };
     let changed = watch::Sender::new(0);
-    let (pools, pools_task) = storage::start(&options.pools, changed.clone()).await?;
+    let quiescer = Quiescer::new(places.clone());
+    let (pools, pools_task) =
+        storage::start(&options.pools, quiescer.clone(), changed.clone()).await?;
+    let volumes = Volumes::new(pools.clone(), options.node.clone());
     let images = Images::new(pools.clone(), options.node.clone(), options.state_dir.clone());
     let shared = Arc::new(Shared {
         node: options.node.clone(),
-        quiescer: Quiescer::new(places.clone()),
+        quiescer,
         places: places.clone(),
         vmm: options.vmm,
         bridge: options.bridge,
@@ -105,6 +108,7 @@ async fn run(options: Options) -> Result<(), Error> {
         console: Console::new(places.clone(), options.node.clone()),
         guests: Guests::new(places, options.node),
         images,
+        volumes,
     };
     let server = Server::builder()
         .http2_keepalive_interval(Some(KEEP_ALIVE))

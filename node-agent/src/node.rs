@@ -41,7 +41,7 @@ pub struct Picture {
     pub usage: NodeUsage,
     /// Every domain of which something is here.
     pub domains: Vec<ObservedDomain>,
-    /// Pools, volumes and images.
+    /// Pools, volumes, snapshots and images.
     pub storage: Arc<StorageView>,
 }
 
@@ -203,11 +203,12 @@ impl Node {
             return Err(Stale::Term { term: desired.term, seen });
         }
         self.home.raise_term(desired.term).map_err(|err| Stale::Disk(err.to_string()))?;
-        let disks = desired.domains.iter().flat_map(|domain| &domain.disks);
+        let disks =
+            desired.domains.iter().flat_map(|domain| domain.disks.iter().chain(&domain.memory));
         let used: BTreeSet<String> = disks.map(|disk| disk.volume_uid.clone()).collect();
-        let Desired { domains, volumes, garbage, .. } = desired;
+        let Desired { domains, volumes, garbage, snapshots, .. } = desired;
         // Before the domains: they look for their disks among what is wanted.
-        let wanted = WantedStorage { volumes, garbage, used };
+        let wanted = WantedStorage { volumes, garbage, snapshots, used };
         self.shared.storage.desire(wanted).await.map_err(|_| Stale::Ending)?;
         let mut assignments: BTreeMap<String, Assignment> = BTreeMap::new();
         for assignment in domains {

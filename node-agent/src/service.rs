@@ -2,13 +2,15 @@
 //! module's; this one only says whose.
 
 use drover_proto::agent::v1::agent_service_server::{AgentService, AgentServiceServer};
-use drover_proto::agent::v1::{CallGuestRequest, CallGuestResponse, ReadImageRequest};
+use drover_proto::agent::v1::{
+    CallGuestRequest, CallGuestResponse, ReadImageRequest, ReadVolumeRequest,
+};
 use drover_proto::v1::{ConsoleInput, ImportImageRequest};
 use tonic::{Request, Response, Status, Streaming};
 
 use crate::console::{Console, ConsoleAnswers};
 use crate::domain::guest::Guests;
-use crate::storage::{Images, ImportAnswers, ReadAnswers};
+use crate::storage::{Images, ImportAnswers, ReadAnswers, VolumeAnswers, Volumes};
 
 /// The node's consoles, guests and images.
 #[derive(Debug, Clone)]
@@ -19,6 +21,8 @@ pub struct Service {
     pub guests: Guests,
     /// In the node's pools.
     pub images: Images,
+    /// Volumes and snapshots in them.
+    pub volumes: Volumes,
 }
 
 impl Service {
@@ -33,12 +37,7 @@ impl AgentService for Service {
     type AttachConsoleStream = ConsoleAnswers;
     type ImportImageStream = ImportAnswers;
     type ReadImageStream = ReadAnswers;
-    type ReadVolumeStream = std::pin::Pin<
-        Box<
-            dyn tokio_stream::Stream<Item = Result<drover_proto::v1::ReadSnapshotResponse, Status>>
-                + Send,
-        >,
-    >;
+    type ReadVolumeStream = VolumeAnswers;
 
     async fn attach_console(
         &self,
@@ -63,9 +62,9 @@ impl AgentService for Service {
 
     async fn read_volume(
         &self,
-        _: Request<Streaming<drover_proto::agent::v1::ReadVolumeRequest>>,
-    ) -> Result<Response<Self::ReadVolumeStream>, Status> {
-        Err(Status::unimplemented("not yet"))
+        request: Request<Streaming<ReadVolumeRequest>>,
+    ) -> Result<Response<VolumeAnswers>, Status> {
+        self.volumes.read(request.into_inner()).await.map(Response::new)
     }
 
     async fn call_guest(

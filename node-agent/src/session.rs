@@ -240,7 +240,7 @@ async fn serve(
                     pools: picture.storage.pools.clone(),
                     volumes: picture.storage.volumes.clone(),
                     images: picture.storage.images.clone(),
-                    snapshots: Vec::new(),
+                    snapshots: picture.storage.snapshots.clone(),
                 };
                 let message =
                     AgentMessage { message: Some(agent_message::Message::Report(report)) };

@@ -22,6 +22,7 @@ use std::time::Instant;
 
 use drover_storage::image::{ImageLimits, ImageWriter, Import, Progress, Source, Watch, import};
 use drover_storage::pool::{self, Contents, ImageInfo, SnapshotId, Thresholds, VolumeId};
+use drover_storage::volume::VolumeWriter;
 use drover_storage::{Pool, PoolError};
 use uuid::Uuid;
 
@@ -165,21 +166,49 @@ fn tour(pool: &Arc<dyn Pool>) -> Done {
     vmm.write_all_at(&[4; 4096], 127 * MIB)?;
     step("refuse while open", || {
         expect_busy(pool.delete_volume(clone))?;
-        expect_busy(pool.roll_back(clone, snapshot_id(1)))?;
+        expect_busy(pool.open_volume(clone))?;
         expect_busy(pool.deactivate(clone))
     })?;
     drop(vmm);
-    let rolled = step("roll back", || Ok(pool.roll_back(clone, snapshot_id(1))?))?;
-    assert_eq!(rolled.bytes, 128 * MIB);
-    let path = pool.activate(clone)?;
+    let replaced = volume_id(4);
+    step("clone a snapshot", || {
+        Ok(pool.clone_snapshot(replaced, clone, snapshot_id(1), 128 * MIB)?)
+    })?;
+    let path = pool.activate(replaced)?;
     let bytes =
         [peek(&path, 0)?, peek(&path, 5 * MIB)?, peek(&path, 63 * MIB)?, peek(&path, 127 * MIB)?];
     assert_eq!(bytes, [1, 7, 0, 0]);
-    step("roll back to another", || Ok(pool.roll_back(clone, snapshot_id(2))?))?;
-    let path = pool.activate(clone)?;
-    let bytes =
-        [peek(&path, 0)?, peek(&path, 5 * MIB)?, peek(&path, 63 * MIB)?, peek(&path, 127 * MIB)?];
-    assert_eq!(bytes, [2, 7, 3, 0], "the open writer's bytes were in the page cache");
+    step("read while nobody has it", || {
+        let (volume, snapshot) =
+            (pool.open_volume(replaced)?, pool.open_snapshot(clone, snapshot_id(2))?);
+        assert_eq!((volume.bytes(), snapshot.bytes()), (128 * MIB, 64 * MIB));
+        assert!(hold(&path).is_err(), "no VMM gets it meanwhile");
+        expect_busy(pool.delete_volume(replaced))?;
+        expect_busy(pool.delete_snapshot(clone, snapshot_id(2)))?;
+        let chunks = snapshot.chunks(0).collect::<Result<Vec<_>, _>>()?;
+        let begins: Vec<_> =
+            chunks.iter().map(|chunk| (chunk.offset / MIB, chunk.bytes[0])).collect();
+        assert_eq!(begins, [(0, 2), (5, 7), (10, 7), (63, 3)], "the open writer's bytes are there");
+        Ok(())
+    })?;
+    step("copy", || {
+        let (source, copied) = (pool.open_volume(replaced)?, volume_id(5));
+        let mut writer = VolumeWriter::new(pool, source.bytes())?;
+        for chunk in source.chunks(0) {
+            let chunk = chunk?;
+            writer.write(chunk.offset, &chunk.bytes)?;
+        }
+        assert!(pool.volume(copied)?.is_none());
+        writer.finish(copied)?;
+        assert_eq!(peek(&pool.activate(copied)?, 5 * MIB)?, 7);
+        Ok(pool.delete_volume(copied)?)
+    })?;
+    step("drop a draft of a snapshot", || {
+        let draft = pool.draft_snapshot(clone, snapshot_id(9), &AtomicBool::new(false))?;
+        drop(draft);
+        assert_eq!(pool.list()?.leftovers, before.leftovers);
+        Ok(())
+    })?;
     assert_eq!(pool.snapshots(clone)?.len(), 2);
     step("delete snapshot", || Ok(pool.delete_snapshot(clone, snapshot_id(1))?))?;
     assert_eq!(pool.snapshots(clone)?.len(), 1);
@@ -194,6 +223,12 @@ fn tour(pool: &Arc<dyn Pool>) -> Done {
     let path = pool.activate(clone)?;
     assert_eq!(peek(&path, 5 * MIB)?, 7, "a clone stands by itself");
     step("delete", || Ok(pool.delete_volume(clone)?))?;
+    assert_eq!(pool.snapshots(clone)?.len(), 1, "it stands by itself");
+    let again = pool.clone_snapshot(clone, clone, snapshot_id(2), 64 * MIB)?;
+    assert_eq!(peek(&pool.activate(again.id)?, 63 * MIB)?, 3);
+    pool.delete_volume(clone)?;
+    pool.delete_snapshot(clone, snapshot_id(2))?;
+    pool.delete_volume(replaced)?;
     step("delete another", || Ok(pool.delete_volume(empty)?))?;
     step("delete what is gone", || Ok(pool.delete_volume(clone)?))?;
     assert_eq!(pool.list()?, before);
@@ -227,10 +262,12 @@ fn churn(pool: &Arc<dyn Pool>) -> Done {
         poke(&pool.activate(volume)?, 0, MARKS[1])?;
         pool.create_snapshot(volume, snapshot)?;
         poke(&pool.activate(volume)?, 0, MARKS[2])?;
-        pool.roll_back(volume, snapshot)?;
-        assert_eq!(peek(&pool.activate(volume)?, 0)?, MARKS[1]);
         pool.deactivate(volume)?;
         pool.delete_volume(volume)?;
+        pool.clone_snapshot(volume, volume, snapshot, 64 * MIB)?;
+        assert_eq!(peek(&pool.activate(volume)?, 0)?, MARKS[1]);
+        pool.delete_volume(volume)?;
+        pool.delete_snapshot(volume, snapshot)?;
         pool.delete_image(image.id)?;
         println!("round");
     }
@@ -252,6 +289,7 @@ fn recover(pool: &Arc<dyn Pool>) -> Done {
         pool.delete_image(image.id)?;
     }
     pool.delete_volume(volume_id(3))?;
+    pool.delete_snapshot(volume_id(3), snapshot_id(3))?;
     let strangers = all.strangers;
     assert_eq!(pool.list()?, Contents { strangers, ..Contents::default() });
     println!("nothing is left");

@@ -25,8 +25,12 @@
 //! ```text
 //! raw or qcow2 file, stream ──import──▶ ImageWriter ──▶ ImageDraft ──publish──▶ image
 //! another node's chunks ────────────────▲                                        │
-//! another node ◀── OpenImage::chunks ◀───────────────────────────────────────────┤
+//! another node ◀── Opened::chunks ◀──────────────────────────────────────────────┤
 //!                         volume, as a VMM opens it ◀── clone_image ─────────────┘
+//!                         │    ▲    ▲
+//! another node ◀── chunks ┤    │    └── VolumeWriter ◀── another node's chunks
+//!                         ▼    │ clone_snapshot
+//! another node ◀── chunks snapshot
 //! ```
 //!
 //! Inside a pool everything is raw; other formats end at [`image::import`].
@@ -41,7 +45,9 @@ mod lock;
 mod lvm;
 pub mod pool;
 pub mod record;
+mod room;
 mod sparse;
+pub mod volume;
 
 pub use error::PoolError;
 pub use pool::{Pool, PoolSpec};

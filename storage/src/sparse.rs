@@ -4,6 +4,7 @@ use std::fs::File;
 use std::io;
 use std::ops::Range;
 use std::os::unix::fs::FileExt;
+use std::sync::atomic::{AtomicBool, Ordering};
 
 use rustix::fs::SeekFrom;
 use rustix::io::Errno;
@@ -57,10 +58,10 @@ pub(crate) fn next_data(file: &File, offset: u64, end: u64) -> io::Result<Option
 }
 
 /// Makes `to`, which must be empty, hold what `from` holds: by sharing blocks where the
-/// filesystem can, else by copying what is not zeros.
-pub(crate) fn copy(from: &File, to: &File) -> io::Result<()> {
+/// filesystem can, else by copying what is not zeros. False when `cancel` was set before its end.
+pub(crate) fn copy(from: &File, to: &File, cancel: &AtomicBool) -> io::Result<bool> {
     match rustix::fs::ioctl_ficlone(to, from) {
-        Ok(()) => return Ok(()),
+        Ok(()) => return Ok(true),
         Err(Errno::OPNOTSUPP | Errno::XDEV | Errno::INVAL | Errno::NOTTY | Errno::NOSYS) => {}
         Err(error) => return Err(error.into()),
     }
@@ -71,6 +72,9 @@ pub(crate) fn copy(from: &File, to: &File) -> io::Result<()> {
     while let Some(range) = next_data(from, offset, bytes)? {
         offset = range.start;
         while offset < range.end {
+            if cancel.load(Ordering::Relaxed) {
+                return Ok(false);
+            }
             let length = (range.end - offset).min(PIECE_BYTES as u64) as usize;
             let piece = &mut piece[..length];
             from.read_exact_at(piece, offset)?;
@@ -80,7 +84,7 @@ pub(crate) fn copy(from: &File, to: &File) -> io::Result<()> {
             offset += length as u64;
         }
     }
-    Ok(())
+    Ok(true)
 }
 
 #[cfg(test)]
@@ -121,7 +125,7 @@ mod tests {
         from.write_all_at(&[0; 1 << 20], 70 << 20).unwrap();
         from.write_all_at(b"end", (100 << 20) + 2).unwrap();
         let to = open("to");
-        copy(&from, &to).unwrap();
+        assert!(copy(&from, &to, &AtomicBool::new(false)).unwrap());
         let read = |file: &File| {
             let mut bytes = vec![0; (100 << 20) + 5];
             file.read_exact_at(&mut bytes, 0).unwrap();

@@ -75,11 +75,16 @@ impl Host {
         let places = self.places();
         let home = self.home();
         let changed = watch::Sender::new(0);
-        let storage = runtime.block_on(crate::storage::start(&self.pools(), changed.clone()));
+        let quiescer = quiesce::Quiescer::new(places.clone());
+        let storage = runtime.block_on(crate::storage::start(
+            &self.pools(),
+            quiescer.clone(),
+            changed.clone(),
+        ));
         let shared = Shared {
             storage: storage.unwrap().0,
             node: "host1".into(),
-            quiescer: quiesce::Quiescer::new(places.clone()),
+            quiescer: quiescer.clone(),
             places,
             vmm: self.dir.path().join("vmm"),
             bridge: "br0".into(),
@@ -89,7 +94,6 @@ impl Host {
             clock: Instant::now(),
             changed,
         };
-        let quiescer = shared.quiescer.clone();
         let node = runtime.block_on(start_without_network(Arc::new(shared), home)).unwrap();
         Agent { runtime: Some(runtime), node, quiescer, term: self.term }
     }

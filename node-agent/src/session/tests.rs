@@ -132,11 +132,12 @@ async fn a_node(dir: &tempfile::TempDir) -> NodeHandle {
     let places = Places { state: dir.path().join("state"), run: dir.path().join("run") };
     let home = Home::open(&places.state, "host1", "c1").unwrap();
     let changed = watch::Sender::new(0);
-    let (storage, _) = crate::storage::start(&[], changed.clone()).await.unwrap();
+    let quiescer = crate::domain::quiesce::Quiescer::new(places.clone());
+    let (storage, _) = crate::storage::start(&[], quiescer.clone(), changed.clone()).await.unwrap();
     let shared = Shared {
         storage,
         node: "host1".into(),
-        quiescer: crate::domain::quiesce::Quiescer::new(places.clone()),
+        quiescer,
         places,
         vmm: "/nonexistent/drover-vmm".into(),
         bridge: "br0".into(),

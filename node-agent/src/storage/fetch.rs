@@ -9,7 +9,7 @@ use drover_proto::agent::v1::ReadImageRequest;
 use drover_proto::agent::v1::agent_service_client::AgentServiceClient;
 use drover_storage::PoolError;
 use drover_storage::image::{ImageLimits, ImageWriter};
-use drover_storage::pool::{ImageId, ImageInfo, OpenImage};
+use drover_storage::pool::{ImageId, ImageInfo, Opened};
 use tokio::sync::mpsc;
 use tokio::time::timeout;
 use tonic::transport::Endpoint;
@@ -37,10 +37,10 @@ pub(super) async fn fetch(
     for other in others {
         let (pool, other, progress) = (Arc::clone(pool), Arc::clone(other), Arc::clone(progress));
         let copied = blocking(move || {
-            match other.pool.open_image(image) {
-                Ok(open) => Ok(Some(copy(&pool, &open, image, &progress)?)),
+            match other.pool().map(|other| other.open_image(image)) {
+                Ok(Ok(open)) => Ok(Some(copy(&pool, &open, image, &progress)?)),
                 // It is not there, or that pool has its own trouble: the sources have it.
-                Err(_) => Ok(None),
+                _ => Ok(None),
             }
         });
         if let Some(info) = copied.await? {
@@ -76,11 +76,11 @@ pub(super) async fn fetch(
 
 fn copy(
     pool: &NodePool,
-    from: &OpenImage,
+    from: &Opened,
     image: ImageId,
     progress: &Progress,
 ) -> Result<ImageInfo, Error> {
-    let mut writer = ImageWriter::new(&pool.pool, from.bytes(), ImageLimits::default())?;
+    let mut writer = ImageWriter::new(pool.pool()?, from.bytes(), ImageLimits::default())?;
     for chunk in from.chunks(0) {
         let chunk = chunk?;
         writer.write(chunk.offset, &chunk.bytes)?;
@@ -159,7 +159,7 @@ fn write(
     mut pieces: mpsc::Receiver<Piece>,
     progress: &Progress,
 ) -> Result<ImageInfo, Error> {
-    let mut writer = ImageWriter::new(&pool.pool, size, ImageLimits::default())?;
+    let mut writer = ImageWriter::new(pool.pool()?, size, ImageLimits::default())?;
     loop {
         match pieces.blocking_recv() {
             Some(Piece::Data { offset, bytes }) => {

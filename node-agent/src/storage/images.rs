@@ -12,7 +12,7 @@ use drover_proto::v1::{
 };
 use drover_storage::PoolError;
 use drover_storage::image::Format;
-use drover_storage::pool::{ImageId, ImageInfo, OpenImage, Sha256};
+use drover_storage::pool::{ImageId, ImageInfo, Opened, Sha256};
 use tokio::sync::{OwnedSemaphorePermit, Semaphore, mpsc};
 use tokio::time::timeout;
 use tokio_stream::wrappers::ReceiverStream;
@@ -102,12 +102,12 @@ impl Images {
             (Origin::Url(download), bytes)
         };
         let asked = Arc::clone(&pool);
-        blocking(move || check_room(&asked.id, &asked.pool.usage()?, bytes.unwrap_or(1)))
+        blocking(move || check_room(&asked.id, &asked.pool()?.usage()?, bytes.unwrap_or(1)))
             .await
             .map_err(|err| status(&err))?;
         tracing::info!(pool = pool.id, url = spec.url, bytes, "takes an image in");
         let job = Job {
-            pool: Arc::clone(&pool.pool),
+            pool: Arc::clone(pool.pool().map_err(|err| status(&err))?),
             what,
             bytes,
             spool: self.spool.clone(),
@@ -164,7 +164,9 @@ impl Images {
         let pools = Arc::clone(&self.storage.pools);
         let image = blocking(move || {
             for pool in pools.iter() {
-                match pool.pool.open_image(id) {
+                // One that is not open yet has nothing to give.
+                let Ok(pool) = pool.pool() else { continue };
+                match pool.open_image(id) {
                     Err(PoolError::NotFound { .. }) => {}
                     other => return Ok(Some(other?)),
                 }
@@ -191,7 +193,7 @@ impl Images {
 }
 
 /// Sends the image's size and what is not zero, for as long as `send` says that it goes on.
-fn give_out(image: &OpenImage, send: impl Fn(Result<ReadImageResponse, Status>) -> bool) {
+fn give_out(image: &Opened, send: impl Fn(Result<ReadImageResponse, Status>) -> bool) {
     let size_bytes = image.bytes();
     if !send(Ok(ReadImageResponse { size_bytes, ..ReadImageResponse::default() })) {
         return;
@@ -315,7 +317,7 @@ fn sha256(spec: &ImportImageSpec) -> Result<Option<Sha256>, Status> {
     spec.sha256.parse().map(Some).map_err(|err: PoolError| status(&err.into()))
 }
 
-fn status(error: &Error) -> Status {
+pub(super) fn status(error: &Error) -> Status {
     let text = error.to_string();
     match error {
         Error::NoRoom(_) | Error::InPool(PoolError::NoRoom { .. }) => {
@@ -328,7 +330,9 @@ fn status(error: &Error) -> Status {
         Error::InPool(PoolError::NotFound { .. }) => Status::not_found(text),
         Error::InPool(PoolError::Cancelled) => Status::cancelled(text),
         Error::InPool(PoolError::Timeout { .. }) => Status::deadline_exceeded(text),
-        Error::InPool(PoolError::Unfit { .. }) => Status::failed_precondition(text),
+        Error::InPool(PoolError::Unfit { .. } | PoolError::Busy { .. }) => {
+            Status::failed_precondition(text)
+        }
         _ => Status::internal(text),
     }
 }

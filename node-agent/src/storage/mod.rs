@@ -1,17 +1,18 @@
-//! The node's pools, and what is in them: makes volumes equal what the controller wants, fetches
-//! the images that they are made of, and tells what is there.
+//! The node's pools, and what is in them: makes volumes and snapshots equal what the controller
+//! wants, fetches the images that volumes are made of, and tells what is there.
 //!
 //! ```text
 //!  node ──WantedStorage──► task ◄─── progress, results ─── jobs (blocking calls, bounded)
 //!  reports, domains ◄─View── │                                │
 //!                          plan(): what next?               Pool (drover_storage)
-//!  ImportImage, ReadImage ───────── import, serve ────────────┘
+//!  ImportImage, ReadImage, ReadVolume ── import, serve ───────┘
 //! ```
 //!
 //! The task never blocks: each call of a pool runs on a thread of its own, of which there are so
 //! many a pool, and one that hangs makes nothing wait but its own pool. Start reading at [`plan`],
 //! the pure function that holds every rule.
 
+mod copy;
 mod feed;
 mod fetch;
 mod flag;
@@ -19,18 +20,20 @@ mod http;
 mod images;
 mod import;
 mod plan;
-
+mod serve;
+mod take;
 mod task;
 
 use std::collections::BTreeMap;
 use std::path::PathBuf;
-use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, OnceLock};
 
-use drover_proto::agent::v1::{ObservedImage, ObservedPool, ObservedVolume};
+use drover_proto::agent::v1::{ObservedImage, ObservedPool, ObservedSnapshot, ObservedVolume};
 use drover_proto::v1::VolumeState;
+use drover_storage::PoolSpec;
 use drover_storage::pool::{ImageInfo, Pool};
-use tokio::sync::{mpsc, oneshot, watch};
+use tokio::sync::{Notify, mpsc, oneshot, watch};
 
 use crate::decide::Disks;
 use crate::error::Error;
@@ -38,6 +41,7 @@ use crate::wanted::Disk;
 pub use flag::PoolFlag;
 pub use images::{Images, ImportAnswers, ReadAnswers};
 pub use plan::WantedStorage;
+pub use serve::{VolumeAnswers, Volumes};
 pub use task::start;
 
 /// A pool of this node.
@@ -45,7 +49,18 @@ pub use task::start;
 struct NodePool {
     id: String,
     overcommit: f64,
-    pool: Arc<dyn Pool>,
+    spec: PoolSpec,
+    /// Empty until it could be opened.
+    opened: OnceLock<Arc<dyn Pool>>,
+}
+
+impl NodePool {
+    fn pool(&self) -> Result<&Arc<dyn Pool>, Error> {
+        self.opened.get().ok_or_else(|| {
+            let reason = format!("pool {}: {} is not open yet", self.id, self.spec);
+            Error::Domain(reason)
+        })
+    }
 }
 
 /// The pools, in the order of their flags.
@@ -60,6 +75,8 @@ pub struct View {
     pub volumes: Vec<ObservedVolume>,
     /// Each image that is here.
     pub images: Vec<ObservedImage>,
+    /// Each part of a snapshot that is here or shall be.
+    pub snapshots: Vec<ObservedSnapshot>,
 }
 
 /// The node's pools, as the rest of the agent sees them.
@@ -109,7 +126,7 @@ impl StorageHandle {
         let found = self.pool(pool).ok_or_else(|| {
             Error::Domain(format!("pool {pool:?}: is not on this node; it has {}", self.names()))
         })?;
-        Ok(found.pool.activate(volume.parse()?)?)
+        Ok(found.pool()?.activate(volume.parse()?)?)
     }
 
     fn pool(&self, id: &str) -> Option<&Arc<NodePool>> {
@@ -156,6 +173,8 @@ fn disks_in(view: &View, disks: &[Disk]) -> Disks {
 struct Progress {
     done: AtomicU64,
     total: AtomicU64,
+    /// Told when the job shall end before its time.
+    given_up: Notify,
 }
 
 impl Progress {
@@ -172,10 +191,10 @@ impl Progress {
         self.total.load(Ordering::Relaxed)
     }
 
-    /// "copying the image, 40 %"; nothing for a job that does not count.
+    /// "copying the image, 40 %"; without a number for a job that does not count.
     fn say(&self, what: &str) -> String {
         match (self.done(), self.total()) {
-            (_, 0) => String::new(),
+            (_, 0) => what.to_owned(),
             (done, total) => {
                 let percent = u128::from(done) * 100 / u128::from(total);
                 format!("{what}, {} %", percent.min(100))

@@ -1,4 +1,4 @@
-//! What is to be done about volumes and images, and what is reported of them: one pure function
+//! What is to be done about volumes, snapshots and images, and what is reported of them: one pure function
 //! of what the controller wants, what is in the pools, what is being done and what failed. All
 //! rules stand here; [`super::task`] does what comes out, looks again, and asks again.
 //!
@@ -8,6 +8,9 @@
 //! - A volume is removed only when `garbage` names it, and neither `volumes` nor an assigned
 //!   domain does. One that is open is not removed either; the pool sees to that.
 //! - An image is fetched once a pool, however many volumes wait for it.
+//! - A snapshot's parts are taken together, and only when none of them is there. One that could
+//!   not be taken is not tried again.
+//! - A copy that is not wanted any more is given up at once: it keeps its source from being used.
 //! - Nothing that is there is missing from the report: the controller takes that for "is gone".
 //!   What lies in a pool that cannot be read is reported as FAILED instead.
 //!
@@ -19,9 +22,12 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::fmt;
 use std::sync::Arc;
 
-use drover_proto::agent::v1::{Garbage, ObservedImage, ObservedVolume, WantedVolume};
+use drover_proto::agent::v1::{
+    Garbage, ObservedImage, ObservedSnapshot, ObservedVolume, VolumeSource, WantedSnapshot,
+    WantedVolume,
+};
 use drover_proto::v1::VolumeState;
-use drover_storage::pool::{ImageId, ImageInfo, VolumeId, VolumeInfo};
+use drover_storage::pool::{ImageId, ImageInfo, SnapshotId, SnapshotInfo, VolumeId, VolumeInfo};
 
 use super::Progress;
 
@@ -41,6 +47,8 @@ pub struct WantedStorage {
     pub volumes: Vec<WantedVolume>,
     /// What shall be gone.
     pub garbage: Vec<Garbage>,
+    /// Snapshots that shall be there.
+    pub snapshots: Vec<WantedSnapshot>,
     /// The uids of volumes that domains assigned to this node have.
     pub used: BTreeSet<String>,
 }
@@ -50,20 +58,30 @@ impl WantedStorage {
         self.volumes.iter().filter(move |v| v.uid == name || v.image_digest == name)
     }
 
-    /// Whether it says anything of the volume or image of this name.
+    /// Whether it says anything of the volume, image or snapshot's part of this name.
     pub(super) fn names(&self, name: &str) -> bool {
         let mut garbage = self.garbage.iter();
         self.about(name).next().is_some()
-            || garbage.any(|garbage| garbage.volume_uid == name || garbage.image_digest == name)
+            || self.wants_part(name)
+            || garbage.any(|garbage| {
+                [&garbage.volume_uid, &garbage.image_digest, &garbage.snapshot_uid]
+                    .into_iter()
+                    .any(|named| named == name)
+            })
     }
 
     /// Whether it asks for the volume or image of this name in the same words.
     pub(super) fn asks_the_same(&self, before: &Self, name: &str) -> bool {
         self.about(name).eq(before.about(name))
     }
+
+    /// Whether a snapshot has a part of this name.
+    pub(super) fn wants_part(&self, name: &str) -> bool {
+        self.snapshots.iter().flat_map(|snapshot| &snapshot.parts).any(|part| part.uid == name)
+    }
 }
 
-/// A volume or an image in a pool.
+/// A volume, an image or a snapshot's part in a pool.
 #[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord)]
 pub(super) struct Thing {
     pub(super) pool: String,
@@ -74,6 +92,7 @@ pub(super) struct Thing {
 pub(super) enum Id {
     Volume(VolumeId),
     Image(ImageId),
+    Snapshot(SnapshotId),
 }
 
 impl fmt::Display for Id {
@@ -81,6 +100,7 @@ impl fmt::Display for Id {
         match self {
             Self::Volume(id) => write!(f, "volume {id}"),
             Self::Image(id) => write!(f, "image {id}"),
+            Self::Snapshot(id) => write!(f, "snapshot {id}"),
         }
     }
 }
@@ -91,6 +111,7 @@ impl Id {
         match self {
             Self::Volume(id) => id.to_string(),
             Self::Image(id) => id.to_string(),
+            Self::Snapshot(id) => id.to_string(),
         }
     }
 }
@@ -100,6 +121,7 @@ impl Id {
 pub(super) struct Inventory {
     pub(super) volumes: BTreeMap<VolumeId, VolumeInfo>,
     pub(super) images: BTreeMap<ImageId, ImageInfo>,
+    pub(super) snapshots: BTreeMap<SnapshotId, SnapshotInfo>,
 }
 
 /// A pool, as it was seen last.
@@ -118,12 +140,18 @@ pub(super) enum Work {
     Create { bytes: u64 },
     /// A volume with an image's content.
     Clone { image: ImageId, bytes: u64 },
+    /// A volume with the content of a snapshot of `volume`.
+    CloneSnapshot { volume: VolumeId, snapshot: SnapshotId, bytes: u64 },
+    /// A volume with what it holds at this agent.
+    Copy { source: String, bytes: u64 },
     /// A larger volume.
     Grow { bytes: u64 },
     /// An image of this size (0: not known), from one of these agents.
     Fetch { sources: Vec<String>, bytes: u64 },
     /// No more of it.
     Delete,
+    /// A snapshot is taken of the volume, or this part is. Begun by [`Plan::takes`] alone.
+    Take,
 }
 
 /// What is being done to a thing.
@@ -157,6 +185,31 @@ impl Failure {
     }
 }
 
+/// A snapshot that is to be taken: all parts at one moment.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(super) struct Take {
+    pub(super) domain: String,
+    pub(super) parts: Vec<Part>,
+}
+
+/// What a snapshot has of one volume.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(super) struct Part {
+    pub(super) pool: String,
+    pub(super) volume: VolumeId,
+    pub(super) snapshot: SnapshotId,
+}
+
+impl Part {
+    pub(super) fn thing(&self) -> Thing {
+        Thing { pool: self.pool.clone(), id: Id::Snapshot(self.snapshot) }
+    }
+
+    pub(super) fn volume_thing(&self) -> Thing {
+        Thing { pool: self.pool.clone(), id: Id::Volume(self.volume) }
+    }
+}
+
 /// Everything that a plan rests on.
 #[derive(Debug, Clone, Copy)]
 pub(super) struct Facts<'a> {
@@ -165,6 +218,10 @@ pub(super) struct Facts<'a> {
     pub(super) pools: &'a BTreeMap<String, PoolSeen>,
     pub(super) busy: &'a BTreeMap<Thing, Busy>,
     pub(super) failed: &'a BTreeMap<Thing, Failure>,
+    /// Why parts of snapshots could not be taken.
+    pub(super) untaken: &'a BTreeMap<SnapshotId, String>,
+    /// Parts that were taken while the guest's filesystems were frozen, or nothing ran.
+    pub(super) quiesced: &'a BTreeSet<SnapshotId>,
     pub(super) now_ms: u64,
 }
 
@@ -173,10 +230,16 @@ pub(super) struct Facts<'a> {
 pub(super) struct Plan {
     /// To be begun, each thing at most once, in this order as far as the limits allow.
     pub(super) begin: Vec<(Thing, Work)>,
+    /// As `begin`.
+    pub(super) takes: Vec<Take>,
+    /// Copies to be given up.
+    pub(super) cancel: Vec<Thing>,
     /// Every volume that is here or shall be.
     pub(super) volumes: Vec<ObservedVolume>,
     /// Every image that is here, or may be.
     pub(super) images: Vec<ObservedImage>,
+    /// Each part of a snapshot that is here or shall be.
+    pub(super) snapshots: Vec<ObservedSnapshot>,
     /// When to ask again, if nothing changes before.
     pub(super) wake_ms: Option<u64>,
 }
@@ -187,7 +250,9 @@ pub(super) fn plan(facts: Facts<'_>) -> Plan {
     if let Some(wanted) = facts.wanted {
         // Before the volumes: what is to go is not taken for a mere stranger.
         let fetches = planner.wanted(wanted);
+        planner.snapshots(wanted);
         planner.garbage(wanted, &fetches);
+        planner.give_up(wanted);
     }
     planner.others();
     planner.plan
@@ -199,7 +264,7 @@ type Fetches = BTreeMap<Thing, (Vec<String>, u64)>;
 struct Planner<'a> {
     facts: Facts<'a>,
     plan: Plan,
-    /// Volumes that are in the report already.
+    /// Volumes and snapshots that are in the report already.
     said: BTreeSet<Thing>,
 }
 
@@ -247,9 +312,12 @@ impl Planner<'_> {
         };
         if let Some(busy) = self.facts.busy.get(&thing) {
             return match busy.work {
-                Work::Grow { .. } => (VolumeState::Ready, String::new()),
+                Work::Grow { .. } | Work::Take => (VolumeState::Ready, String::new()),
+                Work::Copy { ref source, .. } => {
+                    (VolumeState::Creating, busy.progress.say(&format!("copying from {source}")))
+                }
                 Work::Delete => (VolumeState::Creating, "is being removed first".into()),
-                _ => (VolumeState::Creating, busy.progress.say("copying the image")),
+                _ => (VolumeState::Creating, "is being made".into()),
             };
         }
         if let Some(info) = inventory.volumes.get(&id) {
@@ -262,6 +330,15 @@ impl Planner<'_> {
         }
         if !wanted.create {
             return failed("its data is not there".into());
+        }
+        if let Some(source) = &wanted.snapshot {
+            return self.volume_of_snapshot(wanted, source, &thing);
+        }
+        if !wanted.copy_from.is_empty() {
+            let (source, bytes) = (wanted.copy_from.clone(), wanted.size_bytes);
+            let otherwise = format!("is to be copied from {source}");
+            self.begin(&thing, Work::Copy { source, bytes });
+            return self.unless_failed(&thing, otherwise);
         }
         if wanted.image_digest.is_empty() {
             self.begin(&thing, Work::Create { bytes: wanted.size_bytes });
@@ -287,6 +364,35 @@ impl Planner<'_> {
             Some(busy) => (VolumeState::Creating, busy.progress.say("copying the image")),
             None => self.unless_failed(&source, "the image is to be copied".into()),
         }
+    }
+
+    /// One that is made of a snapshot in its pool.
+    fn volume_of_snapshot(
+        &mut self,
+        wanted: &WantedVolume,
+        source: &VolumeSource,
+        thing: &Thing,
+    ) -> (VolumeState, String) {
+        let failed = |reason: String| (VolumeState::Failed, reason);
+        if source.pool != wanted.pool {
+            let reason = format!(
+                "snapshot.pool: {:?}: a volume is made of a snapshot in its own pool, {}",
+                source.pool, wanted.pool
+            );
+            return failed(reason);
+        }
+        let volume = source.volume_uid.parse::<VolumeId>();
+        let (volume, snapshot) = match (volume, source.snapshot_uid.parse::<SnapshotId>()) {
+            (Ok(volume), Ok(snapshot)) => (volume, snapshot),
+            (Err(err), _) | (_, Err(err)) => return failed(err.to_string()),
+        };
+        let inventory = self.facts.pools.get(&wanted.pool).and_then(|pool| pool.inventory.as_ref());
+        if !inventory.is_some_and(|inventory| inventory.snapshots.contains_key(&snapshot)) {
+            return failed(format!("snapshot {snapshot}: is not in pool {}", wanted.pool));
+        }
+        let bytes = wanted.size_bytes;
+        self.begin(thing, Work::CloneSnapshot { volume, snapshot, bytes });
+        self.unless_failed(thing, String::new())
     }
 
     fn unless_failed(&self, thing: &Thing, otherwise: String) -> (VolumeState, String) {
@@ -323,7 +429,15 @@ impl Planner<'_> {
                     self.said.insert(thing);
                 } else if inventory.is_some_and(|inventory| inventory.volumes.contains_key(&id)) {
                     self.begin(&thing, Work::Delete);
+                } else if self.facts.busy.contains_key(&thing) {
+                    // It may be there any moment: then it is removed.
+                    let reason = "is given up".to_owned();
+                    let said = observed(uid, &thing.pool, None, VolumeState::Creating, reason);
+                    self.plan.volumes.push(said);
+                    self.said.insert(thing);
                 }
+            } else if let Ok(id) = garbage.snapshot_uid.parse::<SnapshotId>() {
+                self.garbage_snapshot(wanted, Thing { pool, id: Id::Snapshot(id) });
             } else if let Ok(id) = garbage.image_digest.parse::<ImageId>() {
                 let thing = Thing { pool, id: Id::Image(id) };
                 let digest = garbage.image_digest.as_str();
@@ -347,9 +461,24 @@ impl Planner<'_> {
         }
     }
 
+    /// Copies that nobody wants any more, or not from there.
+    fn give_up(&mut self, wanted: &WantedStorage) {
+        for (thing, busy) in self.facts.busy {
+            let Work::Copy { source, .. } = &busy.work else { continue };
+            let name = thing.id.name();
+            let is_wanted = wanted.about(&name).any(|volume| {
+                volume.pool == thing.pool && volume.create && volume.copy_from == *source
+            });
+            if !is_wanted {
+                self.plan.cancel.push(thing.clone());
+            }
+        }
+    }
+
     /// What is here, and nobody said that it shall be.
     fn others(&mut self) {
         for (pool, seen) in self.facts.pools {
+            self.other_snapshots(pool, seen);
             for (id, info) in seen.inventory.iter().flat_map(|inventory| &inventory.volumes) {
                 let thing = Thing { pool: pool.clone(), id: Id::Volume(*id) };
                 if self.said.contains(&thing) {
@@ -386,12 +515,14 @@ impl Planner<'_> {
             return;
         }
         match self.facts.failed.get(thing) {
-            Some(failure) if self.facts.now_ms < failure.retry_ms => {
-                let wake = self.plan.wake_ms.get_or_insert(failure.retry_ms);
-                *wake = (*wake).min(failure.retry_ms);
-            }
+            Some(failure) if self.facts.now_ms < failure.retry_ms => self.wake(failure.retry_ms),
             _ => self.plan.begin.push((thing.clone(), work)),
         }
+    }
+
+    fn wake(&mut self, at_ms: u64) {
+        let wake = self.plan.wake_ms.get_or_insert(at_ms);
+        *wake = (*wake).min(at_ms);
     }
 }
 
@@ -412,5 +543,6 @@ fn observed(
     }
 }
 
+mod snapshots;
 #[cfg(test)]
 mod tests;

@@ -2,29 +2,38 @@
 //! may block, and shows the others how things stand.
 
 use std::collections::{BTreeMap, BTreeSet};
-use std::sync::Arc;
+use std::sync::{Arc, OnceLock};
 use std::time::Duration;
 
 use drover_proto::agent::v1::ObservedPool;
 use drover_proto::v1::{PoolKind, PoolState};
+use drover_storage::PoolError;
 use drover_storage::pool::{
-    Contents, ImageInfo, Level, PoolSpec, PoolUsage, Thresholds, VolumeInfo,
+    Contents, ImageInfo, Level, PoolSpec, PoolUsage, SnapshotId, SnapshotInfo, Thresholds,
+    VolumeId, VolumeInfo,
 };
 use tokio::sync::{mpsc, watch};
 use tokio::task::JoinSet;
 use tokio::time::Instant;
 
 use super::plan::{
-    Busy, Facts, Failure, Id, Inventory, PoolSeen, Thing, WantedStorage, Work, plan,
+    Busy, Facts, Failure, Id, Inventory, PoolSeen, Take, Thing, WantedStorage, Work, plan,
 };
-use super::{Command, NodePool, NodePools, PoolFlag, Progress, StorageHandle, View, by_id, fetch};
+use super::take::{Taken, take};
+use super::{
+    Command, NodePool, NodePools, PoolFlag, Progress, StorageHandle, View, by_id, copy, fetch,
+};
+use crate::domain::quiesce::Quiescer;
 use crate::error::{Error, blocking};
 
 /// Calls that may be running on one pool, without the looks and without the fetches: the tools
 /// of LVM take turns anyway.
 const JOBS_A_POOL_MAX: usize = 4;
-/// Images that may be on their way into one pool: two, so that a small one is not behind a large.
+/// Images and copies of volumes that may be on their way into one pool: two, so that a small one
+/// is not behind a large.
 const FETCHES_A_POOL_MAX: usize = 2;
+/// Snapshots that are being taken, on the node.
+const TAKES_MAX: usize = 4;
 /// How often a pool is looked at, if all is well and if not.
 const LOOK_INTERVAL: Duration = Duration::from_secs(10);
 const LOOK_AGAIN: Duration = Duration::from_secs(1);
@@ -32,6 +41,8 @@ const LOOK_AGAIN: Duration = Duration::from_secs(1);
 const LOOK_TIMEOUT: Duration = Duration::from_secs(60);
 /// So many looks in a row must fail before the pool is called failed: a tool may have its moment.
 const LOOKS_FAILED_MAX: u32 = 2;
+/// When what a crash or a failure has left could not be removed, it is tried again after this.
+const CLEAN_AGAIN: Duration = Duration::from_secs(60);
 /// How long the agent's start waits for the first look.
 const FIRST_LOOK_TIMEOUT: Duration = Duration::from_secs(10);
 /// How often the progress of fetches is shown.
@@ -39,17 +50,19 @@ const SHOW_INTERVAL: Duration = Duration::from_secs(1);
 const COMMANDS_MAX: usize = 16;
 
 /// Opens the pools, removes what a crash left unfinished in them, and begins. When this returns
-/// and no pool hangs, [`StorageHandle::view`] is true. `changed` counts up when something worth
-/// a report has changed. The second part is the task, which ends when it fails.
+/// and no pool hangs, [`StorageHandle::view`] is true. A pool that cannot be opened is FAILED, and
+/// tried again. `quiescer` makes guests stand still while snapshots are taken; `changed` counts up
+/// when something worth a report has changed. The second part is the task, which ends when it
+/// fails.
 ///
 /// # Errors
-/// When a pool cannot be opened.
+/// When the flags contradict each other.
 pub async fn start(
     flags: &[PoolFlag],
+    quiescer: Quiescer,
     changed: watch::Sender<u64>,
 ) -> Result<(StorageHandle, tokio::task::JoinHandle<()>), Error> {
-    let flags = flags.to_owned();
-    let pools: NodePools = blocking(move || open(&flags).map(Arc::new)).await?;
+    let pools: NodePools = Arc::new(pools(flags)?);
     let (view_sink, view) = watch::channel(Arc::default());
     let (commands_sink, commands) = mpsc::channel(COMMANDS_MAX);
     let handle = StorageHandle { commands: commands_sink, view, pools: Arc::clone(&pools) };
@@ -64,6 +77,9 @@ pub async fn start(
         looks,
         busy: BTreeMap::new(),
         failed: BTreeMap::new(),
+        untaken: BTreeMap::new(),
+        quiesced: BTreeSet::new(),
+        quiescer,
         jobs: JoinSet::new(),
         clock: Instant::now(),
         view: view_sink,
@@ -78,7 +94,7 @@ pub async fn start(
     Ok((handle, task))
 }
 
-fn open(flags: &[PoolFlag]) -> Result<Vec<Arc<NodePool>>, Error> {
+fn pools(flags: &[PoolFlag]) -> Result<Vec<Arc<NodePool>>, Error> {
     let mut pools: Vec<Arc<NodePool>> = Vec::with_capacity(flags.len());
     for flag in flags {
         let id = flag.id.clone();
@@ -86,30 +102,47 @@ fn open(flags: &[PoolFlag]) -> Result<Vec<Arc<NodePool>>, Error> {
             let reason = format!("{id}: is given twice; give each pool an id of its own");
             return Err(Error::Flag { flag: "--pool", reason });
         }
-        if pools.iter().any(|pool| *pool.pool.spec() == flag.spec) {
+        if pools.iter().any(|pool| pool.spec == flag.spec) {
             let reason = format!("{id}={}: is given twice; a pool has one id", flag.spec);
             return Err(Error::Flag { flag: "--pool", reason });
         }
-        let fails = |source| Error::Pool { id: id.clone(), source };
-        let pool = drover_storage::pool::open(&flag.spec).map_err(fails)?;
-        for leftover in pool.clean_up().map_err(fails)? {
-            tracing::info!(pool = id, leftover, "removed what a crash had left unfinished");
-        }
-        pools.push(Arc::new(NodePool { id, overcommit: flag.overcommit, pool }));
+        let (overcommit, spec) = (flag.overcommit, flag.spec.clone());
+        pools.push(Arc::new(NodePool { id, overcommit, spec, opened: OnceLock::new() }));
     }
     Ok(pools)
+}
+
+/// Looks at a pool, which is opened first when it could not be before.
+fn look_at(pool: &NodePool) -> Result<(Contents, PoolUsage), Error> {
+    if pool.opened.get().is_none() {
+        let opened = drover_storage::pool::open(&pool.spec)?;
+        // Only one look at a pool goes on at a time.
+        let _ = pool.opened.set(opened);
+    }
+    let pool = pool.pool()?;
+    Ok((pool.list()?, pool.usage()?))
+}
+
+fn clean_up(pool: &NodePool) -> Result<(), Error> {
+    for leftover in pool.pool()?.clean_up()? {
+        tracing::info!(pool = pool.id, leftover, "removed what was left unfinished");
+    }
+    Ok(())
 }
 
 /// How a job ended.
 enum Ended {
     Job { thing: Thing, result: Result<Made, Error> },
     Look { pool: String, result: Result<(Contents, PoolUsage), String> },
+    Taken { take: Take, result: Result<Taken, Error> },
+    Cleaned { pool: String, result: Result<(), Error> },
 }
 
 /// What a job has made of its thing.
 enum Made {
     Volume(VolumeInfo),
     Image(ImageInfo),
+    Snapshot(SnapshotInfo),
     Gone,
 }
 
@@ -122,11 +155,23 @@ struct Look {
     usage: Option<PoolUsage>,
     /// What jobs have changed since it began: they know better.
     touched: BTreeSet<Thing>,
+    /// When what is left unfinished is to be removed, if anything may be.
+    clean_due: Option<Instant>,
+    is_cleaning: bool,
 }
 
 impl Look {
     fn new() -> Self {
-        Self { since: None, due: Instant::now(), failed: 0, usage: None, touched: BTreeSet::new() }
+        let now = Instant::now();
+        Self {
+            since: None,
+            due: now,
+            failed: 0,
+            usage: None,
+            touched: BTreeSet::new(),
+            clean_due: Some(now),
+            is_cleaning: false,
+        }
     }
 }
 
@@ -138,6 +183,9 @@ struct Task {
     looks: BTreeMap<String, Look>,
     busy: BTreeMap<Thing, Busy>,
     failed: BTreeMap<Thing, Failure>,
+    untaken: BTreeMap<SnapshotId, String>,
+    quiesced: BTreeSet<SnapshotId>,
+    quiescer: Quiescer,
     jobs: JoinSet<Ended>,
     clock: Instant,
     view: watch::Sender<Arc<View>>,
@@ -183,30 +231,45 @@ impl Task {
                 failure.retry_ms = failure.retry_ms.min(now_ms);
             }
         }
+        self.untaken.retain(|id, _| wanted.wants_part(&id.to_string()));
     }
 
     /// Begins what is to be begun, and shows how things stand; answers when to come back.
     fn pass(&mut self) -> Instant {
         let now = Instant::now();
         let mut wake = self.look(now);
+        if let Some(due) = self.clean(now) {
+            wake = wake.min(due);
+        }
         let plan = plan(Facts {
             wanted: self.wanted.as_ref(),
             pools: &self.seen,
             busy: &self.busy,
             failed: &self.failed,
+            untaken: &self.untaken,
+            quiesced: &self.quiesced,
             now_ms: self.now_ms(),
         });
         for (thing, work) in plan.begin {
             self.begin(thing, work);
         }
+        for take in plan.takes {
+            self.take_snapshot(take);
+        }
+        for thing in plan.cancel {
+            if let Some(busy) = self.busy.get(&thing) {
+                busy.progress.given_up.notify_one();
+            }
+        }
         if let Some(at) = plan.wake_ms {
             wake = wake.min(self.clock + Duration::from_millis(at));
         }
-        if self.busy.values().any(|busy| matches!(busy.work, Work::Fetch { .. })) {
+        if self.busy.values().any(|busy| is_transfer(&busy.work)) {
             wake = wake.min(now + SHOW_INTERVAL);
         }
         let pools = self.order.iter().map(|id| self.observed(id)).collect();
-        self.publish(View { pools, volumes: plan.volumes, images: plan.images });
+        let (volumes, images, snapshots) = (plan.volumes, plan.images, plan.snapshots);
+        self.publish(View { pools, volumes, images, snapshots });
         wake
     }
 
@@ -216,6 +279,7 @@ impl Task {
             if before.pools == view.pools
                 && before.volumes == view.volumes
                 && before.images == view.images
+                && before.snapshots == view.snapshots
             {
                 return false;
             }
@@ -230,16 +294,21 @@ impl Task {
 
     fn begin(&mut self, thing: Thing, work: Work) {
         let Some(pool) = self.pools.get(&thing.pool).cloned() else { return };
-        let is_fetch = |work: &Work| matches!(work, Work::Fetch { .. });
         let same = |(other, busy): &(&Thing, &Busy)| {
-            other.pool == thing.pool && is_fetch(&busy.work) == is_fetch(&work)
+            other.pool == thing.pool
+                && busy.work != Work::Take
+                && is_transfer(&busy.work) == is_transfer(&work)
         };
-        let limit = if is_fetch(&work) { FETCHES_A_POOL_MAX } else { JOBS_A_POOL_MAX };
+        let limit = if is_transfer(&work) { FETCHES_A_POOL_MAX } else { JOBS_A_POOL_MAX };
         if self.busy.iter().filter(same).count() >= limit {
             // The next pass comes when one of them ends.
             return;
         }
         tracing::info!(pool = thing.pool, thing = %thing.id, ?work, "begins");
+        let of = match thing.id {
+            Id::Snapshot(id) => self.snapshot_of(&thing.pool, id),
+            _ => None,
+        };
         let progress = Arc::new(Progress::default());
         let busy = Busy { work: work.clone(), progress: Arc::clone(&progress) };
         self.busy.insert(thing.clone(), busy);
@@ -252,10 +321,125 @@ impl Task {
                         .await
                         .map(Made::Image)
                 }
+                (Work::Copy { source, bytes }, Id::Volume(volume)) => tokio::select! {
+                    copied = copy::copy(&pool, volume, bytes, &source, &progress) => {
+                        copied.map(Made::Volume)
+                    }
+                    // What was written so far goes with it.
+                    () = progress.given_up.notified() => Err(PoolError::Cancelled.into()),
+                },
+                (Work::Delete, Id::Snapshot(id)) => {
+                    on_thread(move || delete_snapshot(&pool, id, of)).await
+                }
                 (work, id) => on_thread(move || call(&pool, id, work)).await,
             };
             Ended::Job { thing, result }
         });
+    }
+
+    fn take_snapshot(&mut self, what: Take) {
+        let takes = self
+            .busy
+            .iter()
+            .filter(|(thing, busy)| busy.work == Work::Take && matches!(thing.id, Id::Snapshot(_)));
+        if takes.count() >= TAKES_MAX {
+            return;
+        }
+        let parts = what.parts.iter().map(|part| {
+            let pool = self.pools.get(&part.pool)?;
+            Some((Arc::clone(pool), part.clone()))
+        });
+        let Some(parts) = parts.collect::<Option<Vec<_>>>() else { return };
+        for part in &what.parts {
+            for thing in [part.thing(), part.volume_thing()] {
+                let busy = Busy { work: Work::Take, progress: Arc::default() };
+                self.busy.insert(thing, busy);
+            }
+        }
+        tracing::info!(domain = what.domain, parts = parts.len(), "takes a snapshot");
+        let quiescer = self.quiescer.clone();
+        self.jobs.spawn(async move {
+            let result = take(&quiescer, &what.domain, parts).await;
+            Ended::Taken { take: what, result }
+        });
+    }
+
+    fn taken(&mut self, what: Take, result: Result<Taken, Error>) {
+        for part in &what.parts {
+            self.busy.remove(&part.thing());
+            self.busy.remove(&part.volume_thing());
+        }
+        let error = match result {
+            Ok(Taken { parts, quiesced }) => {
+                tracing::info!(domain = what.domain, quiesced, "has taken the snapshot");
+                for (part, info) in what.parts.iter().zip(parts) {
+                    if quiesced {
+                        self.quiesced.insert(info.id);
+                    }
+                    self.failed.remove(&part.thing());
+                    // It shares all of it with its volume, which an inactive one does not say.
+                    let volume = self.seen.get(&part.pool).and_then(|seen| {
+                        seen.inventory.as_ref()?.volumes.get(&part.volume)?.allocated_bytes
+                    });
+                    let allocated_bytes = info.allocated_bytes.or(volume);
+                    let info = SnapshotInfo { allocated_bytes, ..info };
+                    self.made(&part.thing(), Made::Snapshot(info));
+                }
+                return;
+            }
+            Err(error) => error,
+        };
+        tracing::warn!(domain = what.domain, %error, "cannot take the snapshot");
+        for part in &what.parts {
+            let reason = error.to_string();
+            if matches!(error, Error::Busy(_)) {
+                let before = self.failed.get(&part.thing());
+                let failure = Failure::not_yet(before, reason, self.now_ms());
+                self.failed.insert(part.thing(), failure);
+            } else {
+                self.untaken.insert(part.snapshot, reason);
+            }
+            self.look_soon(&part.pool);
+        }
+    }
+
+    /// Whatever came of a failure: the pool knows.
+    fn look_soon(&mut self, pool: &str) {
+        if let Some(look) = self.looks.get_mut(pool) {
+            let soon = Instant::now() + LOOK_AGAIN;
+            look.due = look.due.min(soon);
+            look.clean_due = Some(look.clean_due.map_or(soon, |due| due.min(soon)));
+        }
+    }
+
+    /// Begins the clean-ups that are due, and says when the next one is.
+    fn clean(&mut self, now: Instant) -> Option<Instant> {
+        let mut wake = None;
+        for (id, look) in &mut self.looks {
+            let Some(due) = look.clean_due.filter(|_| !look.is_cleaning) else { continue };
+            let Some(pool) = self.pools.get(id).filter(|pool| pool.opened.get().is_some()) else {
+                continue;
+            };
+            if now < due {
+                wake = Some(wake.map_or(due, |wake: Instant| wake.min(due)));
+                continue;
+            }
+            (look.clean_due, look.is_cleaning) = (None, true);
+            let (pool, id) = (Arc::clone(pool), id.clone());
+            self.jobs.spawn(async move {
+                Ended::Cleaned { pool: id, result: on_thread(move || clean_up(&pool)).await }
+            });
+        }
+        wake
+    }
+
+    fn cleaned(&mut self, pool: &str, result: Result<(), Error>) {
+        let Some(look) = self.looks.get_mut(pool) else { return };
+        look.is_cleaning = false;
+        if let Err(error) = result {
+            tracing::warn!(pool, %error, "cannot remove what was left unfinished");
+            look.clean_due.get_or_insert(Instant::now() + CLEAN_AGAIN);
+        }
     }
 
     /// Begins the looks that are due, and says when the next one is.
@@ -283,11 +467,16 @@ impl Task {
             look.touched.clear();
             let id = id.clone();
             self.jobs.spawn(async move {
-                let result = on_thread(move || Ok((pool.pool.list()?, pool.pool.usage()?))).await;
+                let result = on_thread(move || look_at(&pool)).await;
                 Ended::Look { pool: id, result: result.map_err(|err| err.to_string()) }
             });
         }
         wake
+    }
+
+    /// The volume of a snapshot's part.
+    fn snapshot_of(&self, pool: &str, id: SnapshotId) -> Option<VolumeId> {
+        Some(self.seen.get(pool)?.inventory.as_ref()?.snapshots.get(&id)?.volume)
     }
 
     fn take(&mut self, ended: Ended) {
@@ -303,12 +492,17 @@ impl Task {
                     Err(error) => self.note_failure(thing, work, &error),
                 }
             }
-            Ended::Look { pool, result } => {
-                self.take_look(&pool, result);
-                if self.looks.values().all(|look| look.usage.is_some() || look.failed > 0) {
-                    self.looked.send_replace(true);
-                }
-            }
+            Ended::Look { pool, result } => self.take_look(&pool, result),
+            Ended::Taken { take, result } => self.taken(take, result),
+            Ended::Cleaned { pool, result } => self.cleaned(&pool, result),
+        }
+        let is_known = |look: &Look| {
+            let is_clean = look.clean_due.is_none() && !look.is_cleaning;
+            look.failed > 0 || (look.usage.is_some() && is_clean)
+        };
+        if !*self.looked.borrow() && self.looks.values().all(is_known) {
+            self.pass();
+            self.looked.send_replace(true);
         }
     }
 
@@ -322,10 +516,7 @@ impl Task {
             Error::Busy(_) => Failure::not_yet(before, reason, self.now_ms()),
             _ => Failure::again(before, reason, self.now_ms()),
         };
-        // Whatever came of it: the pool knows.
-        if let Some(look) = self.looks.get_mut(&thing.pool) {
-            look.due = look.due.min(Instant::now() + LOOK_AGAIN);
-        }
+        self.look_soon(&thing.pool);
         self.failed.insert(thing, failure);
     }
 
@@ -341,6 +532,13 @@ impl Task {
             }
             (Made::Image(info), _) => {
                 inventory.images.insert(info.id, info);
+            }
+            (Made::Snapshot(info), _) => {
+                inventory.snapshots.insert(info.id, info);
+            }
+            (Made::Gone, Id::Snapshot(id)) => {
+                inventory.snapshots.remove(&id);
+                self.quiesced.remove(&id);
             }
             (Made::Gone, Id::Volume(id)) => {
                 inventory.volumes.remove(&id);
@@ -388,6 +586,15 @@ impl Task {
                 found.images.insert(info.id, info);
             }
         }
+        for info in contents.snapshots {
+            if !touched(Id::Snapshot(info.id)) {
+                let known = before.snapshots.get(&info.id).and_then(|known| known.allocated_bytes);
+                let allocated_bytes = info.allocated_bytes.or(known);
+                found.snapshots.insert(info.id, SnapshotInfo { allocated_bytes, ..info });
+            }
+        }
+        let snapshots = before.snapshots.into_iter().filter(|(id, _)| touched(Id::Snapshot(*id)));
+        found.snapshots.extend(snapshots);
         let volumes = before.volumes.into_iter().filter(|(id, _)| touched(Id::Volume(*id)));
         found.volumes.extend(volumes);
         let images = before.images.into_iter().filter(|(id, _)| touched(Id::Image(*id)));
@@ -404,6 +611,7 @@ impl Task {
             let here = inventory.is_some_and(|inventory| match thing.id {
                 Id::Volume(id) => inventory.volumes.contains_key(&id),
                 Id::Image(id) => inventory.images.contains_key(&id),
+                Id::Snapshot(id) => inventory.snapshots.contains_key(&id),
             });
             let asked = wanted.is_some_and(|wanted| wanted.names(&thing.id.name()));
             thing.pool != pool || here || asked
@@ -414,7 +622,7 @@ impl Task {
         let usage = self.looks.get(id).and_then(|look| look.usage.as_ref());
         let fault = self.seen.get(id).and_then(|seen| seen.fault.clone());
         let pool = self.pools.get(id);
-        let kind = match pool.map(|pool| pool.pool.spec()) {
+        let kind = match pool.map(|pool| &pool.spec) {
             Some(PoolSpec::Lvm { .. }) => PoolKind::Lvm,
             Some(PoolSpec::Dir { .. }) => PoolKind::Dir,
             None => PoolKind::Unspecified,
@@ -454,11 +662,14 @@ pub(super) fn state_of(usage: Option<&PoolUsage>, fault: Option<String>) -> (Poo
 
 /// Runs one call of a pool.
 fn call(pool: &NodePool, id: Id, work: Work) -> Result<Made, Error> {
-    let pool = &pool.pool;
+    let pool = pool.pool()?;
     Ok(match (work, id) {
         (Work::Create { bytes }, Id::Volume(id)) => Made::Volume(pool.create_volume(id, bytes)?),
         (Work::Clone { image, bytes }, Id::Volume(id)) => {
             Made::Volume(pool.clone_image(id, image, bytes)?)
+        }
+        (Work::CloneSnapshot { volume, snapshot, bytes }, Id::Volume(id)) => {
+            Made::Volume(pool.clone_snapshot(id, volume, snapshot, bytes)?)
         }
         (Work::Grow { bytes }, Id::Volume(id)) => Made::Volume(pool.grow_volume(id, bytes)?),
         (Work::Delete, Id::Volume(id)) => {
@@ -472,6 +683,20 @@ fn call(pool: &NodePool, id: Id, work: Work) -> Result<Made, Error> {
         // plan() asks for nothing else.
         (work, id) => return Err(Error::Domain(format!("{work:?} of {id}: is not possible"))),
     })
+}
+
+/// Deletes a part of a snapshot of the volume `of`.
+fn delete_snapshot(pool: &NodePool, id: SnapshotId, of: Option<VolumeId>) -> Result<Made, Error> {
+    // Without a volume it is not there any more.
+    if let Some(volume) = of {
+        pool.pool()?.delete_snapshot(volume, id)?;
+    }
+    Ok(Made::Gone)
+}
+
+/// Whether it brings something from elsewhere, and says how far it is.
+fn is_transfer(work: &Work) -> bool {
+    matches!(work, Work::Fetch { .. } | Work::Copy { .. })
 }
 
 /// As [`blocking`]; a panic is the error of this call alone.
@@ -491,5 +716,12 @@ fn differs(a: &View, b: &View) -> bool {
         let volumes = view.volumes.iter();
         volumes.map(|v| (v.uid.clone(), v.state, v.state_reason.clone(), v.size_bytes)).collect()
     };
-    a.images != b.images || pools(a) != pools(b) || volumes(a) != volumes(b)
+    let snapshots = |view: &View| -> Vec<_> {
+        let snapshots = view.snapshots.iter();
+        snapshots.map(|s| (s.uid.clone(), s.state, s.state_reason.clone(), s.quiesced)).collect()
+    };
+    a.images != b.images
+        || pools(a) != pools(b)
+        || volumes(a) != volumes(b)
+        || snapshots(a) != snapshots(b)
 }

@@ -1,5 +1,8 @@
-//! The storage task against real pools of files, and images that travel between two agents'
-//! services on loopback.
+//! The storage task against real pools of files, and images and volumes that travel between two
+//! agents' services on loopback.
+
+mod snapshots;
+mod travel;
 
 use super::*;
 
@@ -21,6 +24,7 @@ use tonic::transport::{Channel, Server};
 use tonic::{Code, Status};
 
 use crate::console::Console;
+use crate::domain::quiesce::Quiescer;
 use crate::records::Places;
 use crate::service::Service;
 
@@ -57,6 +61,10 @@ impl Drop for Node {
     }
 }
 
+fn places(dir: &tempfile::TempDir) -> Places {
+    Places { state: dir.path().join("state"), run: dir.path().join("run") }
+}
+
 async fn node() -> Node {
     let dir = tempfile::tempdir().unwrap();
     std::fs::create_dir(dir.path().join("pool")).unwrap();
@@ -65,14 +73,16 @@ async fn node() -> Node {
 
 async fn node_in(dir: tempfile::TempDir) -> Node {
     let flag = format!("main=dir:{}", dir.path().join("pool").display()).parse().unwrap();
-    let (handle, task) = start(&[flag], watch::Sender::new(0)).await.unwrap();
-    let spool = dir.path().join("state");
+    let places = places(&dir);
+    let quiescer = Quiescer::new(places.clone());
+    let (handle, task) = start(&[flag], quiescer, watch::Sender::new(0)).await.unwrap();
+    let spool = places.state.clone();
     std::fs::create_dir_all(&spool).unwrap();
-    let places = Places { state: spool.clone(), run: dir.path().join("run") };
     let service = Service {
         console: Console::new(places.clone(), "host1".into()),
         guests: crate::domain::guest::Guests::new(places, "host1".into()),
         images: Images::new(handle.clone(), "host1".into(), spool),
+        volumes: Volumes::new(handle.clone(), "host1".into()),
     };
     let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
     let address = listener.local_addr().unwrap();
@@ -85,7 +95,7 @@ async fn node_in(dir: tempfile::TempDir) -> Node {
 
 impl Node {
     async fn want(&self, volumes: Vec<WantedVolume>, garbage: Vec<Garbage>) {
-        let wanted = WantedStorage { volumes, garbage, used: Default::default() };
+        let wanted = WantedStorage { volumes, garbage, ..WantedStorage::default() };
         self.handle.desire(wanted).await.unwrap();
     }
 
@@ -112,7 +122,7 @@ impl Node {
     }
 
     fn pool(&self) -> &Arc<dyn Pool> {
-        &self.handle.pools[0].pool
+        self.handle.pools[0].pool().unwrap()
     }
 
     fn data(&self, n: u8) -> Vec<u8> {
@@ -349,6 +359,30 @@ async fn a_pool_that_is_gone_is_failed_and_its_volumes_are_told() {
     node.until_ready(1).await;
 }
 
+/// It keeps nobody from starting, is told, and is there as soon as it can be opened.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_pool_that_cannot_be_opened_is_failed_and_tried_again() {
+    let dir = tempfile::tempdir().unwrap();
+    let node = node_in(dir).await;
+    let view = node.handle.view();
+    let path = node.dir.path().join("pool");
+    let reason = view.pools[0].state_reason.clone();
+    assert_eq!(view.pools[0].state(), PoolState::Failed);
+    assert!(reason.contains(path.to_str().unwrap()) && reason.contains("existing"), "{reason}");
+    node.want(vec![blank(1)], vec![garbage(2)]).await;
+    let failed = |view: &View| {
+        let failed = view.volumes.iter().filter(|v| v.state() == VolumeState::Failed);
+        failed.count() == 2
+    };
+    node.until("what nobody can know", failed).await;
+    let import = node.import(requests(raw_spec(), &content())).await.unwrap_err();
+    assert!(import.message().contains("is not open yet"), "{}", import.message());
+    std::fs::create_dir(path).unwrap();
+    node.until_ready(1).await;
+    assert_eq!(node.handle.view().pools[0].state(), PoolState::Ready);
+    node.import_content().await;
+}
+
 /// A pool past its threshold takes nothing new, and says so before a guest sees an error.
 #[test]
 fn a_pool_that_fills_is_told() {
@@ -372,16 +406,18 @@ fn a_pool_that_fills_is_told() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn pools_that_cannot_be_opened_name_the_flag() {
+async fn flags_that_contradict_each_other_are_refused() {
     let dir = tempfile::tempdir().unwrap();
     let flag = |text: String| text.parse::<PoolFlag>().unwrap();
     let here = || flag(format!("main=dir:{}", dir.path().display()));
-    let error = |flags: Vec<PoolFlag>| async move {
-        let started = start(&flags, watch::Sender::new(0)).await;
-        started.map(|_| ()).unwrap_err().to_string()
+    let quiescer = Quiescer::new(places(&dir));
+    let error = |flags: Vec<PoolFlag>| {
+        let quiescer = quiescer.clone();
+        async move {
+            let started = start(&flags, quiescer, watch::Sender::new(0)).await;
+            started.map(|_| ()).unwrap_err().to_string()
+        }
     };
-    let missing = error(vec![flag("main=dir:/nonexistent/pool".into())]).await;
-    assert!(missing.starts_with("--pool main: "), "{missing}");
     let twice = error(vec![here(), here()]).await;
     assert!(twice.contains("main: is given twice"), "{twice}");
     let other = flag(format!("b=dir:{}", dir.path().display()));

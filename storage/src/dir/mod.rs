@@ -18,14 +18,17 @@ use std::fs::{self, DirBuilder, File, OpenOptions, Permissions};
 use std::io;
 use std::os::unix::fs::{DirBuilderExt, MetadataExt, OpenOptionsExt, PermissionsExt};
 use std::path::{Path, PathBuf};
+use std::sync::atomic::AtomicBool;
 
 use rustix::fs::FlockOperation;
+use rustix::io::Errno;
 use uuid::Uuid;
 
 use crate::lock::{Claim, open_locked};
 use crate::pool::{
-    Contents, ImageDraft, ImageId, ImageInfo, OpenImage, Pool, PoolSpec, PoolUsage, SnapshotId,
-    SnapshotInfo, VolumeId, VolumeInfo, grows, holds_image, round_up, same_size,
+    Contents, ImageDraft, ImageId, ImageInfo, Opened, Pool, PoolSpec, PoolUsage, SnapshotDraft,
+    SnapshotId, SnapshotInfo, VolumeDraft, VolumeId, VolumeInfo, grows, holds_source, round_up,
+    same_size,
 };
 use crate::{PoolError, Result, sparse};
 
@@ -33,6 +36,8 @@ use crate::{PoolError, Result, sparse};
 const GRAIN_BYTES: u64 = 4 << 20;
 /// Files in one directory of the pool: far more than a node has, and a bound.
 const FILES_MAX: usize = 1 << 20;
+/// How often a draft is begun again that was taken for a dead one.
+const DRAFT_TRIES_MAX: usize = 3;
 
 /// A pool in a directory. See [`Pool`] for what it does.
 #[derive(Debug)]
@@ -93,6 +98,17 @@ impl DirPool {
 
     /// An empty file in `new/`, locked.
     fn draft(&self) -> Result<Draft> {
+        for _ in 0..DRAFT_TRIES_MAX {
+            if let Some(draft) = self.try_draft()? {
+                return Ok(draft);
+            }
+        }
+        let path = self.root.join("new");
+        Err(PoolError::io("lock a file in", &path)(io::ErrorKind::WouldBlock.into()))
+    }
+
+    /// `None` when [`Pool::clean_up`] came between the file and its lock.
+    fn try_draft(&self) -> Result<Option<Draft>> {
         let path = self.root.join("new").join(Uuid::new_v4().to_string());
         let file = OpenOptions::new()
             .read(true)
@@ -102,20 +118,40 @@ impl DirPool {
             .open(&path)
             .map_err(PoolError::io("create", &path))?;
         let draft = Draft { file, path, root: self.root.clone() };
-        rustix::fs::flock(&draft.file, FlockOperation::NonBlockingLockExclusive)
-            .map_err(|error| PoolError::io("lock", &draft.path)(error.into()))?;
-        Ok(draft)
+        match rustix::fs::flock(&draft.file, FlockOperation::NonBlockingLockExclusive) {
+            Err(Errno::WOULDBLOCK) => return Ok(None),
+            other => other.map_err(|error| PoolError::io("lock", &draft.path)(error.into()))?,
+        }
+        let metadata = draft.file.metadata().map_err(PoolError::io("look at", &draft.path))?;
+        Ok((metadata.nlink() > 0).then_some(draft))
     }
 
     /// A draft with a file's content.
-    fn draft_of(&self, from: &Path, missing: impl FnOnce() -> PoolError) -> Result<Draft> {
+    fn draft_of(
+        &self,
+        from: &Path,
+        missing: impl FnOnce() -> PoolError,
+        cancel: &AtomicBool,
+    ) -> Result<Draft> {
         let source = match File::open(from) {
             Err(error) if error.kind() == io::ErrorKind::NotFound => return Err(missing()),
             other => other.map_err(PoolError::io("open", from))?,
         };
         let draft = self.draft()?;
-        sparse::copy(&source, &draft.file).map_err(PoolError::io("copy to", &draft.path))?;
-        Ok(draft)
+        match sparse::copy(&source, &draft.file, cancel) {
+            Ok(true) => Ok(draft),
+            Ok(false) => Err(PoolError::Cancelled),
+            Err(error) => Err(PoolError::io("copy to", &draft.path)(error)),
+        }
+    }
+
+    /// Opens a file for reading.
+    fn open_shared(&self, path: PathBuf, what: String) -> Result<Opened> {
+        let Some(file) = open_locked(&path, false, Claim::Shared, &what)? else {
+            return Err(self.not_found(what));
+        };
+        let bytes = file.metadata().map_err(PoolError::io("look at", &path))?.len();
+        Ok(Opened { file, path, bytes })
     }
 
     /// Ends the making of a volume.
@@ -134,19 +170,8 @@ impl DirPool {
         unlink(path)
     }
 
-    fn snapshot_ids(&self) -> Result<Vec<(VolumeId, SnapshotId)>> {
-        let names = file_names(&self.root.join("snapshots"))?;
-        Ok(names.iter().filter_map(|name| parse_snapshot(name)).collect())
-    }
-
     fn snapshot(&self, volume: VolumeId, id: SnapshotId) -> Result<Option<SnapshotInfo>> {
-        let found = measure(&self.snapshot_path(volume, id))?;
-        Ok(found.map(|(bytes, allocated)| SnapshotInfo {
-            volume,
-            id,
-            bytes,
-            allocated_bytes: Some(allocated),
-        }))
+        measure_snapshot(&self.snapshot_path(volume, id), volume, id)
     }
 }
 
@@ -177,20 +202,40 @@ impl Pool for DirPool {
         if let Some(have) = self.volume(id)? {
             return same_size(have, bytes);
         }
-        holds_image(bytes, &self.image(image)?.ok_or_else(missing)?)?;
-        let draft = self.draft_of(&self.image_path(image), missing)?;
+        let info = self.image(image)?.ok_or_else(missing)?;
+        holds_source(bytes, info.bytes, &format!("image {image}"))?;
+        let draft = self.draft_of(&self.image_path(image), missing, &AtomicBool::new(false))?;
         self.publish_volume(id, &draft, bytes)
     }
 
+    fn clone_snapshot(
+        &self,
+        id: VolumeId,
+        volume: VolumeId,
+        snapshot: SnapshotId,
+        bytes: u64,
+    ) -> Result<VolumeInfo> {
+        let what = format!("snapshot {snapshot} of volume {volume}");
+        let missing = || self.not_found(what.clone());
+        let bytes = round_up(bytes, GRAIN_BYTES)?;
+        if let Some(have) = self.volume(id)? {
+            return same_size(have, bytes);
+        }
+        let info = self.snapshot(volume, snapshot)?.ok_or_else(missing)?;
+        holds_source(bytes, info.bytes, &what)?;
+        let path = self.snapshot_path(volume, snapshot);
+        let draft = self.draft_of(&path, missing, &AtomicBool::new(false))?;
+        self.publish_volume(id, &draft, bytes)
+    }
+
+    fn draft_volume(&self, bytes: u64) -> Result<Box<dyn VolumeDraft>> {
+        let (bytes, draft) = (round_up(bytes, GRAIN_BYTES)?, self.draft()?);
+        draft.file.set_len(bytes).map_err(PoolError::io("write", &draft.path))?;
+        Ok(Box::new(draft))
+    }
+
     fn volume(&self, id: VolumeId) -> Result<Option<VolumeInfo>> {
-        let path = self.volume_path(id);
-        Ok(measure(&path)?.map(|(bytes, allocated)| VolumeInfo {
-            id,
-            bytes,
-            allocated_bytes: Some(allocated),
-            path,
-            active: true,
-        }))
+        measure_volume(self.volume_path(id), id)
     }
 
     fn grow_volume(&self, id: VolumeId, bytes: u64) -> Result<VolumeInfo> {
@@ -210,15 +255,7 @@ impl Pool for DirPool {
     }
 
     fn delete_volume(&self, id: VolumeId) -> Result<()> {
-        let path = self.volume_path(id);
-        // The volume's lock is held while its snapshots go: all of it or nothing is in use.
-        let lock = open_locked(&path, false, Claim::Exclusive, &format!("volume {id}"))?;
-        for (volume, snapshot) in self.snapshot_ids()? {
-            if volume == id {
-                self.delete_snapshot(volume, snapshot)?;
-            }
-        }
-        lock.map_or(Ok(()), |_lock| unlink(&path))
+        self.remove(&self.volume_path(id), &format!("volume {id}"))
     }
 
     fn activate(&self, id: VolumeId) -> Result<PathBuf> {
@@ -230,27 +267,24 @@ impl Pool for DirPool {
         open_locked(&self.volume_path(id), false, Claim::Exclusive, &what).map(drop)
     }
 
-    fn create_snapshot(&self, volume: VolumeId, id: SnapshotId) -> Result<SnapshotInfo> {
-        let missing = || self.not_found(format!("volume {volume}"));
-        if let Some(have) = self.snapshot(volume, id)? {
-            return Ok(have);
-        }
-        let draft = self.draft_of(&self.volume_path(volume), missing)?;
-        draft.publish(&self.snapshot_path(volume, id))?;
-        self.snapshot(volume, id)?.ok_or_else(|| self.not_found(format!("snapshot {id}")))
+    fn open_volume(&self, id: VolumeId) -> Result<Opened> {
+        self.open_shared(self.volume_path(id), format!("volume {id}"))
     }
 
-    fn roll_back(&self, volume: VolumeId, id: SnapshotId) -> Result<VolumeInfo> {
-        let path = self.volume_path(volume);
-        let what = format!("volume {volume}");
-        let Some(lock) = open_locked(&path, false, Claim::Exclusive, &what)? else {
-            return Err(self.not_found(what));
-        };
-        let missing = || self.not_found(format!("snapshot {id} of volume {volume}"));
-        let draft = self.draft_of(&self.snapshot_path(volume, id), missing)?;
-        let bytes = lock.metadata().map_err(PoolError::io("look at", &path))?.len();
-        draft.replace(&path, bytes)?;
-        self.wanted_volume(volume)
+    fn draft_snapshot(
+        &self,
+        volume: VolumeId,
+        id: SnapshotId,
+        cancel: &AtomicBool,
+    ) -> Result<Box<dyn SnapshotDraft>> {
+        let missing = || self.not_found(format!("volume {volume}"));
+        let draft = self.draft_of(&self.volume_path(volume), missing, cancel)?;
+        Ok(Box::new(DraftOfSnapshot { draft, volume, id }))
+    }
+
+    fn open_snapshot(&self, volume: VolumeId, id: SnapshotId) -> Result<Opened> {
+        let what = format!("snapshot {id} of volume {volume}");
+        self.open_shared(self.snapshot_path(volume, id), what)
     }
 
     fn delete_snapshot(&self, volume: VolumeId, id: SnapshotId) -> Result<()> {
@@ -263,14 +297,8 @@ impl Pool for DirPool {
         Ok(found.map(info))
     }
 
-    fn open_image(&self, id: ImageId) -> Result<OpenImage> {
-        let path = self.image_path(id);
-        let what = format!("image {id}");
-        let Some(file) = open_locked(&path, false, Claim::Shared, &what)? else {
-            return Err(self.not_found(what));
-        };
-        let bytes = file.metadata().map_err(PoolError::io("look at", &path))?.len();
-        Ok(OpenImage { file, path, bytes })
+    fn open_image(&self, id: ImageId) -> Result<Opened> {
+        self.open_shared(self.image_path(id), format!("image {id}"))
     }
 
     fn delete_image(&self, id: ImageId) -> Result<()> {
@@ -356,15 +384,8 @@ impl Draft {
         Ok(true)
     }
 
-    /// Puts it in the place of a volume of `bytes`; it is grown to that if it is smaller.
-    fn replace(&self, path: &Path, bytes: u64) -> Result<()> {
-        let have = self.file.metadata().map_err(PoolError::io("look at", &self.path))?.len();
-        self.file
-            .set_len(have.max(bytes))
-            .and_then(|()| self.file.sync_all())
-            .map_err(PoolError::io("write", &self.path))?;
-        fs::rename(&self.path, path).map_err(PoolError::io("replace", path))?;
-        sync_parent(path)
+    fn gone(&self, what: String) -> PoolError {
+        PoolError::NotFound { what, pool: PoolSpec::Dir { path: self.root.clone() }.to_string() }
     }
 }
 
@@ -389,13 +410,63 @@ impl ImageDraft for Draft {
         self.file.set_permissions(read_only).map_err(PoolError::io("protect", &self.path))?;
         let path = self.root.join("images").join(id.to_string());
         Draft::publish(&self, &path)?;
-        let gone = || PoolError::NotFound {
-            what: format!("image {id}"),
-            pool: self.root.display().to_string(),
-        };
+        let gone = || self.gone(format!("image {id}"));
         let (bytes, allocated) = measure(&path)?.ok_or_else(gone)?;
         Ok(ImageInfo { id, bytes, allocated_bytes: Some(allocated) })
     }
+}
+
+impl VolumeDraft for Draft {
+    fn file(&self) -> &File {
+        &self.file
+    }
+
+    fn path(&self) -> &Path {
+        &self.path
+    }
+
+    fn publish(self: Box<Self>, id: VolumeId) -> Result<VolumeInfo> {
+        let bytes = self.file.metadata().map_err(PoolError::io("look at", &self.path))?.len();
+        let path = self.root.join("volumes").join(id.to_string());
+        Draft::publish(&self, &path)?;
+        let have = measure_volume(path, id)?.ok_or_else(|| self.gone(format!("volume {id}")))?;
+        same_size(have, bytes)
+    }
+}
+
+/// A snapshot in `new/`.
+#[derive(Debug)]
+struct DraftOfSnapshot {
+    draft: Draft,
+    volume: VolumeId,
+    id: SnapshotId,
+}
+
+impl SnapshotDraft for DraftOfSnapshot {
+    fn publish(self: Box<Self>) -> Result<SnapshotInfo> {
+        let Self { draft, volume, id } = &*self;
+        let path = draft.root.join("snapshots").join(snapshot_name(*volume, *id));
+        draft.publish(&path)?;
+        measure_snapshot(&path, *volume, *id)?.ok_or_else(|| draft.gone(format!("snapshot {id}")))
+    }
+}
+
+fn measure_volume(path: PathBuf, id: VolumeId) -> Result<Option<VolumeInfo>> {
+    let found = measure(&path)?;
+    Ok(found.map(|(bytes, allocated)| VolumeInfo {
+        id,
+        bytes,
+        allocated_bytes: Some(allocated),
+        path,
+        active: true,
+    }))
+}
+
+fn measure_snapshot(path: &Path, volume: VolumeId, id: SnapshotId) -> Result<Option<SnapshotInfo>> {
+    let found = measure(path)?;
+    let info =
+        |(bytes, allocated)| SnapshotInfo { volume, id, bytes, allocated_bytes: Some(allocated) };
+    Ok(found.map(info))
 }
 
 /// A file's length and the room it takes.

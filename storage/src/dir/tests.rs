@@ -9,8 +9,9 @@ use proptest::prelude::*;
 use uuid::Uuid;
 
 use super::*;
-use crate::image::{ImageLimits, ImageWriter};
+use crate::image::{CHUNK_BYTES, ImageLimits, ImageWriter, chunk_digest};
 use crate::pool;
+use crate::volume::VolumeWriter;
 
 const MIB: u64 = 1 << 20;
 
@@ -150,15 +151,125 @@ fn what_a_vmm_has_open_is_not_taken_away() {
     let vmm = open_as_vmm(&path);
     let is_busy = |result: Result<()>| matches!(result, Err(PoolError::Busy { .. }));
     assert!(is_busy(pool.delete_volume(id)));
-    assert!(is_busy(pool.roll_back(id, snapshot_id(1)).map(drop)));
+    assert!(is_busy(pool.open_volume(id).map(drop)), "nor read");
     assert!(is_busy(pool.deactivate(id)));
-    assert_eq!(pool.snapshots(id).unwrap().len(), 1, "a refused delete takes nothing");
+    pool.open_snapshot(id, snapshot_id(1)).unwrap();
     pool.grow_volume(id, 8 * MIB).unwrap();
     pool.create_snapshot(id, snapshot_id(2)).unwrap();
     assert_eq!(vmm.metadata().unwrap().len(), 8 * MIB);
     drop(vmm);
     pool.delete_volume(id).unwrap();
-    assert_eq!(pool.list().unwrap(), Contents::default());
+    assert_eq!(pool.list().unwrap().volumes, []);
+}
+
+#[test]
+fn what_is_read_is_neither_opened_by_a_vmm_nor_deleted() {
+    let (_dir, pool) = pool();
+    let (id, snapshot) = (volume_id(1), snapshot_id(1));
+    let path = pool.create_volume(id, 4 * MIB).unwrap().path;
+    poke(&path, 3 * MIB - 1, 7);
+    pool.create_snapshot(id, snapshot).unwrap();
+    let (one, two) = (pool.open_volume(id).unwrap(), pool.open_volume(id).unwrap());
+    let vmm = File::options().write(true).open(&path).unwrap();
+    assert!(rustix::fs::flock(&vmm, FlockOperation::NonBlockingLockExclusive).is_err());
+    assert!(matches!(pool.delete_volume(id), Err(PoolError::Busy { .. })));
+    let chunks: Vec<_> = one.chunks(0).map(Result::unwrap).collect();
+    assert_eq!((one.bytes(), chunks.len(), chunks[0].offset), (4 * MIB, 1, 2 * MIB));
+    assert_eq!(chunks[0].bytes[MIB as usize - 1], 7);
+    drop((one, two));
+    rustix::fs::flock(&vmm, FlockOperation::NonBlockingLockExclusive).unwrap();
+
+    let open = pool.open_snapshot(id, snapshot).unwrap();
+    assert!(matches!(pool.delete_snapshot(id, snapshot), Err(PoolError::Busy { .. })));
+    assert_eq!(open.chunks(0).count(), 1);
+    drop(open);
+    pool.delete_snapshot(id, snapshot).unwrap();
+    assert!(matches!(pool.open_snapshot(id, snapshot), Err(PoolError::NotFound { .. })));
+    assert!(matches!(pool.open_volume(volume_id(2)), Err(PoolError::NotFound { .. })));
+}
+
+/// Whichever goes first, the other stays whole; and what was made of a snapshot needs neither.
+#[test]
+fn a_snapshot_outlives_its_volume_and_becomes_others() {
+    let (_dir, pool) = pool();
+    let (id, snapshot) = (volume_id(1), snapshot_id(1));
+    let path = pool.create_volume(id, 4 * MIB).unwrap().path;
+    poke(&path, 5, 7);
+    pool.create_snapshot(id, snapshot).unwrap();
+    poke(&path, 5, 8);
+    pool.delete_volume(id).unwrap();
+    assert_eq!(pool.list().unwrap().snapshots.len(), 1);
+    for _ in 0..2 {
+        let clone = pool.clone_snapshot(volume_id(2), id, snapshot, 12 * MIB).unwrap();
+        assert_eq!(clone.bytes, 12 * MIB);
+    }
+    let small = pool.clone_snapshot(volume_id(3), id, snapshot, 512);
+    assert!(small.is_ok(), "as large as the snapshot, rounded up: {small:?}");
+    let other = pool.clone_snapshot(volume_id(2), id, snapshot, 4 * MIB);
+    assert!(matches!(other, Err(PoolError::Conflict { .. })), "{other:?}");
+    pool.delete_snapshot(id, snapshot).unwrap();
+    let missing = pool.clone_snapshot(volume_id(4), id, snapshot, 4 * MIB);
+    assert!(matches!(missing, Err(PoolError::NotFound { .. })), "{missing:?}");
+    let path = pool.activate(volume_id(2)).unwrap();
+    assert_eq!((peek(&path, 5), peek(&path, 12 * MIB - 1)), (7, 0));
+
+    pool.create_snapshot(volume_id(2), snapshot_id(2)).unwrap();
+    let small = pool.clone_snapshot(volume_id(5), volume_id(2), snapshot_id(2), 4 * MIB);
+    assert!(small.unwrap_err().to_string().contains("at least 12582912, which snapshot"));
+}
+
+/// Several are taken at one moment and seen together or not at all.
+#[test]
+fn a_draft_of_a_snapshot_is_nothing_until_it_is_published() {
+    let (_dir, pool) = pool();
+    let (id, snapshot) = (volume_id(1), snapshot_id(1));
+    let path = pool.create_volume(id, 4 * MIB).unwrap().path;
+    poke(&path, 0, 1);
+    let draft = pool.draft_snapshot(id, snapshot, &AtomicBool::new(false)).unwrap();
+    poke(&path, 0, 2);
+    assert_eq!(pool.list().unwrap().snapshots, []);
+    assert_eq!(pool.list().unwrap().leftovers.len(), 1);
+    drop(draft);
+    assert_eq!(pool.list().unwrap().leftovers, [""; 0]);
+    let draft = pool.draft_snapshot(id, snapshot, &AtomicBool::new(false)).unwrap();
+    poke(&path, 0, 3);
+    assert_eq!(draft.publish().unwrap().bytes, 4 * MIB);
+    let chunk = pool.open_snapshot(id, snapshot).unwrap().chunks(0).next().unwrap().unwrap();
+    assert_eq!(chunk.bytes[0], 2);
+    let cancelled = pool.draft_snapshot(id, snapshot_id(2), &AtomicBool::new(true));
+    if !pool.has_live_snapshots() {
+        assert!(matches!(cancelled, Err(PoolError::Cancelled)), "{cancelled:?}");
+    }
+}
+
+#[test]
+fn a_volume_from_elsewhere_is_seen_when_it_is_whole() {
+    let (_dir, pool) = pool();
+    let id = volume_id(1);
+    let mut writer = VolumeWriter::new(&pool, 8 * MIB).unwrap();
+    writer.write(0, &[7; 5000]).unwrap();
+    writer.write(3 * MIB, &[8; 512]).unwrap();
+    for (offset, bytes) in [(2 * MIB, &[9; 512][..]), (8 * MIB - 1, &[9; 2]), (u64::MAX, &[9])] {
+        let error = writer.write(offset, bytes).unwrap_err();
+        assert!(error.to_string().contains("content between 3146240 and 8388608"), "{error}");
+    }
+    assert_eq!((pool.volume(id).unwrap(), pool.list().unwrap().leftovers.len()), (None, 1));
+    assert_eq!(writer.finish(id).unwrap().bytes, 8 * MIB);
+    let path = pool.activate(id).unwrap();
+    assert_eq!([0, 4999, 5000, 3 * MIB].map(|at| peek(&path, at)), [7, 7, 0, 8]);
+    drop(VolumeWriter::new(&pool, 8 * MIB).unwrap());
+    let again = VolumeWriter::new(&pool, 12 * MIB).unwrap().finish(id);
+    assert!(matches!(again, Err(PoolError::Conflict { .. })), "{again:?}");
+    assert_eq!(pool.list().unwrap().leftovers, [""; 0]);
+}
+
+#[test]
+fn a_short_chunk_counts_as_filled_with_zeros() {
+    let mut whole = vec![0; CHUNK_BYTES as usize];
+    whole[..1536].fill(5);
+    assert_eq!(chunk_digest(&whole), chunk_digest(&[5; 1536]));
+    assert_eq!(chunk_digest(&whole), chunk_digest(&whole[..MIB as usize - 512]));
+    assert_ne!(chunk_digest(&whole), chunk_digest(&[5; 1537]));
 }
 
 #[test]
@@ -216,7 +327,7 @@ enum Step {
     Poke(u128, u8),
     Grow(u128, u64),
     Snapshot(u128, u128),
-    RollBack(u128, u128),
+    CloneSnapshot(u128, (u128, u128), u64),
     DeleteSnapshot(u128, u128),
     Delete(u128),
     CleanUp,
@@ -229,9 +340,10 @@ fn step() -> impl Strategy<Value = Step> {
         1 => (volume.clone(), grains.clone()).prop_map(|(v, size)| Step::Create(v, size)),
         1 => (volume.clone(), grains.clone()).prop_map(|(v, size)| Step::Clone(v, size)),
         3 => (volume.clone(), any::<u8>()).prop_map(|(v, byte)| Step::Poke(v, byte)),
-        1 => (volume.clone(), grains).prop_map(|(v, size)| Step::Grow(v, size)),
+        1 => (volume.clone(), grains.clone()).prop_map(|(v, size)| Step::Grow(v, size)),
         2 => pair.clone().prop_map(|(v, s)| Step::Snapshot(v, s)),
-        2 => pair.clone().prop_map(|(v, s)| Step::RollBack(v, s)),
+        2 => (volume.clone(), pair.clone(), grains.clone())
+            .prop_map(|(v, of, size)| Step::CloneSnapshot(v, of, size)),
         1 => pair.prop_map(|(v, s)| Step::DeleteSnapshot(v, s)),
         1 => volume.prop_map(Step::Delete),
         1 => Just(Step::CleanUp),
@@ -272,14 +384,17 @@ impl Model {
                     self.snapshots.entry((v, s)).or_insert(*volume);
                     true
                 }
-                None => false,
+                // One that is there needs no volume.
+                None => self.snapshots.contains_key(&(v, s)),
             },
-            Step::RollBack(v, s) => match (self.volumes.get_mut(&v), self.snapshots.get(&(v, s))) {
-                (Some(volume), Some(snapshot)) => {
-                    *volume = (volume.0.max(snapshot.0), snapshot.1);
-                    true
-                }
-                _ => false,
+            Step::CloneSnapshot(v, of, size) => match self.volumes.get(&v) {
+                Some(have) => have.0 == size,
+                None => match self.snapshots.get(&of) {
+                    Some(snapshot) if snapshot.0 <= size => {
+                        self.volumes.insert(v, (size, snapshot.1)).is_none()
+                    }
+                    _ => false,
+                },
             },
             Step::DeleteSnapshot(v, s) => {
                 self.snapshots.remove(&(v, s));
@@ -287,7 +402,6 @@ impl Model {
             }
             Step::Delete(v) => {
                 self.volumes.remove(&v);
-                self.snapshots.retain(|(of, _), _| *of != v);
                 true
             }
             Step::CleanUp => true,
@@ -309,7 +423,9 @@ fn carry_out(pool: &dyn Pool, image: ImageId, step: &Step) -> Result<()> {
         }
         Step::Grow(v, size) => pool.grow_volume(volume_id(v), size * GRAIN_BYTES).map(drop),
         Step::Snapshot(v, s) => pool.create_snapshot(volume_id(v), snapshot(v, s)).map(drop),
-        Step::RollBack(v, s) => pool.roll_back(volume_id(v), snapshot(v, s)).map(drop),
+        Step::CloneSnapshot(v, (of, s), size) => pool
+            .clone_snapshot(volume_id(v), volume_id(of), snapshot(of, s), size * GRAIN_BYTES)
+            .map(drop),
         Step::DeleteSnapshot(v, s) => pool.delete_snapshot(volume_id(v), snapshot(v, s)),
         Step::Delete(v) => pool.delete_volume(volume_id(v)),
         Step::CleanUp => pool.clean_up().map(drop),

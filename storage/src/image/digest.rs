@@ -105,6 +105,22 @@ impl Digester {
     }
 }
 
+/// SHA-256 of a chunk; one that is shorter, at a disk's end, counts as filled up with zeros.
+///
+/// # Panics
+/// When it is longer than [`CHUNK_BYTES`].
+pub fn chunk_digest(bytes: &[u8]) -> [u8; 32] {
+    let missing = CHUNK_BYTES.checked_sub(bytes.len() as u64);
+    let mut missing = missing.expect("a chunk has at most 1 MiB") as usize;
+    let mut hash = Sha256::new_with_prefix(bytes);
+    while missing > 0 {
+        let here = missing.min(ZEROS.len());
+        hash.update(&ZEROS[..here]);
+        missing -= here;
+    }
+    hash.finalize().into()
+}
+
 /// A digest as `sha256sum` prints it, on a line of its own.
 fn line(hash: &Sha256) -> String {
     format!("{}\n", ImageId(hash.clone().finalize().into()))

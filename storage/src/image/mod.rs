@@ -21,7 +21,7 @@
 //!
 //! ## Ways in
 //! [`import`] reads a raw or qcow2 file, or a raw stream; [`ImageWriter`] takes chunks as
-//! another node's [`OpenImage::chunks`](crate::pool::OpenImage::chunks) gives them. Both write
+//! another node's [`Opened::chunks`](crate::pool::Opened::chunks) gives them. Both write
 //! straight into the pool, and the image becomes visible when everything has been verified.
 //! A raw file of any length from one byte on is accepted; it is rounded up to 512 bytes with
 //! zeros.
@@ -34,9 +34,9 @@ mod reader;
 mod tests;
 mod writer;
 
-pub use digest::{CHUNK_BYTES, Digester};
+pub use digest::{CHUNK_BYTES, Digester, chunk_digest};
 pub use import::{Format, Import, Progress, Source, Stage, Watch, import};
-pub use reader::{Chunk, Chunks};
+pub use reader::{Chunk, Chunks, Step};
 pub use writer::ImageWriter;
 
 /// How large an image may be.

@@ -1,13 +1,13 @@
-//! Reading an image: what another node gets of it.
+//! Reading an image, a volume or a snapshot: what another node gets of it.
 
 use std::os::unix::fs::FileExt;
 use std::path::Path;
 
 use super::{CHUNK_BYTES, Digester};
-use crate::pool::{ImageId, OpenImage};
+use crate::pool::{ImageId, Opened};
 use crate::{PoolError, Result, sparse};
 
-/// A piece of an image that is not all zeros.
+/// A piece of a disk that is not all zeros.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Chunk {
     /// Where it lies; a multiple of [`CHUNK_BYTES`].
@@ -16,8 +16,19 @@ pub struct Chunk {
     pub bytes: Vec<u8>,
 }
 
-impl OpenImage {
-    /// The image's size.
+/// What was found in one step.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Step {
+    /// This.
+    Data(Chunk),
+    /// Zeros up to here.
+    Zeros(u64),
+    /// Zeros to the end, or the end.
+    End,
+}
+
+impl Opened {
+    /// Its size.
     pub fn bytes(&self) -> u64 {
         self.bytes
     }
@@ -29,10 +40,10 @@ impl OpenImage {
 
     /// Its chunks from the first one that ends after `offset`, in order. The rest is zeros.
     pub fn chunks(&self, offset: u64) -> Chunks<'_> {
-        Chunks { image: self, next: offset - offset % CHUNK_BYTES }
+        Chunks { opened: self, next: offset - offset % CHUNK_BYTES }
     }
 
-    /// Reads all of it and says what it is: damage shows as another id.
+    /// Reads all of an image and says what it is: damage shows as another id.
     pub fn verify(&self) -> Result<ImageId> {
         let mut digester = Digester::new(self.bytes);
         let mut at = 0;
@@ -45,29 +56,39 @@ impl OpenImage {
         Ok(digester.finish())
     }
 
+    /// Skips the hole at `from`, a chunk's beginning, and reads one chunk: for who cannot wait
+    /// until one that is not zeros is found.
+    pub fn step(&self, from: u64) -> Result<Step> {
+        let data = sparse::next_data(&self.file, from, self.bytes)
+            .map_err(PoolError::io("look for data in", &self.path))?;
+        let Some(data) = data else {
+            return Ok(Step::End);
+        };
+        let offset = data.start - data.start % CHUNK_BYTES;
+        let mut bytes = vec![0; CHUNK_BYTES.min(self.bytes - offset) as usize];
+        self.file.read_exact_at(&mut bytes, offset).map_err(PoolError::io("read", &self.path))?;
+        if sparse::is_zero(&bytes) {
+            return Ok(Step::Zeros(offset + CHUNK_BYTES));
+        }
+        Ok(Step::Data(Chunk { offset, bytes }))
+    }
+
     fn next_chunk(&self, from: u64) -> Result<Option<Chunk>> {
         let mut next = from;
-        while let Some(data) = sparse::next_data(&self.file, next, self.bytes)
-            .map_err(PoolError::io("look for data in", &self.path))?
-        {
-            let offset = data.start - data.start % CHUNK_BYTES;
-            let mut bytes = vec![0; CHUNK_BYTES.min(self.bytes - offset) as usize];
-            self.file
-                .read_exact_at(&mut bytes, offset)
-                .map_err(PoolError::io("read", &self.path))?;
-            if !sparse::is_zero(&bytes) {
-                return Ok(Some(Chunk { offset, bytes }));
+        loop {
+            match self.step(next)? {
+                Step::Data(chunk) => return Ok(Some(chunk)),
+                Step::Zeros(end) => next = end,
+                Step::End => return Ok(None),
             }
-            next = offset + CHUNK_BYTES;
         }
-        Ok(None)
     }
 }
 
-/// The chunks of an image. Ends after the first error.
+/// The chunks of a disk. Ends after the first error.
 #[derive(Debug)]
 pub struct Chunks<'a> {
-    image: &'a OpenImage,
+    opened: &'a Opened,
     next: u64,
 }
 
@@ -75,10 +96,10 @@ impl Iterator for Chunks<'_> {
     type Item = Result<Chunk>;
 
     fn next(&mut self) -> Option<Self::Item> {
-        let chunk = self.image.next_chunk(self.next).transpose()?;
+        let chunk = self.opened.next_chunk(self.next).transpose()?;
         self.next = match &chunk {
             Ok(chunk) => chunk.offset + CHUNK_BYTES,
-            Err(_) => self.image.bytes,
+            Err(_) => self.opened.bytes,
         };
         Some(chunk)
     }

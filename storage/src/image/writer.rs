@@ -4,15 +4,9 @@ use std::os::unix::fs::FileExt;
 use std::sync::Arc;
 
 use super::{Digester, ImageLimits};
-use crate::pool::{
-    ImageDraft, ImageId, ImageInfo, Pool, SECTOR_BYTES, Thresholds, VOLUME_BYTES_MAX,
-};
+use crate::pool::{ImageDraft, ImageId, ImageInfo, Pool, SECTOR_BYTES, VOLUME_BYTES_MAX};
+use crate::room::Room;
 use crate::{PoolError, Result, sparse};
-
-/// After how much that was written the pool is asked again, at the latest: others fill it too.
-const ROOM_CHECK_BYTES: u64 = 256 << 20;
-/// What is written is counted in blocks of this size, as a thin pool gives room.
-const ROOM_BLOCK_BYTES: u64 = 64 << 10;
 
 /// Writes an image into a pool, in order, and computes its identity on the way. Whatever is
 /// skipped is zeros. Dropped before [`finish`](Self::finish), it leaves nothing behind.
@@ -21,15 +15,13 @@ const ROOM_BLOCK_BYTES: u64 = 64 << 10;
 /// ends with the id that it was promised.
 #[derive(Debug)]
 pub struct ImageWriter {
-    pool: Arc<dyn Pool>,
     draft: Box<dyn ImageDraft>,
     digester: Digester,
     limits: ImageLimits,
     bytes: u64,
     next: u64,
     written: u64,
-    /// What may be written before the pool is asked again.
-    room: u64,
+    room: Room,
 }
 
 impl ImageWriter {
@@ -44,9 +36,8 @@ impl ImageWriter {
                 format!("a multiple of {SECTOR_BYTES} from {SECTOR_BYTES} to {bytes_max}");
             return Err(PoolError::invalid("image size", bytes, accepted));
         }
-        let room = room(pool.as_ref())?;
+        let room = Room::of(pool)?;
         Ok(Self {
-            pool: Arc::clone(pool),
             draft: pool.draft_image(bytes)?,
             digester: Digester::new(bytes),
             limits,
@@ -95,15 +86,7 @@ impl ImageWriter {
             let value = format!("more than {} bytes", self.limits.data_bytes_max);
             return Err(PoolError::invalid("image data", value, "less data than that"));
         }
-        let taken = bytes.next_multiple_of(ROOM_BLOCK_BYTES);
-        if taken > self.room {
-            // What waits in the page cache takes no room yet.
-            let synced = self.draft.file().sync_data();
-            synced.map_err(PoolError::io("sync", self.draft.path()))?;
-            self.room = room(self.pool.as_ref())?;
-        }
-        self.room = self.room.saturating_sub(taken);
-        Ok(())
+        self.room.take(bytes, self.draft.file(), self.draft.path())
     }
 
     /// Makes the image visible, when it is the one that was expected.
@@ -121,14 +104,4 @@ impl ImageWriter {
         }
         self.draft.publish(id)
     }
-}
-
-/// How much may be written before the pool must be asked again.
-fn room(pool: &dyn Pool) -> Result<u64> {
-    let usage = pool.usage()?;
-    let room = usage.room_bytes(Thresholds::default());
-    if room == 0 {
-        return Err(PoolError::NoRoom { pool: pool.spec().to_string(), detail: usage.to_string() });
-    }
-    Ok(room.min(ROOM_CHECK_BYTES))
 }

@@ -16,6 +16,7 @@ use std::time::{Duration, Instant};
 use super::command::lvm;
 use super::names::{self, Kind};
 use super::{Inner, report::Lv};
+use crate::lock::{Claim, open_locked};
 use crate::{PoolError, Result};
 
 /// How long one volume may take.
@@ -31,12 +32,16 @@ impl Inner {
         let Some(lv) = self.find(lvs, name)? else {
             return Ok(());
         };
-        let lock = self.claim(&lv, what)?;
+        if !lv.is_active {
+            // Or somebody could open it for reading before it has its other name.
+            self.set_active(&lv.name, true)?;
+        }
+        let lock = open_locked(&self.device(&lv.name), false, Claim::Exclusive, what)?;
         self.delete(&lv, lock, what)
     }
 
-    /// Deletes a logical volume that is claimed if it is active.
-    pub(super) fn delete(&self, lv: &Lv, lock: Option<File>, what: &str) -> Result<()> {
+    /// Deletes a logical volume that is claimed.
+    fn delete(&self, lv: &Lv, lock: Option<File>, what: &str) -> Result<()> {
         let gone = names::random_gone();
         self.busy().insert(gone.clone());
         let deleted = self.rename(&lv.name, &gone).and_then(|()| {
@@ -72,10 +77,7 @@ impl Inner {
         let (mut removed, mut failed) = (Vec::new(), None);
         for lv in lvs.iter().filter(|lv| !self.busy().contains(&lv.name)) {
             let is_removed = match self.kind(lv) {
-                Kind::Old(id) if !lvs.iter().any(|lv| lv.name == names::volume(id)) => {
-                    self.rename(&lv.name, &names::volume(id)).map(|()| false)
-                }
-                Kind::Old(_) | Kind::Leftover => self.remove(&lv.name, lv, &lv.name).map(|()| true),
+                Kind::Leftover => self.remove(&lv.name, lv, &lv.name).map(|()| true),
                 _ => Ok(false),
             };
             // One that fails does not keep the others.

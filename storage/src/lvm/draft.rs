@@ -1,11 +1,15 @@
-//! Logical volumes that are not whole yet.
+//! Logical volumes that are not whole yet: a copy or an image that is being written, a snapshot
+//! that waits for others of the same moment.
 
 use std::fs::File;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use super::{Inner, names};
-use crate::pool::{ImageDraft, ImageId, ImageInfo};
+use crate::pool::{
+    ImageDraft, ImageId, ImageInfo, SnapshotDraft, SnapshotId, SnapshotInfo, VolumeDraft, VolumeId,
+    VolumeInfo,
+};
 use crate::{PoolError, Result};
 
 /// A logical volume that this process is making; removed when dropped.
@@ -39,7 +43,7 @@ impl Drop for Unfinished {
     }
 }
 
-/// An image that is being written.
+/// An image or a volume that is being written.
 #[derive(Debug)]
 pub(super) struct LvmDraft {
     // Closed before what it is open on is removed: fields are dropped in order.
@@ -69,6 +73,46 @@ impl ImageDraft for LvmDraft {
             (_, Some(image)) => Ok(image),
             (Err(error), None) => Err(error),
             (Ok(()), None) => Err(pool.not_found(format!("image {id}"))),
+        }
+    }
+}
+
+impl VolumeDraft for LvmDraft {
+    fn file(&self) -> &File {
+        &self.file
+    }
+
+    fn path(&self) -> &Path {
+        &self.path
+    }
+
+    fn publish(self: Box<Self>, id: VolumeId) -> Result<VolumeInfo> {
+        let Self { file, path, unfinished } = *self;
+        file.sync_all().map_err(PoolError::io("sync", &path))?;
+        drop(file);
+        let pool = Arc::clone(&unfinished.pool);
+        let bytes = pool.wanted(&unfinished.name)?.bytes;
+        pool.publish_volume(id, unfinished, bytes)
+    }
+}
+
+/// A snapshot under a name for what is unfinished.
+#[derive(Debug)]
+pub(super) struct LvmSnapshotDraft {
+    pub(super) unfinished: Unfinished,
+    pub(super) volume: VolumeId,
+    pub(super) id: SnapshotId,
+}
+
+impl SnapshotDraft for LvmSnapshotDraft {
+    fn publish(self: Box<Self>) -> Result<SnapshotInfo> {
+        let Self { unfinished, volume, id } = *self;
+        let pool = Arc::clone(&unfinished.pool);
+        let renamed = unfinished.rename(&names::snapshot(id));
+        match (renamed, pool.find_snapshot(&pool.report()?, volume, id)?) {
+            (_, Some(have)) => Ok(have),
+            (Err(error), None) => Err(error),
+            (Ok(()), None) => Err(pool.not_found(format!("snapshot {id}"))),
         }
     }
 }

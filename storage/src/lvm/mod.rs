@@ -6,14 +6,11 @@
 //! drover_image_<image>          read-only; tagged drover.bytes=<size>
 //! drover_new_<random>           unfinished       ┐ removed by clean_up, unless this
 //! drover_gone_<random>          being deleted    ┘ process works on it
-//! drover_old_<volume>           what a volume was before a roll-back that is not finished
 //! ```
 //!
 //! All of them carry the tag `drover`; a logical volume without it is never touched. LVM's
 //! metadata is the only record: each command changes it atomically, and what takes several
-//! commands is made under another name and renamed at its end. A roll-back takes two renames.
-//! Between them the volume is missing and `drover_old_…` is there: then the old one is the
-//! volume, and whoever looks first renames it back.
+//! commands is made under another name and renamed at its end.
 //!
 //! Volumes are not activated when the node boots (`--setactivationskip y`): what runs here is for
 //! the agent to decide.
@@ -29,17 +26,19 @@ mod tests;
 use std::collections::BTreeSet;
 use std::fs::File;
 use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 
 use command::lvm;
-use draft::{LvmDraft, Unfinished};
+use draft::{LvmDraft, LvmSnapshotDraft, Unfinished};
 use names::{Kind, kind};
 use report::Lv;
 
 use crate::lock::{Claim, open_locked};
 use crate::pool::{
-    Contents, ImageDraft, ImageId, ImageInfo, OpenImage, Pool, PoolSpec, PoolUsage, SnapshotId,
-    SnapshotInfo, VolumeId, VolumeInfo, grows, holds_image, round_up, same_size,
+    Contents, ImageDraft, ImageId, ImageInfo, Opened, Pool, PoolSpec, PoolUsage, SnapshotDraft,
+    SnapshotId, SnapshotInfo, VolumeDraft, VolumeId, VolumeInfo, grows, holds_source, round_up,
+    same_size,
 };
 use crate::{PoolError, Result};
 
@@ -198,15 +197,21 @@ impl Inner {
         found.ok_or_else(|| self.not_found(format!("volume {id}")))
     }
 
-    /// The report, with an unfinished roll-back of this volume undone.
-    fn settled_report(&self, id: VolumeId) -> Result<Vec<Lv>> {
-        let lvs = self.report()?;
-        let has = |name: &str| lvs.iter().any(|lv| lv.name == name);
-        if has(&names::volume(id)) || !has(&names::old(id)) {
-            return Ok(lvs);
-        }
-        self.rename(&names::old(id), &names::volume(id))?;
-        self.report()
+    /// A logical volume that must be there, by its name.
+    fn wanted(&self, name: &str) -> Result<Lv> {
+        let found = self.find(&self.report()?, name)?;
+        found.ok_or_else(|| self.not_found(self.full(name)))
+    }
+
+    /// A snapshot of this volume, and its logical volume.
+    fn wanted_snapshot(
+        &self,
+        lvs: &[Lv],
+        volume: VolumeId,
+        id: SnapshotId,
+    ) -> Result<(SnapshotInfo, Lv)> {
+        let found = self.find_snapshot(lvs, volume, id)?.zip(self.find(lvs, &names::snapshot(id))?);
+        found.ok_or_else(|| self.not_found(format!("snapshot {id} of volume {volume}")))
     }
 
     /// Makes an empty logical volume. Atomic.
@@ -241,17 +246,6 @@ impl Inner {
         Ok(draft)
     }
 
-    /// Puts the draft in the place of a volume, which is removed.
-    fn swap(&self, name: &str, old: &str, draft: Unfinished) -> Result<()> {
-        self.rename(name, old)?;
-        if let Err(error) = draft.rename(name) {
-            // When this fails too, whoever looks for the volume next does it.
-            self.rename(old, name)?;
-            return Err(error);
-        }
-        self.remove_by_name(old)
-    }
-
     fn extend(&self, name: &str, bytes: u64) -> Result<()> {
         lvm(&["lvextend", "--quiet", "--size", &format!("{bytes}b"), &self.full(name)]).map(drop)
     }
@@ -270,12 +264,29 @@ impl Inner {
         lvm(&["lvchange", "--quiet", "--permission", value, &self.full(name)]).map(drop)
     }
 
-    /// Claims a logical volume that may be active; `None` when it is not, and so nobody has it.
-    fn claim(&self, lv: &Lv, what: &str) -> Result<Option<File>> {
+    /// Opens a logical volume, of which `bytes` count, for reading.
+    fn open_shared(&self, lv: &Lv, bytes: u64, what: String) -> Result<Opened> {
         if !lv.is_active {
-            return Ok(None);
+            // It stays active: another reader may come, and it costs a device node.
+            self.set_active(&lv.name, true)?;
         }
-        open_locked(&self.device(&lv.name), false, Claim::Exclusive, what)
+        let path = self.device(&lv.name);
+        let file = open_locked(&path, false, Claim::Shared, &what)?;
+        let file = file.ok_or_else(|| self.not_found(what))?;
+        Ok(Opened { file, path, bytes })
+    }
+
+    /// An empty logical volume under a name for what is unfinished, open for writing.
+    fn empty_draft(self: &Arc<Self>, bytes: u64, tags: &[String]) -> Result<LvmDraft> {
+        self.fit_pool(&self.report()?)?;
+        let unfinished = Unfinished::new(self, names::random_new());
+        self.create_thin(&unfinished.name, bytes, tags)?;
+        self.set_active(&unfinished.name, true)?;
+        let path = self.device(&unfinished.name);
+        let what = format!("draft {}", path.display());
+        let file = open_locked(&path, true, Claim::Exclusive, &what)?;
+        let file = file.ok_or_else(|| self.not_found(what))?;
+        Ok(LvmDraft { file, path, unfinished })
     }
 
     fn busy(&self) -> std::sync::MutexGuard<'_, BTreeSet<String>> {
@@ -329,7 +340,7 @@ impl Pool for LvmPool {
 
     fn create_volume(&self, id: VolumeId, bytes: u64) -> Result<VolumeInfo> {
         let bytes = round_up(bytes, self.0.extent_bytes)?;
-        let lvs = self.0.settled_report(id)?;
+        let lvs = self.0.report()?;
         if let Some(have) = self.0.find_volume(&lvs, id)? {
             return same_size(have, bytes);
         }
@@ -340,7 +351,7 @@ impl Pool for LvmPool {
 
     fn clone_image(&self, id: VolumeId, image: ImageId, bytes: u64) -> Result<VolumeInfo> {
         let bytes = round_up(bytes, self.0.extent_bytes)?;
-        let lvs = self.0.settled_report(id)?;
+        let lvs = self.0.report()?;
         if let Some(have) = self.0.find_volume(&lvs, id)? {
             return same_size(have, bytes);
         }
@@ -348,13 +359,37 @@ impl Pool for LvmPool {
         let found = self.0.find(&lvs, &names::image(image))?;
         let source = found.and_then(|lv| Some((self.0.image_info(&lv)?, lv)));
         let (info, lv) = source.ok_or_else(|| self.0.not_found(format!("image {image}")))?;
-        holds_image(bytes, &info)?;
+        holds_source(bytes, info.bytes, &format!("image {image}"))?;
         let draft = self.0.draft_of(&lv, bytes)?;
         self.0.publish_volume(id, draft, bytes)
     }
 
+    fn clone_snapshot(
+        &self,
+        id: VolumeId,
+        volume: VolumeId,
+        snapshot: SnapshotId,
+        bytes: u64,
+    ) -> Result<VolumeInfo> {
+        let bytes = round_up(bytes, self.0.extent_bytes)?;
+        let lvs = self.0.report()?;
+        if let Some(have) = self.0.find_volume(&lvs, id)? {
+            return same_size(have, bytes);
+        }
+        self.0.fit_pool(&lvs)?;
+        let (info, lv) = self.0.wanted_snapshot(&lvs, volume, snapshot)?;
+        holds_source(bytes, info.bytes, &format!("snapshot {snapshot}"))?;
+        let draft = self.0.draft_of(&lv, bytes)?;
+        self.0.publish_volume(id, draft, bytes)
+    }
+
+    fn draft_volume(&self, bytes: u64) -> Result<Box<dyn VolumeDraft>> {
+        let bytes = round_up(bytes, self.0.extent_bytes)?;
+        Ok(Box::new(self.0.empty_draft(bytes, &[])?))
+    }
+
     fn volume(&self, id: VolumeId) -> Result<Option<VolumeInfo>> {
-        self.0.find_volume(&self.0.settled_report(id)?, id)
+        self.0.find_volume(&self.0.report()?, id)
     }
 
     fn grow_volume(&self, id: VolumeId, bytes: u64) -> Result<VolumeInfo> {
@@ -368,22 +403,7 @@ impl Pool for LvmPool {
     }
 
     fn delete_volume(&self, id: VolumeId) -> Result<()> {
-        let lvs = self.0.settled_report(id)?;
-        let lv = self.0.find(&lvs, &names::volume(id))?;
-        let what = format!("volume {id}");
-        // The volume's lock is held while its snapshots go: all of it or nothing is in use.
-        let lock = lv.as_ref().map(|lv| self.0.claim(lv, &what)).transpose()?.flatten();
-        for snapshot in &lvs {
-            let Kind::Snapshot { volume, id: snapshot_id } = self.0.kind(snapshot) else {
-                continue;
-            };
-            if volume == id {
-                let what = format!("snapshot {snapshot_id}");
-                let lock = self.0.claim(snapshot, &what)?;
-                self.0.delete(snapshot, lock, &what)?;
-            }
-        }
-        lv.map_or(Ok(()), |lv| self.0.delete(&lv, lock, &what))
+        self.0.delete_named(&self.0.report()?, &names::volume(id), &format!("volume {id}"))
     }
 
     fn activate(&self, id: VolumeId) -> Result<PathBuf> {
@@ -400,15 +420,25 @@ impl Pool for LvmPool {
         let Some(lv) = self.0.find(&lvs, &names::volume(id))?.filter(|lv| lv.is_active) else {
             return Ok(());
         };
-        drop(self.0.claim(&lv, &format!("volume {id}"))?);
+        let what = format!("volume {id}");
+        drop(open_locked(&self.0.device(&lv.name), false, Claim::Exclusive, &what)?);
         self.0.set_active(&lv.name, false)
     }
 
-    fn create_snapshot(&self, volume: VolumeId, id: SnapshotId) -> Result<SnapshotInfo> {
-        let lvs = self.0.settled_report(volume)?;
-        if let Some(have) = self.0.find_snapshot(&lvs, volume, id)? {
-            return Ok(have);
-        }
+    fn open_volume(&self, id: VolumeId) -> Result<Opened> {
+        let what = format!("volume {id}");
+        let found = self.0.find(&self.0.report()?, &names::volume(id))?;
+        let lv = found.ok_or_else(|| self.0.not_found(what.clone()))?;
+        self.0.open_shared(&lv, lv.bytes, what)
+    }
+
+    fn draft_snapshot(
+        &self,
+        volume: VolumeId,
+        id: SnapshotId,
+        cancel: &AtomicBool,
+    ) -> Result<Box<dyn SnapshotDraft>> {
+        let lvs = self.0.report()?;
         let lv = self.0.find(&lvs, &names::volume(volume))?;
         let lv = lv.ok_or_else(|| self.0.not_found(format!("volume {volume}")))?;
         if lv.is_active {
@@ -417,37 +447,18 @@ impl Pool for LvmPool {
             let synced = File::open(&path).and_then(|file| file.sync_all());
             synced.map_err(PoolError::io("sync", &path))?;
         }
+        if cancel.load(Ordering::Relaxed) {
+            return Err(PoolError::Cancelled);
+        }
+        let unfinished = Unfinished::new(&self.0, names::random_new());
         let tags = [names::tag(names::TAG_VOLUME, volume)];
-        self.0.create_thin_snapshot(&lv.name, &names::snapshot(id), &tags)?;
-        let found = self.0.find_snapshot(&self.0.report()?, volume, id)?;
-        found.ok_or_else(|| self.0.not_found(format!("snapshot {id}")))
+        self.0.create_thin_snapshot(&lv.name, &unfinished.name, &tags)?;
+        Ok(Box::new(LvmSnapshotDraft { unfinished, volume, id }))
     }
 
-    fn roll_back(&self, volume: VolumeId, id: SnapshotId) -> Result<VolumeInfo> {
-        let lvs = self.0.settled_report(volume)?;
-        let missing = |what: String| self.0.not_found(what);
-        let (name, old) = (names::volume(volume), names::old(volume));
-        let what = format!("volume {volume}");
-        let lv = self.0.find(&lvs, &name)?.ok_or_else(|| missing(what.clone()))?;
-        if self.0.find_snapshot(&lvs, volume, id)?.is_none() {
-            return Err(missing(format!("snapshot {id} of {what}")));
-        }
-        let snapshot = self.0.find(&lvs, &names::snapshot(id))?;
-        let snapshot = snapshot.ok_or_else(|| missing(format!("snapshot {id}")))?;
-        if lvs.iter().any(|lv| lv.name == old) {
-            self.0.remove_by_name(&old)?;
-        }
-        drop(self.0.claim(&lv, &what)?);
-        let draft = self.0.draft_of(&snapshot, lv.bytes)?;
-        if lv.is_active {
-            // Fails when somebody has opened it since: nothing has been changed yet.
-            self.0.set_active(&name, false)?;
-        }
-        self.0.busy().insert(old.clone());
-        let swapped = self.0.swap(&name, &old, draft);
-        self.0.busy().remove(&old);
-        swapped?;
-        self.0.wanted_volume(volume)
+    fn open_snapshot(&self, volume: VolumeId, id: SnapshotId) -> Result<Opened> {
+        let (info, lv) = self.0.wanted_snapshot(&self.0.report()?, volume, id)?;
+        self.0.open_shared(&lv, info.bytes, format!("snapshot {id} of volume {volume}"))
     }
 
     fn delete_snapshot(&self, volume: VolumeId, id: SnapshotId) -> Result<()> {
@@ -462,19 +473,12 @@ impl Pool for LvmPool {
         self.0.image(id)
     }
 
-    fn open_image(&self, id: ImageId) -> Result<OpenImage> {
+    fn open_image(&self, id: ImageId) -> Result<Opened> {
         let what = format!("image {id}");
         let found = self.0.find(&self.0.report()?, &names::image(id))?;
         let found = found.and_then(|lv| Some((self.0.image_info(&lv)?, lv)));
         let (info, lv) = found.ok_or_else(|| self.0.not_found(what.clone()))?;
-        if !lv.is_active {
-            // It stays active: another reader may come, and it costs a device node.
-            self.0.set_active(&lv.name, true)?;
-        }
-        let path = self.0.device(&lv.name);
-        let file = open_locked(&path, false, Claim::Shared, &what)?;
-        let file = file.ok_or_else(|| self.0.not_found(what))?;
-        Ok(OpenImage { file, path, bytes: info.bytes })
+        self.0.open_shared(&lv, info.bytes, what)
     }
 
     fn delete_image(&self, id: ImageId) -> Result<()> {
@@ -483,16 +487,8 @@ impl Pool for LvmPool {
 
     fn draft_image(&self, bytes: u64) -> Result<Box<dyn ImageDraft>> {
         let rounded = round_up(bytes, self.0.extent_bytes)?;
-        self.0.fit_pool(&self.0.report()?)?;
-        let unfinished = Unfinished::new(&self.0, names::random_new());
         let tags = [names::tag(names::TAG_BYTES, bytes)];
-        self.0.create_thin(&unfinished.name, rounded, &tags)?;
-        self.0.set_active(&unfinished.name, true)?;
-        let path = self.0.device(&unfinished.name);
-        let what = format!("image draft {}", path.display());
-        let file = open_locked(&path, true, Claim::Exclusive, &what)?;
-        let file = file.ok_or_else(|| self.0.not_found(what))?;
-        Ok(Box::new(LvmDraft { file, path, unfinished }))
+        Ok(Box::new(self.0.empty_draft(rounded, &tags)?))
     }
 
     fn usage(&self) -> Result<PoolUsage> {
@@ -519,7 +515,7 @@ impl Pool for LvmPool {
                     all.snapshots.push(snapshot_info(volume, id, lv));
                 }
                 Kind::Image { .. } => all.images.extend(self.0.image_info(lv)),
-                Kind::Old(_) | Kind::Leftover => all.leftovers.push(lv.name.clone()),
+                Kind::Leftover => all.leftovers.push(lv.name.clone()),
                 Kind::Stranger => all.strangers.push(lv.name.clone()),
                 Kind::Foreign => {}
             }

@@ -19,8 +19,6 @@ const IMAGE: &str = "drover_image_";
 const NEW: &str = "drover_new_";
 /// Being deleted.
 const GONE: &str = "drover_gone_";
-/// What a volume was before a roll-back.
-const OLD: &str = "drover_old_";
 
 /// What a logical volume is to us.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -34,8 +32,6 @@ pub(super) enum Kind {
         id: ImageId,
         bytes: u64,
     },
-    /// Of a roll-back that is not finished.
-    Old(VolumeId),
     /// To be removed.
     Leftover,
     /// Has our tag or a name like ours, and makes no sense.
@@ -54,10 +50,6 @@ pub(super) fn snapshot(id: SnapshotId) -> String {
 
 pub(super) fn image(id: ImageId) -> String {
     format!("{IMAGE}{id}")
-}
-
-pub(super) fn old(id: VolumeId) -> String {
-    format!("{OLD}{id}")
 }
 
 pub(super) fn random_new() -> String {
@@ -96,8 +88,6 @@ fn by_name(lv: &Lv) -> Option<Kind> {
     } else if let Some(id) = name.strip_prefix(IMAGE) {
         let bytes = lv.tag(TAG_BYTES)?.parse().ok().filter(|bytes| *bytes <= lv.bytes)?;
         Some(Kind::Image { id: id.parse().ok()?, bytes })
-    } else if let Some(id) = name.strip_prefix(OLD) {
-        Some(Kind::Old(id.parse().ok()?))
     } else if name.starts_with(NEW) || name.starts_with(GONE) {
         Some(Kind::Leftover)
     } else {

@@ -8,6 +8,7 @@ use std::fmt;
 use std::fs::File;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
+use std::sync::atomic::AtomicBool;
 
 pub use ids::{ImageId, Sha256, SnapshotId, VolumeId};
 pub use spec::PoolSpec;
@@ -42,7 +43,8 @@ pub fn open(spec: &PoolSpec) -> Result<Arc<dyn Pool>> {
 /// agent), from as many threads as it likes; calls for *one* volume must take turns.
 ///
 /// A volume is **in use** while somebody holds an exclusive `flock` on its file or device
-/// node, as a VMM does. Such a one is neither deleted nor rolled back ([`PoolError::Busy`]).
+/// node, as a VMM does. Such a one is neither deleted nor read ([`PoolError::Busy`]); nor is one
+/// deleted that somebody reads.
 pub trait Pool: Send + Sync + fmt::Debug {
     /// What it was opened from.
     fn spec(&self) -> &PoolSpec;
@@ -50,7 +52,7 @@ pub trait Pool: Send + Sync + fmt::Debug {
     /// Volumes have a multiple of this many bytes; what is asked for is rounded up.
     fn grain_bytes(&self) -> u64;
 
-    /// Whether [`create_snapshot`](Pool::create_snapshot) takes one moment of a volume that is
+    /// Whether [`draft_snapshot`](Pool::draft_snapshot) takes one moment of a volume that is
     /// being written. Where not, it copies, and the caller must stop the writer meanwhile.
     fn has_live_snapshots(&self) -> bool;
 
@@ -69,6 +71,25 @@ pub trait Pool: Send + Sync + fmt::Debug {
     /// than it has, [`PoolError::Conflict`] as above.
     fn clone_image(&self, id: VolumeId, image: ImageId, bytes: u64) -> Result<VolumeInfo>;
 
+    /// Makes a volume that begins with what a snapshot of `volume` holds and goes on with zeros;
+    /// `volume` itself need not be there any more. One that is there with that size is answered
+    /// as it is, whatever it holds.
+    ///
+    /// # Errors
+    /// [`PoolError::NotFound`] without the snapshot, [`PoolError::Invalid`] when `bytes` is less
+    /// than it has, [`PoolError::Conflict`] as above.
+    fn clone_snapshot(
+        &self,
+        id: VolumeId,
+        volume: VolumeId,
+        snapshot: SnapshotId,
+        bytes: u64,
+    ) -> Result<VolumeInfo>;
+
+    /// Begins a volume of this many bytes, all zeros so far, that is to be filled before it can
+    /// be seen. [`VolumeWriter`](crate::volume::VolumeWriter) is the way to use this.
+    fn draft_volume(&self, bytes: u64) -> Result<Box<dyn VolumeDraft>>;
+
     /// What is known of a volume; `None` when it is not there.
     fn volume(&self, id: VolumeId) -> Result<Option<VolumeInfo>>;
 
@@ -79,11 +100,11 @@ pub trait Pool: Send + Sync + fmt::Debug {
     /// [`PoolError::Invalid`] when it is larger already: volumes never shrink.
     fn grow_volume(&self, id: VolumeId, bytes: u64) -> Result<VolumeInfo>;
 
-    /// Deletes a volume and its snapshots.
+    /// Deletes a volume. Its snapshots stay.
     fn delete_volume(&self, id: VolumeId) -> Result<()>;
 
     /// Makes a volume's file or device node ready to be opened, and answers its path. To be
-    /// called before each use: a node's restart and [`roll_back`](Pool::roll_back) undo it.
+    /// called before each use: a node's restart undoes it.
     fn activate(&self, id: VolumeId) -> Result<PathBuf>;
 
     /// Undoes [`activate`](Pool::activate); fine when the volume is missing.
@@ -92,16 +113,51 @@ pub trait Pool: Send + Sync + fmt::Debug {
     /// [`PoolError::Busy`] when it is in use.
     fn deactivate(&self, id: VolumeId) -> Result<()>;
 
+    /// Opens a volume for reading, under a shared lock: until it is dropped no VMM can open the
+    /// volume, and nobody delete it.
+    ///
+    /// # Errors
+    /// [`PoolError::Busy`] when it is in use.
+    fn open_volume(&self, id: VolumeId) -> Result<Opened>;
+
+    /// Hands what was written to a volume to the disk below, in use or not: a snapshot that is
+    /// taken soon after has less to wait for.
+    fn flush_volume(&self, id: VolumeId) -> Result<()> {
+        match self.volume(id)? {
+            Some(VolumeInfo { path, active: true, .. }) => {
+                let synced = File::open(&path).and_then(|file| file.sync_all());
+                synced.map_err(PoolError::io("sync", &path))
+            }
+            _ => Ok(()),
+        }
+    }
+
     /// Keeps what a volume holds now, in use or not (but see
-    /// [`has_live_snapshots`](Pool::has_live_snapshots)). What its writer has not handed to
-    /// the system yet is not in it.
-    fn create_snapshot(&self, volume: VolumeId, snapshot: SnapshotId) -> Result<SnapshotInfo>;
+    /// [`has_live_snapshots`](Pool::has_live_snapshots)), for one who publishes it or drops it:
+    /// so several are taken at one moment, and seen only when all of them are there. What the
+    /// volume's writer has not handed to the system yet is not in it.
+    ///
+    /// # Errors
+    /// [`PoolError::Cancelled`] soon after `cancel` was set.
+    fn draft_snapshot(
+        &self,
+        volume: VolumeId,
+        snapshot: SnapshotId,
+        cancel: &AtomicBool,
+    ) -> Result<Box<dyn SnapshotDraft>>;
 
-    /// Puts a volume back to what a snapshot holds; the snapshot stays. A volume that has grown
-    /// since keeps its size, and the rest reads as zeros.
-    fn roll_back(&self, volume: VolumeId, snapshot: SnapshotId) -> Result<VolumeInfo>;
+    /// A snapshot in one step.
+    fn create_snapshot(&self, volume: VolumeId, snapshot: SnapshotId) -> Result<SnapshotInfo> {
+        match self.snapshots(volume)?.into_iter().find(|have| have.id == snapshot) {
+            Some(have) => Ok(have),
+            None => self.draft_snapshot(volume, snapshot, &AtomicBool::new(false))?.publish(),
+        }
+    }
 
-    /// Deletes one snapshot.
+    /// Opens a snapshot for reading, under a shared lock that keeps it from being deleted.
+    fn open_snapshot(&self, volume: VolumeId, snapshot: SnapshotId) -> Result<Opened>;
+
+    /// Deletes one snapshot. Neither its volume nor what was cloned from it needs it.
     fn delete_snapshot(&self, volume: VolumeId, snapshot: SnapshotId) -> Result<()>;
 
     /// The volume's snapshots, by id.
@@ -115,7 +171,7 @@ pub trait Pool: Send + Sync + fmt::Debug {
     fn image(&self, id: ImageId) -> Result<Option<ImageInfo>>;
 
     /// Opens an image for reading, under a shared lock that keeps it from being deleted.
-    fn open_image(&self, id: ImageId) -> Result<OpenImage>;
+    fn open_image(&self, id: ImageId) -> Result<Opened>;
 
     /// Deletes an image. Volumes that were made from it do not need it.
     fn delete_image(&self, id: ImageId) -> Result<()>;
@@ -193,9 +249,9 @@ pub struct Contents {
     pub strangers: Vec<String>,
 }
 
-/// An image that is open for reading.
+/// An image, a volume or a snapshot that is open for reading, under a shared lock.
 #[derive(Debug)]
-pub struct OpenImage {
+pub struct Opened {
     pub(crate) file: File,
     pub(crate) path: PathBuf,
     pub(crate) bytes: u64,
@@ -212,6 +268,29 @@ pub trait ImageDraft: Send + fmt::Debug {
     /// Makes it durable, read-only and visible under its name. When that image is there already
     /// the draft is dropped and the one there answered.
     fn publish(self: Box<Self>, id: ImageId) -> Result<ImageInfo>;
+}
+
+/// A volume that is not whole yet. When dropped before it is published, it is removed.
+pub trait VolumeDraft: Send + fmt::Debug {
+    /// What to write into.
+    fn file(&self) -> &File;
+
+    /// Its place, for messages.
+    fn path(&self) -> &Path;
+
+    /// Makes it durable, and visible under its name. When a volume of that name and size is there
+    /// already the draft is dropped and the one there answered.
+    ///
+    /// # Errors
+    /// [`PoolError::Conflict`] when one is there with another size.
+    fn publish(self: Box<Self>, id: VolumeId) -> Result<VolumeInfo>;
+}
+
+/// A snapshot that nobody sees yet. When dropped before it is published, it is removed.
+pub trait SnapshotDraft: Send + fmt::Debug {
+    /// Makes it durable, and visible under its name. When it is there already the draft is
+    /// dropped and the one there answered.
+    fn publish(self: Box<Self>) -> Result<SnapshotInfo>;
 }
 
 /// What size a volume gets when `bytes` are asked for.
@@ -236,12 +315,12 @@ pub(crate) fn same_size(have: VolumeInfo, bytes: u64) -> Result<VolumeInfo> {
     })
 }
 
-/// Refuses a clone that is smaller than its image.
-pub(crate) fn holds_image(bytes: u64, image: &ImageInfo) -> Result<()> {
-    if bytes >= image.bytes {
+/// Refuses a clone of `bytes` that is smaller than its source, an image or a snapshot.
+pub(crate) fn holds_source(bytes: u64, source_bytes: u64, what: &str) -> Result<()> {
+    if bytes >= source_bytes {
         return Ok(());
     }
-    let accepted = format!("at least {}, which image {} has", image.bytes, image.id);
+    let accepted = format!("at least {source_bytes}, which {what} has");
     Err(PoolError::invalid("bytes", bytes, accepted))
 }
 

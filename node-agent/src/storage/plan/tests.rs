@@ -1,5 +1,7 @@
 //! The rules, row by row, over pools that exist only here.
 
+mod snapshots;
+
 use super::*;
 
 const NOW: u64 = 1_000_000;
@@ -44,6 +46,10 @@ fn from_image(n: u8, image: u8) -> WantedVolume {
     }
 }
 
+fn copied(n: u8) -> WantedVolume {
+    WantedVolume { copy_from: "10.0.0.1:7401".into(), ..blank(n) }
+}
+
 fn garbage_volume(n: u8) -> Garbage {
     Garbage { pool: "main".into(), volume_uid: uid(n), ..Garbage::default() }
 }
@@ -63,6 +69,8 @@ struct World {
     pools: BTreeMap<String, PoolSeen>,
     busy: BTreeMap<Thing, Busy>,
     failed: BTreeMap<Thing, Failure>,
+    untaken: BTreeMap<SnapshotId, String>,
+    quiesced: BTreeSet<SnapshotId>,
 }
 
 impl World {
@@ -116,6 +124,8 @@ impl World {
             pools: &self.pools,
             busy: &self.busy,
             failed: &self.failed,
+            untaken: &self.untaken,
+            quiesced: &self.quiesced,
             now_ms: NOW,
         })
     }
@@ -147,6 +157,7 @@ fn volumes_are_made_as_they_are_wanted() {
     use VolumeState::{Creating, Failed, Ready};
     let not_wanted = WantedVolume { create: false, ..blank(1) };
     let larger = WantedVolume { size_bytes: 2 * MIB, ..blank(1) };
+    let copy_work = Work::Copy { source: "10.0.0.1:7401".into(), bytes: MIB };
     let (blank_work, clone_work) =
         (Work::Create { bytes: MIB }, Work::Clone { image: image_id(7), bytes: MIB });
     let rows: Vec<Row> = vec![
@@ -169,8 +180,33 @@ fn volumes_are_made_as_they_are_wanted() {
             from_image(1, 7),
             None,
             Creating,
-            "",
+            "is being made",
         ),
+        (
+            "of a volume elsewhere",
+            World::with(&[], &[]),
+            copied(1),
+            Some(copy_work.clone()),
+            Creating,
+            "is to be copied from 10.0.0.1:7401",
+        ),
+        (
+            "is coming",
+            World::with(&[], &[]).busy(volume_thing(1), copy_work.clone(), 2, 5),
+            copied(1),
+            None,
+            Creating,
+            "copying from 10.0.0.1:7401, 40 %",
+        ),
+        (
+            "is coming, nobody knows how much",
+            World::with(&[], &[]).busy(volume_thing(1), copy_work, 0, 0),
+            copied(1),
+            None,
+            Creating,
+            "copying from 10.0.0.1:7401",
+        ),
+        ("has come", World::with(&[1], &[]), copied(1), None, Ready, ""),
         (
             "comes back while it goes",
             World::with(&[1], &[]).busy(volume_thing(1), Work::Delete, 0, 0),
@@ -284,6 +320,24 @@ fn only_garbage_is_removed_and_never_what_somebody_needs() {
     let plan = open.plan(WantedStorage { garbage: vec![garbage_volume(1)], ..want(vec![]) });
     assert_eq!((plan.begin, plan.wake_ms), (vec![], Some(NOW + 2000)));
     assert_eq!(plan.volumes[0].state_reason, "cannot be removed: why");
+}
+
+/// A copy keeps its source from being used: it is given up when it is not wanted any more. What
+/// may still come of it is told, so that it stays garbage until it is gone.
+#[test]
+fn a_copy_that_is_not_wanted_is_given_up() {
+    let work = Work::Copy { source: "10.0.0.1:7401".into(), bytes: MIB };
+    let coming = World::with(&[], &[]).busy(volume_thing(1), work, 2, 5);
+    assert_eq!(coming.plan(want(vec![copied(1)])).cancel, []);
+    let elsewhere = WantedVolume { copy_from: "10.0.0.2:7401".into(), ..blank(1) };
+    let never = WantedVolume { create: false, ..copied(1) };
+    for wanted in [vec![], vec![elsewhere], vec![never], vec![copied(2)]] {
+        assert_eq!(coming.plan(want(wanted)).cancel, [volume_thing(1)]);
+    }
+    let garbage = WantedStorage { garbage: vec![garbage_volume(1)], ..want(vec![]) };
+    let plan = coming.plan(garbage);
+    assert_eq!((plan.cancel.len(), first(&plan).1), (1, VolumeState::Creating));
+    assert_eq!(plan.volumes.len(), 1);
 }
 
 /// The controller takes what is missing from a report for gone.

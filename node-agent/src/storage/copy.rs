@@ -1,0 +1,138 @@
+//! A volume comes from another node's agent, where nobody has it open meanwhile. Each block is
+//! checked, and the volume is seen only when all of it is here.
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use drover_proto::agent::v1::agent_service_client::AgentServiceClient;
+use drover_proto::agent::v1::{ReadVolumeRequest, VolumeSource, read_volume_request};
+use drover_proto::v1::ReadSnapshotResponse;
+use drover_storage::PoolError;
+use drover_storage::image::{CHUNK_BYTES, chunk_digest};
+use drover_storage::pool::{VolumeId, VolumeInfo};
+use drover_storage::volume::VolumeWriter;
+use tokio::sync::mpsc;
+use tokio::time::timeout;
+use tonic::transport::Endpoint;
+
+use super::{NodePool, Progress};
+use crate::error::{Error, blocking};
+
+const CONNECT_TIMEOUT: Duration = Duration::from_secs(5);
+/// From the call to its first message: the source makes the volume ready to be read.
+const ANSWER_TIMEOUT: Duration = Duration::from_secs(60);
+/// Between two messages: a source that reads zeros has nothing to say, and a disk may be a large
+/// hole. That it lives is asked by HTTP/2.
+const SILENCE_MAX: Duration = Duration::from_secs(1800);
+const KEEP_ALIVE_INTERVAL: Duration = Duration::from_secs(10);
+const KEEP_ALIVE_TIMEOUT: Duration = Duration::from_secs(20);
+/// Blocks on their way to the disk.
+const BLOCKS_MAX: usize = 4;
+
+enum Piece {
+    Block(ReadSnapshotResponse),
+    End,
+}
+
+/// Brings `volume`, of `bytes` or what it has at its source if that is more, into `pool`.
+pub(super) async fn copy(
+    pool: &Arc<NodePool>,
+    volume: VolumeId,
+    bytes: u64,
+    source: &str,
+    progress: &Arc<Progress>,
+) -> Result<VolumeInfo, Error> {
+    let wrong = |reason: &str| Error::Domain(format!("{source}: {reason}"));
+    let endpoint = Endpoint::from_shared(format!("http://{source}"))
+        .map_err(|_| wrong("is no address such as 10.0.0.11:7401"))?
+        .connect_timeout(CONNECT_TIMEOUT)
+        .http2_keep_alive_interval(KEEP_ALIVE_INTERVAL)
+        .keep_alive_timeout(KEEP_ALIVE_TIMEOUT);
+    let channel = endpoint.connect().await.map_err(|_| wrong("cannot be reached"))?;
+    let mut client = AgentServiceClient::new(channel);
+    // In whichever pool it lies there.
+    let from = VolumeSource { volume_uid: volume.to_string(), ..VolumeSource::default() };
+    let message = Some(read_volume_request::Message::Volume(from));
+    let request = tokio_stream::iter([ReadVolumeRequest { message }]);
+    let silent = |_| wrong("says nothing");
+    let said = |status: tonic::Status| match status.code() {
+        tonic::Code::ResourceExhausted => Error::Busy(format!("{source}: {}", status.message())),
+        _ => wrong(status.message()),
+    };
+    let answer = timeout(ANSWER_TIMEOUT, client.read_volume(request)).await.map_err(silent)?;
+    let mut stream = answer.map_err(said)?.into_inner();
+    let first = timeout(ANSWER_TIMEOUT, stream.message()).await.map_err(silent)?.map_err(said)?;
+    let size = first.ok_or_else(|| wrong("sent nothing"))?.size_bytes;
+    progress.set(0, size);
+
+    let (pieces, received) = mpsc::channel(BLOCKS_MAX);
+    let (to, counter) = (Arc::clone(pool), Arc::clone(progress));
+    let bytes = bytes.max(size);
+    let writing =
+        tokio::spawn(blocking(move || write(&to, volume, bytes, size, received, &counter)));
+    // What the writer has against it, it says itself.
+    let broke = loop {
+        match timeout(SILENCE_MAX, stream.message()).await {
+            Ok(Ok(Some(block))) => {
+                if pieces.send(Piece::Block(block)).await.is_err() {
+                    break None;
+                }
+            }
+            // An end that nobody has confirmed is none: what has not come would be zeros.
+            Ok(Ok(None)) => match stream.trailers().await {
+                Ok(Some(_)) => {
+                    let _ = pieces.send(Piece::End).await;
+                    break None;
+                }
+                _ => break Some(wrong("the stream broke off")),
+            },
+            Ok(Err(status)) => break Some(said(status)),
+            Err(elapsed) => break Some(silent(elapsed)),
+        }
+    };
+    drop(pieces);
+    let written = writing.await.unwrap_or(Err(Error::Ended("volume writer")));
+    match (broke, written) {
+        (Some(error), _) => Err(error),
+        (None, Err(Error::Domain(reason))) => Err(wrong(&reason)),
+        (None, written) => written,
+    }
+}
+
+fn write(
+    pool: &NodePool,
+    volume: VolumeId,
+    bytes: u64,
+    size: u64,
+    mut pieces: mpsc::Receiver<Piece>,
+    progress: &Progress,
+) -> Result<VolumeInfo, Error> {
+    let mut writer = VolumeWriter::new(pool.pool()?, bytes)?;
+    loop {
+        match pieces.blocking_recv() {
+            Some(Piece::Block(block)) => {
+                check(&block, size)?;
+                writer.write(block.offset, &block.data)?;
+                progress.set(block.offset, size);
+            }
+            Some(Piece::End) => return Ok(writer.finish(volume)?),
+            None => return Err(PoolError::Cancelled.into()),
+        }
+    }
+}
+
+/// Whether a block is whole, in its place, and what its digest says.
+fn check(block: &ReadSnapshotResponse, size: u64) -> Result<(), Error> {
+    let ReadSnapshotResponse { offset, digest, data, .. } = block;
+    let wrong = |what: &str| Err(Error::Domain(format!("the block at {offset}: {what}")));
+    if !offset.is_multiple_of(CHUNK_BYTES) || *offset >= size {
+        return wrong("is none of this disk's");
+    }
+    if data.len() as u64 != CHUNK_BYTES.min(size - offset) {
+        return wrong(&format!("has {} bytes", data.len()));
+    }
+    if digest[..] != chunk_digest(data) {
+        return wrong("is not what its digest says");
+    }
+    Ok(())
+}
