@@ -26,6 +26,7 @@
 //! Nothing here but the driver reads a clock or waits.
 
 pub mod begin;
+mod content;
 pub mod desired;
 pub mod drain;
 pub mod driver;
