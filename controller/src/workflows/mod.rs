@@ -20,12 +20,15 @@
 //! - [`drain`]: drains and balances, made of migrations
 //! - [`nodes`]: registration, leases; `storage`: volumes, images and what is to be removed
 //! - [`begin`]: what accepts an operation, for the API; `moving`: where that is a move
+//! - [`reinstall`], [`rescue`], [`resize`], [`save`]: an operator's verbs on one domain, each from its
+//!   beginning to its end; `content`: volumes that get other content
 //! - [`desired`]: what a node shall run
 //! - [`driver`]: the thin part that waits, calls `plan` and commits
 //!
 //! Nothing here but the driver reads a clock or waits.
 
 pub mod begin;
+mod content;
 pub mod desired;
 pub mod drain;
 pub mod driver;
@@ -38,6 +41,10 @@ mod operation;
 mod plan;
 mod power;
 mod refusal;
+pub mod reinstall;
+pub mod rescue;
+pub mod resize;
+pub mod save;
 mod step;
 mod storage;
 #[cfg(test)]

@@ -2,20 +2,30 @@
 //!
 //! A seed decides everything: which message is lost, which host crashes, when leadership moves,
 //! where the switch-over of a migration breaks. After each step no domain runs twice (I1), and
-//! what runs has every write of its disk that any node has acknowledged; when the faults end,
-//! every operation ends (I3), every domain that should run does, and no node holds a volume that
-//! is not its own.
+//! what runs has every write of its disk that any node has acknowledged, and a guest that was saved
+//! is not lost; when the faults end, every operation ends (I3), every domain that should run does,
+//! and no node holds a volume that is not its own.
 
 use std::collections::{BTreeMap, BTreeSet};
 
 use drover_proto::agent::v1::{MigrationProgress as P, MigrationRole, ObservedPool};
-use drover_proto::v1::{Disk, DomainState, ExitReason, OperationState, PoolState, PowerState};
+use drover_proto::v1::{
+    Disk, DiskResize, DomainState, ExitReason, OperationKind, OperationState, PoolState, PowerState,
+};
 
 use super::agents::{Host, Vmm, VmmState};
 use super::lab::{Lab, MIB, hello, limits, new_domain, split};
-use crate::model::{DomainId, NodeId, NodeObservation, OperationRecord, is_at_rest};
+use crate::model::{
+    DomainId, ImageId, ImageRecord, NodeId, NodeObservation, OperationRecord, VolumeRecord,
+    is_at_rest,
+};
 use crate::scheduler::Strategy;
-use crate::workflows::{begin, drain, nodes, plan};
+use crate::store::Txn;
+use crate::workflows::reinstall::reinstall_domain;
+use crate::workflows::rescue::{end_rescue, rescue_domain};
+use crate::workflows::resize::{Resize, resize_domain};
+use crate::workflows::save::save_domain;
+use crate::workflows::{Refusal, begin, drain, nodes, plan};
 
 const NODES: [&str; 3] = ["a", "b", "c"];
 const DOMAINS: [&str; 3] = ["one", "two", "three"];
@@ -57,8 +67,10 @@ struct Chaos {
     dice: Dice,
     faults: bool,
     log: Vec<String>,
-    /// How many writes each domain's disk has seen.
+    /// How many writes each disk has seen, by the volume's uid.
     writes: BTreeMap<String, u64>,
+    /// Saved guests that somebody did not want any more, by the volume's uid.
+    unwanted: BTreeSet<String>,
     /// The rows as they were noted last.
     last: BTreeMap<String, String>,
 }
@@ -68,13 +80,20 @@ impl Chaos {
         let mut lab = Lab::new();
         let hosts = NODES.map(|_| Host::booted());
         for name in NODES {
-            let (id, size_bytes) = ("ssd".to_owned(), 1024 * MIB);
+            let (id, size_bytes) = ("ssd".to_owned(), 4096 * MIB);
             let state = PoolState::Ready.into();
             let pool =
                 ObservedPool { id, state, size_bytes, overcommit: 1.0, ..Default::default() };
             lab.pools.insert(name.into(), vec![pool]);
             lab.hello(name, "boot-1");
         }
+        let image = ImageRecord {
+            id: "image".into(),
+            digest: "digest".into(),
+            size_bytes: MIB,
+            ..ImageRecord::default()
+        };
+        assert!(lab.commit(&Txn::new().put(&image)));
         for (domain, node) in DOMAINS.iter().zip(NODES) {
             let mut new = new_domain(domain, Some(node));
             new.spec.disks = vec![Disk { size_bytes: MIB, ..Disk::default() }];
@@ -93,6 +112,7 @@ impl Chaos {
             faults: true,
             log: Vec::new(),
             writes: BTreeMap::new(),
+            unwanted: BTreeSet::new(),
             last: BTreeMap::new(),
         }
     }
@@ -118,6 +138,7 @@ impl Chaos {
         self.switch_over();
         for host in 0..3 {
             if self.hosts[host].up && !self.dice.once_in(4) {
+                self.hosts[host].luck = self.dice.below(4);
                 self.hosts[host].work();
                 self.check();
             }
@@ -129,8 +150,8 @@ impl Chaos {
 
     fn guests_write(&mut self) {
         for host in &mut self.hosts {
-            for (uid, vmm) in host.vmms.iter().filter(|(_, vmm)| vmm.state == VmmState::Running) {
-                let writes = self.writes.entry(uid.clone()).or_default();
+            for vmm in host.vmms.values().filter(|vmm| vmm.state == VmmState::Running) {
+                let writes = self.writes.entry(vmm.volume.clone()).or_default();
                 *writes += 1;
                 host.volumes.insert(vmm.volume.clone(), *writes);
             }
@@ -271,12 +292,8 @@ impl Chaos {
                 .map(|_| format!("migrate {domain} to {node}")),
             6 => self
                 .lab
-                .with(|cx| begin::start_domain(cx, &domain).map(split))
+                .with(|cx| begin::start_domain(cx, &domain, false).map(split))
                 .map(|_| format!("start {domain}")),
-            7 if self.dice.once_in(3) => self
-                .lab
-                .with(|cx| begin::stop_domain(cx, &domain, 0).map(split))
-                .map(|_| format!("stop {domain}")),
             8 => {
                 let wait = 120_000;
                 self.lab
@@ -298,11 +315,38 @@ impl Chaos {
                 let id = ids[self.dice.below(ids.len())].clone();
                 self.lab.cancel(id.as_str()).map(|()| format!("cancel {id}"))
             }
+            7 | 13..=19 => self.verb(&domain),
             _ => return,
         };
         if let Ok(text) = done {
             self.note(text);
         }
+    }
+
+    fn verb(&mut self, domain: &DomainId) -> Result<String, Refusal> {
+        let id = domain.as_str();
+        let image = ImageId::trusted("image");
+        let memory = self.lab.view().get::<VolumeRecord>(&format!("{id}-memory"));
+        let verb = self.dice.below(7);
+        let size_bytes = MIB * (1 + self.dice.below(8) as u64);
+        let disks = vec![DiskResize { size_bytes, ..DiskResize::default() }];
+        let resize = Resize { vcpus: 1 + self.dice.below(2) as u32, disks, ..Resize::default() };
+        let begun = self.lab.with(|cx| {
+            let begun = match verb {
+                0 => resize_domain(cx, domain, &resize),
+                1 => reinstall_domain(cx, domain, 0, Some(&image)),
+                2 => rescue_domain(cx, domain, &image),
+                3 => end_rescue(cx, domain),
+                4 => save_domain(cx, domain),
+                5 => begin::start_domain(cx, domain, true),
+                _ => begin::stop_domain(cx, domain, 0),
+            };
+            begun.map(split)
+        })?;
+        if verb > 4 {
+            self.unwanted.extend(memory.map(|row| row.value.uid));
+        }
+        Ok(format!("{} {domain}", begun.kind().as_str_name()))
     }
 
     /// What goes on between two VMMs, a step at a time; each may be the last.
@@ -367,9 +411,10 @@ impl Chaos {
                 let record = self.hosts[from].records.entry(uid.to_owned()).or_default();
                 record.handover = Some((m.id.clone(), m.to_epoch));
                 // READY said that the disk is all there, too.
-                let writes = self.writes.get(uid).copied().unwrap_or_default();
                 let volume = self.hosts[to].vmms.get(uid).map(|vmm| vmm.volume.clone());
-                self.hosts[to].volumes.insert(volume.unwrap_or_default(), writes);
+                let volume = volume.unwrap_or_default();
+                let writes = self.writes.get(&volume).copied().unwrap_or_default();
+                self.hosts[to].volumes.insert(volume, writes);
                 if lost {
                     self.note(format!("COMMIT of {} is lost", m.id));
                     return;
@@ -392,23 +437,33 @@ impl Chaos {
 
     /// I1.
     fn check(&self) {
+        for host in &self.hosts {
+            let lost = host.lost.iter().find(|uid| !self.unwanted.contains(*uid));
+            if let Some(lost) = lost.or_else(|| host.wrong.first()) {
+                self.fail(&format!("a saved guest: {lost}"));
+            }
+        }
         for (id, uid) in DOMAINS.iter().zip(&self.uids) {
             let runs: Vec<&str> = (0..3)
                 .filter(|host| {
                     let vmm: Option<&Vmm> = self.hosts[*host].vmms.get(uid);
-                    vmm.is_some_and(|vmm| vmm.state == VmmState::Running)
+                    vmm.is_some_and(Vmm::is_alive)
                 })
                 .map(|host| NODES[host])
                 .collect();
             if runs.len() > 1 {
                 self.fail(&format!("{id} runs on {runs:?}"));
             }
-            let written = self.writes.get(uid).copied().unwrap_or_default();
             for host in &self.hosts {
                 let Some(vmm) = host.vmms.get(uid) else { continue };
+                let written = self.writes.get(&vmm.volume).copied().unwrap_or_default();
                 let held = host.volumes.get(&vmm.volume);
-                if vmm.state == VmmState::Running && held != Some(&written) {
+                if vmm.is_alive() && held != Some(&written) {
                     self.fail(&format!("{id} runs with {held:?} of {written} writes"));
+                }
+                let row = self.lab.view().get::<VolumeRecord>(&format!("{id}-0"));
+                if vmm.is_alive() && row.is_none_or(|row| row.value.uid != vmm.volume) {
+                    self.fail(&format!("{id} runs with a disk that was replaced"));
                 }
             }
         }
@@ -486,17 +541,15 @@ impl Chaos {
         panic!("seed {}: {what}\n{}\n{hosts}", self.seed, self.log.join("\n"));
     }
 
-    fn finished(&self) -> (usize, usize) {
-        let rows: Vec<_> = self.lab.view().all::<OperationRecord>().collect();
-        let migrations = rows.iter().filter(|row| row.value.migration.is_some());
-        let (mut good, mut bad) = (0, 0);
-        for row in migrations {
+    /// How many operations of each kind ended well, and how many did not.
+    fn count(&self, sums: &mut BTreeMap<OperationKind, (usize, usize)>) {
+        for row in self.lab.view().all::<OperationRecord>() {
+            let (good, bad) = sums.entry(row.value.kind()).or_default();
             match row.value.state() {
-                OperationState::Succeeded => good += 1,
-                _ => bad += 1,
+                OperationState::Succeeded => *good += 1,
+                _ => *bad += 1,
             }
         }
-        (good, bad)
     }
 }
 
@@ -506,17 +559,25 @@ fn whatever_happens_a_domain_runs_once_and_every_operation_ends() {
     let only = number("DROVER_CHAOS_SEED");
     let many = number("DROVER_CHAOS_SEEDS").unwrap_or(SEEDS);
     let seeds = only.map_or(1..=many, |seed| seed..=seed);
-    let (mut good, mut bad) = (0, 0);
+    let mut sums = BTreeMap::new();
     for seed in seeds {
         let mut chaos = Chaos::new(seed);
         for _ in 0..STEPS {
             chaos.step();
         }
         chaos.heal();
-        let (moved, failed) = chaos.finished();
-        (good, bad) = (good + moved, bad + failed);
+        chaos.count(&mut sums);
     }
-    println!("{good} migrations succeeded, {bad} did not");
-    // A simulation in which nothing moves, or nothing breaks, shows nothing.
-    assert!(only.is_some() || (good > 100 && bad > 100), "{good} succeeded, {bad} did not");
+    println!("succeeded, did not: {sums:?}");
+    // A simulation in which nothing is done, or nothing breaks, shows nothing.
+    for (kind, good_min, bad_min) in [
+        (OperationKind::MigrateDomain, 100, 100),
+        (OperationKind::ResizeDomain, 100, 0),
+        (OperationKind::ReinstallDomain, 100, 0),
+        (OperationKind::RescueDomain, 50, 10),
+        (OperationKind::SaveDomain, 50, 50),
+    ] {
+        let (good, bad) = sums.get(&kind).copied().unwrap_or_default();
+        assert!(only.is_some() || (good >= good_min && bad >= bad_min), "{kind:?}: {good}, {bad}");
+    }
 }

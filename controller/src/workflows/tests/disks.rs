@@ -126,7 +126,7 @@ fn deleting_the_domain_makes_its_volume_garbage_until_the_agent_says_it_is_gone(
     lab.settle();
     assert!(lab.view().get::<VolumeRecord>("vm-0").is_none());
     assert_eq!(garbage(&lab), [format!("a/{uid}")]);
-    let listed = Garbage { pool: "ssd".into(), volume_uid: uid, image_digest: String::new() };
+    let listed = Garbage { pool: "ssd".into(), volume_uid: uid, ..Garbage::default() };
     assert_eq!(lab.level("a").garbage, [listed]);
 
     // The report still has it, then it has not.

@@ -4,6 +4,7 @@
 //! - [`migrations`]: every stage of a migration against every report
 //! - [`lives`]: domains, nodes and operations through their lives
 //! - [`drains`]: drains and balances
+//! - [`disks`]: volumes; [`verbs`]: what operators do to a domain with disks
 //! - [`chaos`]: agents that behave as agents do, and a seed that crashes, cuts, loses and
 //!   changes leaders: a domain never runs twice, and every operation ends
 
@@ -15,3 +16,4 @@ mod lab;
 mod lives;
 mod migrations;
 mod networks;
+mod verbs;
