@@ -5,7 +5,7 @@ pub use drover_proto::store::v1::{
     MigrationStage, MoveRecord, NetworkRecord, NodeRecord, OperationRecord, RequestRecord,
     VolumeRecord,
 };
-use drover_proto::v1::{DomainState, OperationState, PowerState};
+use drover_proto::v1::{DomainState, OperationState, PowerState, VolumeState};
 
 use super::{DomainId, NodeId, OperationId};
 use crate::scheduler::Resources;
@@ -81,6 +81,18 @@ pub fn needs(record: &DomainRecord) -> Resources {
 #[must_use]
 pub fn has_disks(record: &DomainRecord) -> bool {
     record.spec.as_ref().is_some_and(|spec| !spec.disks.is_empty())
+}
+
+/// Why a volume cannot be read, for people.
+#[must_use]
+pub fn unready(volume: &VolumeRecord) -> String {
+    match volume.state() {
+        VolumeState::Failed => format!(
+            "volumes/{} has failed ({}): restore or reinstall it, or delete the domain",
+            volume.id, volume.state_reason
+        ),
+        _ => format!("volumes/{} is being made: wait for it", volume.id),
+    }
 }
 
 /// What `node` shall remove: a volume or an image, whichever is not empty.

@@ -3,9 +3,9 @@
 use std::collections::{BTreeMap, BTreeSet};
 
 use drover_proto::agent::v1::ObservedPool;
-use drover_proto::v1::{DomainState, DrainPolicy, DrainState, NodeState, PoolState};
+use drover_proto::v1::{DomainState, DrainPolicy, DrainState, NodeState, PoolState, VolumeState};
 
-use super::records::{self, has_disks, needs};
+use super::records::{self, needs};
 use super::{
     ClusterRecord, DomainId, DomainRecord, GarbageRecord, ImageRecord, NetworkRecord, NodeId,
     NodeObservation, NodeRecord, Observed, OperationId, OperationRecord, VolumeRecord,
@@ -156,6 +156,19 @@ impl World {
         needs
     }
 
+    /// The first of its volumes that is not there to be copied.
+    #[must_use]
+    pub fn unready(&self, domain: &DomainRecord) -> Option<&VolumeRecord> {
+        let ready = |row: &&Versioned<VolumeRecord>| row.value.state() != VolumeState::Ready;
+        // The row's own lifetime, not the domain's.
+        let id = self.volumes_of(domain).find(ready)?.value.id.clone();
+        self.volumes.get(&id).map(|row| &row.value)
+    }
+
+    fn mobility(&self, domain: &DomainRecord) -> Mobility {
+        mobility(domain, self.unready(domain))
+    }
+
     /// What is promised in a node's pools: to what it owns, and to what comes or has not quite left.
     #[must_use]
     pub fn promised(&self, node: &NodeId) -> PoolNeeds {
@@ -181,7 +194,7 @@ impl World {
                 node: NodeId::parse(&row.value.node).ok(),
                 needs: needs(&row.value),
                 disks: self.pool_needs(&row.value),
-                mobility: mobility(&row.value),
+                mobility: self.mobility(&row.value),
                 cpu_millicores: usage.map_or(0, |usage| usage.cpu_millicores),
             };
             (id.clone(), view)
@@ -274,7 +287,7 @@ fn nodes_of(domain: &DomainRecord) -> BTreeSet<NodeId> {
     all.filter(|id| !id.is_empty()).map(NodeId::trusted).collect()
 }
 
-fn mobility(domain: &DomainRecord) -> Mobility {
+fn mobility(domain: &DomainRecord, unready: Option<&VolumeRecord>) -> Mobility {
     let policy = domain.spec.as_ref().map(|spec| spec.drain_policy());
     if policy == Some(DrainPolicy::Stay) {
         return Mobility::Fixed(
@@ -291,10 +304,13 @@ fn mobility(domain: &DomainRecord) -> Mobility {
         return Mobility::Busy(format!("operations/{} works on it", domain.operation));
     }
     match domain.state() {
-        _ if records::is_at_rest(domain) && has_disks(domain) => Mobility::Fixed(
-            "it does not run and has disks: start it, and they move with it, or delete it".into(),
-        ),
-        _ if records::is_at_rest(domain) => Mobility::Cold,
+        _ if records::is_at_rest(domain) => match unready {
+            Some(volume) if volume.state() == VolumeState::Failed => {
+                Mobility::Fixed(records::unready(volume))
+            }
+            Some(volume) => Mobility::Busy(records::unready(volume)),
+            None => Mobility::Cold,
+        },
         DomainState::Running => Mobility::Live,
         DomainState::Deleting => Mobility::Busy("it is being deleted".into()),
         state => Mobility::Busy(format!("it is {}", words(state))),

@@ -153,14 +153,21 @@ fn plan_move(
                 Strategy::BestFit => "best fit",
                 Strategy::Spread => "emptiest",
             };
-            let what = if live { "" } else { "; not running, only its record moves" };
+            let disk_bytes = domain.disks.values().sum::<u64>();
+            let (what, expected_time) = match live {
+                true => ("", copy_time(memory_bytes, rate)),
+                false if disk_bytes > 0 => {
+                    ("; not running, its disks are copied", copy_time(disk_bytes, rate))
+                }
+                false => ("; not running, only its record moves", Duration::ZERO),
+            };
             ProposedMove {
                 domain: id.clone(),
                 reason: format!("{how}, then {:.0} % promised{what}", decision.score * 100.0),
                 to: Some(decision.node),
                 waits: false,
                 memory_bytes,
-                expected_time: if live { copy_time(memory_bytes, rate) } else { Duration::ZERO },
+                expected_time,
             }
         }
         Err(none) => {

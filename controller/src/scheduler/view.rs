@@ -109,7 +109,7 @@ impl NodeView {
 pub enum Mobility {
     /// It runs: a live migration.
     Live,
-    /// Nothing runs and it has no disks: its record moves.
+    /// Nothing runs: its disks are copied, if it has any, and its record moves.
     Cold,
     /// Not now, but later: something else works on it.
     Busy(String),

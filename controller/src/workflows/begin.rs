@@ -17,7 +17,7 @@ use super::step::{Context, end, error, millis, timestamp};
 use super::{network, storage};
 use crate::model::{
     DomainId, DomainRecord, ImageRecord, MigrationStage, NetworkId, NodeId, NodeRecord,
-    OperationId, OperationRecord, VolumeRecord, has_disks, is_at_rest,
+    OperationId, OperationRecord, VolumeRecord, is_at_rest, unready,
 };
 use crate::scheduler::{Decision, OTHER_NODE, PlaceOptions, Resources, Strategy, place};
 use crate::store::{Txn, Versioned};
@@ -245,10 +245,11 @@ pub fn delete_domain(
     Ok(hold(cx, row, domain, operation))
 }
 
-/// Moves a domain: live when it runs, its record alone when it does not.
+/// Moves a domain: live when it runs, by copying its volumes when it does not.
 ///
 /// # Errors
-/// There is none, it is held, it is lost, it is there already, or nothing has room.
+/// There is none, it is held, it is lost, it is there already, a volume is not there to be copied,
+/// or nothing has room.
 pub fn migrate_domain(
     cx: &Context<'_>,
     id: &DomainId,
@@ -271,15 +272,20 @@ pub fn migrate_domain(
             });
         }
     }
-    if is_at_rest(&row.value) && has_disks(&row.value) {
-        let accepted = "a domain with disks moves while it runs: start it first";
-        return Err(wrong_state(id, &row.value, accepted));
-    }
     let movable = is_at_rest(&row.value)
         || (row.value.state() == DomainState::Running && row.value.migration.is_none());
     if !movable {
-        let accepted = "only a domain that is RUNNING, STOPPED or FAILED moves";
+        let accepted = "only a domain that is RUNNING, STOPPED, FAILED or SAVED moves";
         return Err(wrong_state(id, &row.value, accepted));
+    }
+    if is_at_rest(&row.value)
+        && let Some(volume) = cx.world.unready(&row.value)
+    {
+        return Err(Refusal::Precondition {
+            subject: id.name(),
+            reason: "VOLUME_NOT_READY",
+            message: format!("{} cannot be copied: {}", id.name(), unready(volume)),
+        });
     }
     let options = PlaceOptions {
         only: to.cloned(),

@@ -28,6 +28,15 @@ pub struct Level {
 pub fn desired(world: &World, node: &NodeId) -> Level {
     let mut level = Level::default();
     for row in world.concerning(node) {
+        if let Some(source) = copied_from(world, &row.value, node) {
+            let copies = world.volumes_of(&row.value).map(|volume| WantedVolume {
+                create: true,
+                copy_from: source.clone(),
+                ..wanted(&volume.value)
+            });
+            level.volumes.extend(copies);
+            continue;
+        }
         let Some(mut assignment) = assignment(&row.value, node.as_str()) else { continue };
         let comes = matches!(assignment.role, Some(Role::Incoming(_)));
         let disks = row.value.spec.iter().flat_map(|spec| &spec.disks);
@@ -57,6 +66,17 @@ pub fn desired(world: &World, node: &NodeId) -> Level {
         });
     }
     level
+}
+
+/// Where the volumes of a domain that comes to the node without running are copied from: nothing
+/// else of it is there yet.
+fn copied_from(world: &World, domain: &DomainRecord, node: &NodeId) -> Option<String> {
+    let m = domain.migration.as_ref().filter(|m| m.to == node.as_str())?;
+    if m.stage() != MigrationStage::CopyingStopped || domain.state() == DomainState::Deleting {
+        return None;
+    }
+    let source = world.nodes.get(&NodeId::trusted(&m.from));
+    Some(source.map(|row| row.value.address.clone()).unwrap_or_default())
 }
 
 fn owned(world: &World, volume: &VolumeRecord) -> WantedVolume {
@@ -98,6 +118,10 @@ pub fn assignment(domain: &DomainRecord, node: &str) -> Option<Assignment> {
     let Some(m) = &domain.migration else {
         return (domain.node == node).then(|| assign(domain, domain.epoch, owner(domain), None));
     };
+    if m.stage() == MigrationStage::CopyingStopped {
+        let stays = domain.node == node;
+        return stays.then(|| assign(domain, domain.epoch, owner(domain), None));
+    }
     if m.from == node {
         return Some(assign(domain, m.from_epoch, owner(domain), outgoing(m)));
     }

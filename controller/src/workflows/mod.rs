@@ -16,6 +16,7 @@
 //!
 //! - [`plan`]: one pass over everything; start reading here
 //! - [`migration`]: the protocol of a live migration, with the reasons why it is safe
+//! - [`copy`]: the same of a domain that does not run
 //! - `power`: a domain that is on one node; `operation`: what each operation waits for
 //! - [`drain`]: drains and balances, made of migrations
 //! - [`nodes`]: registration, leases; `storage`: volumes, images and what is to be removed
@@ -26,6 +27,7 @@
 //! Nothing here but the driver reads a clock or waits.
 
 pub mod begin;
+pub mod copy;
 pub mod desired;
 pub mod drain;
 pub mod driver;

@@ -7,7 +7,7 @@ use prost::Message;
 
 use super::begin::orphaned;
 use super::step::{Context, Step, Work, end, timestamp};
-use super::{drain, migration, nodes, operation, power, storage};
+use super::{copy, drain, migration, nodes, operation, power, storage};
 use crate::model::{DomainId, DomainRecord, OperationRecord};
 use crate::store::{TXN_BYTES_ENOUGH, Txn, Versioned};
 
@@ -64,7 +64,9 @@ fn drains(cx: &Context<'_>, steps: &mut Vec<Step>) -> BTreeSet<DomainId> {
 fn domain(cx: &Context<'_>, row: &Versioned<DomainRecord>) -> Option<Step> {
     let mut work = Work::new(*cx, row);
     let deleting = row.value.state() == drover_proto::v1::DomainState::Deleting;
-    if row.value.migration.is_some() && !deleting {
+    if copy::is_copying(&row.value) && !deleting {
+        copy::step(&mut work);
+    } else if row.value.migration.is_some() && !deleting {
         migration::step(&mut work);
     } else {
         power::step(&mut work);

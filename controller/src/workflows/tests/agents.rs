@@ -11,7 +11,7 @@ use crate::workflows::desired::Level;
 use drover_proto::agent::v1::assignment::Role;
 use drover_proto::agent::v1::{
     Assignment, MigrationProgress as P, MigrationRole, ObservedDomain, ObservedMigration,
-    ObservedState as S, ObservedVolume,
+    ObservedState as S, ObservedVolume, WantedVolume,
 };
 use drover_proto::v1::{ExitReason, PowerState, VolumeState};
 
@@ -105,7 +105,8 @@ impl Host {
 
     /// What is listed is made, once; what is garbage goes, unless it is listed or a VMM has it.
     fn work_on_volumes(&mut self) {
-        for wanted in self.level.volumes.iter().filter(|wanted| wanted.create) {
+        let made = |wanted: &&WantedVolume| wanted.create && wanted.copy_from.is_empty();
+        for wanted in self.level.volumes.iter().filter(made) {
             self.volumes.entry(wanted.uid.clone()).or_default();
         }
         for garbage in &self.level.garbage {
@@ -116,6 +117,20 @@ impl Host {
                 self.volumes.remove(uid);
             }
         }
+    }
+
+    /// What it is to copy, and from which agent.
+    pub(super) fn copies(&self) -> Vec<(String, String)> {
+        let open = self.level.volumes.iter().filter(|wanted| {
+            self.told && !wanted.copy_from.is_empty() && !self.volumes.contains_key(&wanted.uid)
+        });
+        open.map(|wanted| (wanted.uid.clone(), wanted.copy_from.clone())).collect()
+    }
+
+    /// What another agent reads of a volume: nothing while somebody has it open.
+    pub(super) fn read(&self, uid: &str) -> Option<u64> {
+        let open = self.vmms.values().any(|vmm| vmm.volume == uid);
+        self.volumes.get(uid).copied().filter(|_| self.up && !open)
     }
 
     /// The volume of the domain's only disk; None while it is not there.

@@ -4,11 +4,13 @@
 //! - [`migrations`]: every stage of a migration against every report
 //! - [`lives`]: domains, nodes and operations through their lives
 //! - [`drains`]: drains and balances
+//! - [`copies`]: moves of what does not run
 //! - [`chaos`]: agents that behave as agents do, and a seed that crashes, cuts, loses and
 //!   changes leaders: a domain never runs twice, and every operation ends
 
 mod agents;
 mod chaos;
+mod copies;
 mod disks;
 mod drains;
 mod lab;
