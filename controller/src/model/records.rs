@@ -3,7 +3,7 @@
 pub use drover_proto::store::v1::{
     ClusterRecord, DomainRecord, EventRecord, GarbageRecord, ImageRecord, Migration,
     MigrationStage, MoveRecord, NetworkRecord, NodeRecord, OperationRecord, RequestRecord,
-    VolumeRecord,
+    SnapshotPart, VolumeRecord,
 };
 use drover_proto::v1::{DomainState, OperationState, PowerState, VolumeState};
 
@@ -68,12 +68,12 @@ pub fn is_active(record: &OperationRecord) -> bool {
     matches!(record.state(), OperationState::Pending | OperationState::Running)
 }
 
-/// What a domain was promised.
+/// What a domain was promised: what it has, or what its next start gives it where that is more.
 #[must_use]
 pub fn needs(record: &DomainRecord) -> Resources {
     record.spec.as_ref().map_or_else(Resources::default, |spec| Resources {
-        vcpus: spec.vcpus,
-        memory_bytes: spec.memory_bytes,
+        vcpus: spec.vcpus.max(record.next_vcpus),
+        memory_bytes: spec.memory_bytes.max(record.next_memory_bytes),
     })
 }
 
@@ -81,6 +81,33 @@ pub fn needs(record: &DomainRecord) -> Resources {
 #[must_use]
 pub fn has_disks(record: &DomainRecord) -> bool {
     record.spec.as_ref().is_some_and(|spec| !spec.disks.is_empty())
+        || is_rescued(record)
+        || has_memory(record)
+}
+
+/// Whether it boots a rescue disk.
+#[must_use]
+pub fn is_rescued(record: &DomainRecord) -> bool {
+    !record.rescue_image.is_empty()
+}
+
+/// The bare id of the volume that it is rescued with.
+#[must_use]
+pub fn rescue_volume(domain: &str) -> String {
+    format!("{domain}-rescue")
+}
+
+/// Whether its state is on a volume, or about to be, or was until just now.
+#[must_use]
+pub fn has_memory(record: &DomainRecord) -> bool {
+    !record.memory_volume.is_empty()
+}
+
+/// How a guest sees a volume of this uid: as long as virtio has it.
+#[must_use]
+pub fn serial(uid: &str) -> String {
+    const SERIAL_CHARS: usize = 20;
+    uid.chars().filter(|c| *c != '-').take(SERIAL_CHARS).collect()
 }
 
 /// Why a volume cannot be read, for people.
@@ -113,5 +140,5 @@ pub fn garbage(node: &str, pool: &str, volume_uid: &str, image_digest: &str) -> 
 pub fn is_at_rest(record: &DomainRecord) -> bool {
     record.migration.is_none()
         && record.desired_power() != PowerState::Running
-        && matches!(record.state(), DomainState::Stopped | DomainState::Failed)
+        && matches!(record.state(), DomainState::Stopped | DomainState::Failed | DomainState::Saved)
 }

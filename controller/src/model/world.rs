@@ -3,7 +3,9 @@
 use std::collections::{BTreeMap, BTreeSet};
 
 use drover_proto::agent::v1::ObservedPool;
-use drover_proto::v1::{DomainState, DrainPolicy, DrainState, NodeState, PoolState, VolumeState};
+use drover_proto::v1::{
+    Disk, DomainState, DrainPolicy, DrainState, NodeState, PoolState, VolumeState,
+};
 
 use super::records::{self, needs};
 use super::{
@@ -137,13 +139,39 @@ impl World {
             .fold(Resources::default(), Resources::plus)
     }
 
-    /// A domain's volumes, in the order of its disks.
+    /// All of a domain's volumes: its disks in their order, and what its state is saved to.
     pub fn volumes_of<'a>(
         &'a self,
         domain: &'a DomainRecord,
     ) -> impl Iterator<Item = &'a Versioned<VolumeRecord>> {
-        let disks = domain.spec.iter().flat_map(|spec| &spec.disks);
-        disks.filter_map(|disk| self.volumes.get(disk.volume.strip_prefix("volumes/")?))
+        self.disks_of(domain).map(|(_, row)| row).chain(self.memory_of(domain))
+    }
+
+    /// A domain's disks, as its guest finds them: the rescue disk, if any, of which its spec says
+    /// nothing, and its own.
+    pub fn disks_of<'a>(
+        &'a self,
+        domain: &'a DomainRecord,
+    ) -> impl Iterator<Item = (Option<&'a Disk>, &'a Versioned<VolumeRecord>)> {
+        let own = domain.spec.iter().flat_map(|spec| &spec.disks);
+        let own = own.filter_map(|disk| {
+            let row = self.volumes.get(disk.volume.strip_prefix("volumes/")?)?;
+            Some((Some(disk), row))
+        });
+        self.rescue_of(domain).map(|row| (None, row)).into_iter().chain(own)
+    }
+
+    /// What a domain is rescued with.
+    #[must_use]
+    pub fn rescue_of(&self, domain: &DomainRecord) -> Option<&Versioned<VolumeRecord>> {
+        let volume = records::rescue_volume(&domain.id);
+        records::is_rescued(domain).then(|| self.volumes.get(&volume)).flatten()
+    }
+
+    /// What a domain's state is saved to.
+    #[must_use]
+    pub fn memory_of(&self, domain: &DomainRecord) -> Option<&Versioned<VolumeRecord>> {
+        self.volumes.get(&domain.memory_volume)
     }
 
     /// What the domain's volumes may grow to, by pool.
@@ -311,6 +339,9 @@ fn mobility(domain: &DomainRecord, unready: Option<&VolumeRecord>) -> Mobility {
             Some(volume) => Mobility::Busy(records::unready(volume)),
             None => Mobility::Cold,
         },
+        DomainState::Running if records::has_memory(domain) => {
+            Mobility::Busy("what it was saved to is about to be removed".into())
+        }
         DomainState::Running => Mobility::Live,
         DomainState::Deleting => Mobility::Busy("it is being deleted".into()),
         state => Mobility::Busy(format!("it is {}", words(state))),

@@ -17,15 +17,15 @@ use super::step::{Context, end, error, millis, timestamp};
 use super::{network, storage};
 use crate::model::{
     DomainId, DomainRecord, ImageRecord, MigrationStage, NetworkId, NodeId, NodeRecord,
-    OperationId, OperationRecord, VolumeRecord, is_at_rest, unready,
+    OperationId, OperationRecord, VolumeRecord, has_memory, is_at_rest, unready,
 };
 use crate::scheduler::{Decision, OTHER_NODE, PlaceOptions, Resources, Strategy, place};
 use crate::store::{Txn, Versioned};
 
 /// Creating or starting: the VMM is up in seconds, a busy host needs longer.
-const START_WAIT_MS: i64 = 5 * 60_000;
+pub(super) const START_WAIT_MS: i64 = 5 * 60_000;
 /// The same where volumes are made first: an image may have to come from another node.
-const FILL_WAIT_MS: i64 = 60 * 60_000;
+pub(super) const FILL_WAIT_MS: i64 = 60 * 60_000;
 /// Beyond the grace period.
 const STOP_WAIT_MS: i64 = 60_000;
 /// Deleting.
@@ -101,6 +101,7 @@ pub fn create_domain(cx: &Context<'_>, new: &NewDomain) -> Result<Begun, Refusal
     let mut domain = DomainRecord {
         id: new.id.as_str().to_owned(),
         uid: cx.ids.uuid(),
+        generation_id: cx.ids.uuid(),
         spec: Some(spec),
         node: decision.node.as_str().to_owned(),
         epoch: 1,
@@ -273,9 +274,14 @@ pub fn migrate_domain(
         }
     }
     let movable = is_at_rest(&row.value)
-        || (row.value.state() == DomainState::Running && row.value.migration.is_none());
+        || (row.value.state() == DomainState::Running
+            && row.value.migration.is_none()
+            && !has_memory(&row.value));
     if !movable {
-        let accepted = "only a domain that is RUNNING, STOPPED, FAILED or SAVED moves";
+        let accepted = match row.value.state() {
+            DomainState::Running => "what it was saved to is about to be removed: try again",
+            _ => "only a domain that is RUNNING, STOPPED, SAVED or FAILED moves",
+        };
         return Err(wrong_state(id, &row.value, accepted));
     }
     if is_at_rest(&row.value)
@@ -413,7 +419,7 @@ pub(crate) fn known_domain<'a>(
     cx.world.domains.get(id).ok_or_else(|| Refusal::NotFound { name: id.name() })
 }
 
-fn free_domain<'a>(
+pub(super) fn free_domain<'a>(
     cx: &Context<'a>,
     id: &DomainId,
 ) -> Result<&'a Versioned<DomainRecord>, Refusal> {
@@ -431,7 +437,7 @@ pub(super) fn busy(cx: &Context<'_>, name: String, operation: &str) -> Refusal {
     Refusal::Busy { name, operation: operation.to_owned(), cancellable }
 }
 
-fn wrong_state(id: &DomainId, domain: &DomainRecord, accepted: &str) -> Refusal {
+pub(super) fn wrong_state(id: &DomainId, domain: &DomainRecord, accepted: &str) -> Refusal {
     let state = domain.state().as_str_name().trim_start_matches("DOMAIN_STATE_");
     let why = match domain.state_reason.as_str() {
         "" => String::new(),
@@ -445,7 +451,7 @@ fn wrong_state(id: &DomainId, domain: &DomainRecord, accepted: &str) -> Refusal 
 }
 
 /// The operation takes the domain.
-fn hold(
+pub(super) fn hold(
     cx: &Context<'_>,
     row: &Versioned<DomainRecord>,
     mut domain: DomainRecord,

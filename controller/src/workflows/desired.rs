@@ -4,11 +4,12 @@ use std::collections::BTreeMap;
 
 use drover_proto::agent::v1::assignment::Role;
 use drover_proto::agent::v1::{
-    AssignedDisk, Assignment, Garbage, Incoming, Outgoing, Owner, WantedSnapshot, WantedVolume,
+    AssignedDisk, Assignment, Garbage, Incoming, Outgoing, Owner, VolumeSource, WantedSnapshot,
+    WantedVolume,
 };
-use drover_proto::v1::{DomainSpec, DomainState, VolumeState};
+use drover_proto::v1::{Disk, DomainSpec, DomainState, VolumeState};
 
-use crate::model::{DomainRecord, Migration, MigrationStage, NodeId, VolumeRecord, World};
+use crate::model::{DomainRecord, Migration, MigrationStage, NodeId, VolumeRecord, World, serial};
 
 /// What shall be on a node, as far as the rows say.
 #[derive(Clone, Debug, Default, PartialEq)]
@@ -39,20 +40,15 @@ pub fn desired(world: &World, node: &NodeId) -> Level {
         }
         let Some(mut assignment) = assignment(&row.value, node.as_str()) else { continue };
         let comes = matches!(assignment.role, Some(Role::Incoming(_)));
-        let disks = row.value.spec.iter().flat_map(|spec| &spec.disks);
-        for (volume, disk) in world.volumes_of(&row.value).zip(disks) {
-            assignment.disks.push(AssignedDisk {
-                volume_uid: volume.value.uid.clone(),
-                pool: volume.value.pool.clone(),
-                read_only: disk.read_only,
-                limits: disk.limits,
-                serial: volume.value.serial.clone(),
-            });
-            level.volumes.push(match comes {
-                true => arriving(&row.value, &volume.value),
-                false => owned(world, &volume.value),
-            });
-        }
+        let disks = world.disks_of(&row.value);
+        assignment.disks.extend(disks.map(|(disk, volume)| assigned(disk, &volume.value)));
+        assignment.rescue = world.rescue_of(&row.value).is_some();
+        let memory = world.memory_of(&row.value).filter(|_| !comes);
+        assignment.memory = memory.map(|volume| assigned(None, &volume.value));
+        level.volumes.extend(world.volumes_of(&row.value).map(|volume| match comes {
+            true => arriving(&row.value, &volume.value),
+            false => owned(world, &volume.value),
+        }));
         level.domains.push(assignment);
     }
     let of_node = format!("{node}/");
@@ -79,6 +75,20 @@ fn copied_from(world: &World, domain: &DomainRecord, node: &NodeId) -> Option<St
     Some(source.map(|row| row.value.address.clone()).unwrap_or_default())
 }
 
+fn assigned(disk: Option<&Disk>, volume: &VolumeRecord) -> AssignedDisk {
+    AssignedDisk {
+        volume_uid: volume.uid.clone(),
+        pool: volume.pool.clone(),
+        read_only: disk.is_some_and(|disk| disk.read_only),
+        limits: disk.and_then(|disk| disk.limits),
+        serial: match volume.serial.as_str() {
+            // Made before volumes had serials of their own.
+            "" => serial(&volume.uid),
+            held => held.to_owned(),
+        },
+    }
+}
+
 fn owned(world: &World, volume: &VolumeRecord) -> WantedVolume {
     let create = volume.state() == VolumeState::Creating;
     let image = world.images.get(&volume.image).filter(|_| create);
@@ -89,6 +99,11 @@ fn owned(world: &World, volume: &VolumeRecord) -> WantedVolume {
         image_digest: volume.image_digest.clone(),
         image_size_bytes: volume.image_size_bytes,
         image_sources: addresses.map(|row| row.value.address.clone()).collect(),
+        snapshot: (create && !volume.snapshot_part.is_empty()).then(|| VolumeSource {
+            pool: volume.pool.clone(),
+            volume_uid: volume.snapshot_volume_uid.clone(),
+            snapshot_uid: volume.snapshot_part.clone(),
+        }),
         ..wanted(volume)
     }
 }

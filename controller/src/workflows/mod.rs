@@ -27,6 +27,7 @@
 //! Nothing here but the driver reads a clock or waits.
 
 pub mod begin;
+mod content;
 pub mod copy;
 pub mod desired;
 pub mod drain;

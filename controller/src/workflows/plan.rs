@@ -29,12 +29,15 @@ pub fn plan(cx: &Context<'_>) -> Vec<Step> {
         return steps;
     }
     let claimed = drains(cx, &mut steps);
-    for (id, row) in &cx.world.domains {
-        if !claimed.contains(id) {
-            steps.extend(domain(cx, row));
+    // A step may write rows of its domain's volumes, too.
+    let mut busy = BTreeSet::new();
+    for (id, row) in cx.world.domains.iter().filter(|(id, _)| !claimed.contains(id)) {
+        if let Some(step) = domain(cx, row) {
+            busy.insert(id);
+            steps.push(step);
         }
     }
-    steps.extend(storage::steps(cx));
+    steps.extend(storage::steps(cx, &busy));
     let lost = cx.world.operations.values().filter(|row| is_orphan(cx, &row.value));
     steps.extend(lost.map(|row| end_orphan(cx, row)));
     steps

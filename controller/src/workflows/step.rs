@@ -5,6 +5,7 @@ use std::collections::BTreeSet;
 use drover_proto::v1::{DomainState, EventSeverity, NodeState, OperationError, OperationState};
 use prost_types::Timestamp;
 
+use super::content::discard;
 use crate::model::{
     DomainRecord, EventRecord, NodeId, NodeRecord, Observed, OperationId, OperationRecord,
     VolumeRecord, World, garbage,
@@ -132,6 +133,8 @@ pub(super) struct Work<'a> {
     removed: bool,
     /// Nodes whose copies of its volumes shall go.
     discards: BTreeSet<String>,
+    /// Volumes that the domain has no more.
+    drops: Vec<&'a Versioned<VolumeRecord>>,
     events: Vec<EventRecord>,
 }
 
@@ -153,6 +156,7 @@ impl<'a> Work<'a> {
             ended: None,
             removed: false,
             discards: BTreeSet::new(),
+            drops: Vec::new(),
             events: Vec::new(),
         }
     }
@@ -204,6 +208,18 @@ impl<'a> Work<'a> {
         self.discards.insert(node.to_owned());
     }
 
+    /// What its state was saved to is not needed any more.
+    pub(super) fn drop_memory(&mut self) {
+        self.drops.extend(self.cx.world.memory_of(&self.row.value));
+        self.domain.memory_volume.clear();
+    }
+
+    /// Its next start is from its own disks again.
+    pub(super) fn drop_rescue(&mut self) {
+        self.drops.extend(self.cx.world.rescue_of(&self.row.value));
+        self.domain.rescue_image.clear();
+    }
+
     pub(super) fn is_removed(&self) -> bool {
         self.removed
     }
@@ -246,6 +262,9 @@ impl<'a> Work<'a> {
             if self.removed {
                 txn = txn.delete::<VolumeRecord>(volume.value.id.clone());
             }
+        }
+        for volume in self.drops.iter().filter(|_| !self.removed) {
+            txn = discard(txn, &self.row.value.node, volume);
         }
         for event in &self.events {
             txn = txn.put(event);

@@ -6,7 +6,7 @@
 //! its own ([`GarbageRecord`]), written together with what made it garbage, and it stays until
 //! a report comes without it: nothing is ever removed because something else forgot it.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 
 use drover_proto::agent::v1::ObservedPool;
 use drover_proto::v1::{Disk, DomainState, EventSeverity, PoolState, VolumeState};
@@ -15,7 +15,7 @@ use super::refusal::Refusal;
 use super::step::{Context, Step, timestamp};
 use crate::model::{
     DomainId, DomainRecord, GarbageRecord, ImageId, ImageRecord, NodeId, NodeRecord, VolumeId,
-    VolumeRecord, garbage,
+    VolumeRecord, garbage, serial,
 };
 use crate::scheduler::{NodeView, PoolNeeds};
 use crate::store::{Txn, Versioned};
@@ -23,12 +23,14 @@ use crate::store::{Txn, Versioned};
 /// Sizes of volumes are multiples of it.
 const MIB: u64 = 1 << 20;
 
-/// Everything that the last reports change.
-pub(super) fn steps(cx: &Context<'_>) -> Vec<Step> {
+/// Everything that the last reports change. The volumes of domains that are `busy` in this pass are
+/// looked at in the next one.
+pub(super) fn steps(cx: &Context<'_>, busy: &BTreeSet<&DomainId>) -> Vec<Step> {
     let mut steps = Vec::new();
     // The volumes of one that is being deleted go with its own step.
-    let stay = |row: &&Versioned<DomainRecord>| row.value.state() != DomainState::Deleting;
-    for row in cx.world.domains.values().filter(stay) {
+    let stay = |row: &Versioned<DomainRecord>| row.value.state() != DomainState::Deleting;
+    let domains = cx.world.domains.iter().filter(|(id, row)| !busy.contains(id) && stay(row));
+    for (_, row) in domains {
         steps.extend(cx.world.volumes_of(&row.value).filter_map(|v| volume(cx, &row.value, v)));
     }
     steps.extend(strays(cx));
@@ -212,9 +214,11 @@ pub(super) fn new_volumes(
         if cx.world.volumes.contains_key(&id) {
             return Err(Refusal::AlreadyExists { name: format!("volumes/{id}") });
         }
+        let uid = cx.ids.uuid();
         Ok(VolumeRecord {
             id,
-            uid: cx.ids.uuid(),
+            serial: serial(&uid),
+            uid,
             state: VolumeState::Creating.into(),
             domain: domain.as_str().to_owned(),
             pool: disk.pool.clone(),
