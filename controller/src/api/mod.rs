@@ -5,7 +5,7 @@
 //! decided on the rows as they are ([`Service::decide`]) and answered from them
 //! ([`present`]). Reads wait until this member's rows are vouched for ([`Service::read`]).
 //!
-//! - [`nodes`], [`domains`], [`volumes`], [`images`], [`networks`], [`operations`], [`events`],
+//! - [`nodes`], [`domains`], [`volumes`], [`snapshots`], [`images`], [`networks`], [`operations`], [`events`],
 //!   [`cluster`], [`console`]: the calls
 //! - [`errors`]: every refusal and fault as one gRPC status with details
 //! - [`requests`]: request ids
@@ -25,6 +25,7 @@ mod page;
 mod present;
 mod requests;
 mod service;
+mod snapshots;
 mod validate;
 mod volumes;
 

@@ -12,7 +12,8 @@ use drover_proto::v1::{
 use super::errors::{excerpt, invalid};
 use super::page::hex_byte;
 use crate::model::{
-    BadId, DomainId, ID_SYNTAX, ImageId, NetworkId, NodeId, OperationId, VolumeId, World,
+    BadId, DomainId, ID_SYNTAX, ImageId, NetworkId, NodeId, OperationId, SnapshotId, VolumeId,
+    World,
 };
 use crate::workflows::desired::duration as proto_duration;
 use crate::workflows::{Context, Refusal, network};
@@ -61,6 +62,11 @@ pub(super) fn volume(field: &str, name: &str) -> Result<VolumeId, Refusal> {
     VolumeId::from_name(name).map_err(|bad| bad_id(field, &bad))
 }
 
+/// `snapshots/{id}` in a field.
+pub(super) fn snapshot(field: &str, name: &str) -> Result<SnapshotId, Refusal> {
+    SnapshotId::from_name(name).map_err(|bad| bad_id(field, &bad))
+}
+
 /// `images/{id}` in a field.
 pub(super) fn image(field: &str, name: &str) -> Result<ImageId, Refusal> {
     ImageId::from_name(name).map_err(|bad| bad_id(field, &bad))
@@ -82,11 +88,16 @@ pub(super) fn subject(field: &str, name: &str) -> Result<(), Refusal> {
         || name == "cluster"
         || NodeId::from_name(name).is_ok()
         || DomainId::from_name(name).is_ok()
+        || VolumeId::from_name(name).is_ok()
         || OperationId::from_name(name).is_ok();
     if known {
         return Ok(());
     }
-    Err(invalid(field, name, "nodes/{id}, domains/{id}, operations/{uuid} or cluster"))
+    Err(invalid(
+        field,
+        name,
+        "nodes/{id}, domains/{id}, volumes/{id}, operations/{uuid} or cluster",
+    ))
 }
 
 fn bad_id(field: &str, bad: &BadId) -> Refusal {

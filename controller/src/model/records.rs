@@ -3,7 +3,7 @@
 pub use drover_proto::store::v1::{
     ClusterRecord, DomainRecord, EventRecord, GarbageRecord, ImageRecord, Migration,
     MigrationStage, MoveRecord, NetworkRecord, NodeRecord, OperationRecord, RequestRecord,
-    SnapshotPart, VolumeRecord,
+    SnapshotPart, SnapshotRecord, VolumeRecord,
 };
 use drover_proto::v1::{DomainState, OperationState, PowerState, VolumeState};
 
@@ -35,6 +35,7 @@ record! {
     ImageRecord => Images,
     GarbageRecord => Garbage,
     NetworkRecord => Networks,
+    SnapshotRecord => Snapshots,
 }
 
 impl Record for ClusterRecord {
@@ -132,6 +133,18 @@ pub fn garbage(node: &str, pool: &str, volume_uid: &str, image_digest: &str) -> 
         volume_uid: volume_uid.to_owned(),
         image_digest: image_digest.to_owned(),
         snapshot_uid: String::new(),
+    }
+}
+
+/// What `node` shall remove: a snapshot's part.
+#[must_use]
+pub fn snapshot_garbage(node: &str, part: &SnapshotPart) -> GarbageRecord {
+    GarbageRecord {
+        id: format!("{node}/{}", part.uid),
+        node: node.to_owned(),
+        pool: part.pool.clone(),
+        snapshot_uid: part.uid.clone(),
+        ..GarbageRecord::default()
     }
 }
 

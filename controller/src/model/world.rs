@@ -7,10 +7,12 @@ use drover_proto::v1::{
     Disk, DomainState, DrainPolicy, DrainState, NodeState, PoolState, VolumeState,
 };
 
+use super::by_node::ByNode;
 use super::records::{self, needs};
 use super::{
     ClusterRecord, DomainId, DomainRecord, GarbageRecord, ImageRecord, NetworkRecord, NodeId,
-    NodeObservation, NodeRecord, Observed, OperationId, OperationRecord, VolumeRecord,
+    NodeObservation, NodeRecord, Observed, OperationId, OperationRecord, SnapshotRecord,
+    VolumeRecord,
 };
 use crate::scheduler::{
     ClusterView, DomainView, LINK_BYTES_PER_SECOND, Mobility, NodeView, PoolNeeds, PoolView,
@@ -41,6 +43,11 @@ pub struct World {
     pub garbage: BTreeMap<String, Versioned<GarbageRecord>>,
     /// All networks, by id.
     pub networks: BTreeMap<String, Versioned<NetworkRecord>>,
+    /// All snapshots, by id.
+    pub snapshots: BTreeMap<String, Versioned<SnapshotRecord>>,
+    /// Volumes that no domain has.
+    left: ByNode,
+    snapshots_by_node: ByNode,
     /// The domains that concern a node: owned, coming, leaving.
     by_node: BTreeMap<NodeId, BTreeSet<DomainId>>,
 }
@@ -65,6 +72,11 @@ impl World {
         world.images = by_key(view.all());
         world.garbage = by_key(view.all());
         world.networks = by_key(view.all());
+        world.snapshots = by_key(view.all());
+        let left = world.volumes.iter().map(|(id, row)| (row.value.node.as_str(), id));
+        world.left = ByNode::of(left);
+        let snapshots = world.snapshots.iter().map(|(id, row)| (row.value.node.as_str(), id));
+        world.snapshots_by_node = ByNode::of(snapshots);
         world
     }
 
@@ -97,7 +109,13 @@ impl World {
                 let held = self.cluster.take();
                 self.cluster = versioned(change.record(), held, set.revision);
             } else if change.is::<VolumeRecord>() {
-                replace(&mut self.volumes, &change.key, change.record(), set.revision);
+                let node = |row: &VolumeRecord| row.node.clone();
+                let (rows, index) = (&mut self.volumes, &mut self.left);
+                replace_on(rows, index, node, &change.key, change.record(), set.revision);
+            } else if change.is::<SnapshotRecord>() {
+                let node = |row: &SnapshotRecord| row.node.clone();
+                let (rows, index) = (&mut self.snapshots, &mut self.snapshots_by_node);
+                replace_on(rows, index, node, &change.key, change.record(), set.revision);
             } else if change.is::<ImageRecord>() {
                 replace(&mut self.images, &change.key, change.record(), set.revision);
             } else if change.is::<GarbageRecord>() {
@@ -174,6 +192,24 @@ impl World {
         self.volumes.get(&domain.memory_volume)
     }
 
+    /// The volumes on a node that no domain has.
+    pub fn left_on(&self, node: &NodeId) -> impl Iterator<Item = &Versioned<VolumeRecord>> {
+        self.left.on(node).filter_map(|id| self.volumes.get(id))
+    }
+
+    /// The snapshots on a node, whosever they are.
+    pub fn snapshots_on(&self, node: &NodeId) -> impl Iterator<Item = &Versioned<SnapshotRecord>> {
+        self.snapshots_by_node.on(node).filter_map(|id| self.snapshots.get(id))
+    }
+
+    /// A domain's snapshots, on whatever node.
+    pub fn snapshots_of<'a>(
+        &'a self,
+        domain: &'a DomainRecord,
+    ) -> impl Iterator<Item = &'a Versioned<SnapshotRecord>> {
+        self.snapshots.values().filter(|row| row.value.domain_uid == domain.uid)
+    }
+
     /// What the domain's volumes may grow to, by pool.
     #[must_use]
     pub fn pool_needs(&self, domain: &DomainRecord) -> PoolNeeds {
@@ -197,7 +233,9 @@ impl World {
         mobility(domain, self.unready(domain))
     }
 
-    /// What is promised in a node's pools: to what it owns, and to what comes or has not quite left.
+    /// What is promised in a node's pools: to what it owns, to what comes or has not quite left,
+    /// and to volumes that no domain has. Snapshots are promised nothing: nobody writes to them,
+    /// and what they hold back from being freed shows in what their pool has in use.
     #[must_use]
     pub fn promised(&self, node: &NodeId) -> PoolNeeds {
         let mut sum = PoolNeeds::new();
@@ -205,6 +243,9 @@ impl World {
             for (pool, bytes) in self.pool_needs(&row.value) {
                 *sum.entry(pool).or_default() += bytes;
             }
+        }
+        for volume in self.left_on(node).map(|row| &row.value) {
+            *sum.entry(volume.pool.clone()).or_default() += volume.size_bytes;
         }
         sum
     }
@@ -367,6 +408,23 @@ fn replace<T: Record>(
     if let Some(row) = versioned(value, held, revision) {
         rows.insert(key.to_owned(), row);
     }
+}
+
+fn replace_on<T: Record>(
+    rows: &mut BTreeMap<String, Versioned<T>>,
+    index: &mut ByNode,
+    node: impl Fn(&T) -> String,
+    key: &str,
+    value: Option<T>,
+    revision: u64,
+) {
+    if let Some(held) = rows.get(key) {
+        index.remove(&node(&held.value), key);
+    }
+    if let Some(value) = &value {
+        index.put(&node(value), key);
+    }
+    replace(rows, key, value, revision);
 }
 
 fn versioned<T: Record>(

@@ -368,6 +368,9 @@ fn why_not_cancelled(
         OperationKind::StopDomain | OperationKind::DeleteDomain => {
             Some(("NOT_CANCELLABLE", "stopping and deleting cannot be taken back once begun"))
         }
+        OperationKind::RestoreSnapshot => {
+            Some(("NOT_CANCELLABLE", "what the disks held is gone already"))
+        }
         OperationKind::CreateDomain
             if domain.is_some_and(|domain| domain.state() == DomainState::Deleting) =>
         {

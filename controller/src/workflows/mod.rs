@@ -19,6 +19,7 @@
 //! - [`copy`]: the same of a domain that does not run
 //! - `power`: a domain that is on one node; `operation`: what each operation waits for
 //! - [`drain`]: drains and balances, made of migrations
+//! - [`snapshot`]: taken, kept, put back
 //! - [`nodes`]: registration, leases; `storage`: volumes, images and what is to be removed
 //! - [`begin`]: what accepts an operation, for the API; `moving`: where that is a move
 //! - [`desired`]: what a node shall run
@@ -41,6 +42,7 @@ mod operation;
 mod plan;
 mod power;
 mod refusal;
+pub mod snapshot;
 mod step;
 mod storage;
 #[cfg(test)]

@@ -8,6 +8,7 @@ use drover_proto::v1::{
     DomainState, EventSeverity, OperationError, OperationKind, OperationState, PowerState,
 };
 
+use super::snapshot;
 use super::step::{Work, error};
 use crate::model::Side;
 
@@ -22,6 +23,8 @@ pub(super) fn step(work: &mut Work<'_>, removed: bool) {
         OperationKind::StartDomain => start(work),
         OperationKind::StopDomain => stop(work),
         OperationKind::DeleteDomain => delete(work, removed),
+        OperationKind::CreateSnapshot => snapshot::taking(work),
+        OperationKind::RestoreSnapshot => snapshot::restoring(work),
         _ => {}
     }
 }

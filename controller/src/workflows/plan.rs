@@ -7,7 +7,7 @@ use prost::Message;
 
 use super::begin::orphaned;
 use super::step::{Context, Step, Work, end, timestamp};
-use super::{copy, drain, migration, nodes, operation, power, storage};
+use super::{copy, drain, migration, nodes, operation, power, snapshot, storage};
 use crate::model::{DomainId, DomainRecord, OperationRecord};
 use crate::store::{TXN_BYTES_ENOUGH, Txn, Versioned};
 
@@ -38,6 +38,7 @@ pub fn plan(cx: &Context<'_>) -> Vec<Step> {
         }
     }
     steps.extend(storage::steps(cx, &busy));
+    steps.extend(snapshot::steps(cx, &busy));
     let lost = cx.world.operations.values().filter(|row| is_orphan(cx, &row.value));
     steps.extend(lost.map(|row| end_orphan(cx, row)));
     steps

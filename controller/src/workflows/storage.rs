@@ -102,9 +102,11 @@ fn removed(cx: &Context<'_>, row: &Versioned<GarbageRecord>) -> Option<Step> {
     let garbage = &row.value;
     let node = NodeId::trusted(&garbage.node);
     let gone = !cx.world.nodes.contains_key(&node)
-        || cx.observed.nodes.get(&node).is_some_and(|seen| {
-            seen.is_without(&garbage.volume_uid, &garbage.image_digest, row.mod_revision)
-        });
+        || cx
+            .observed
+            .nodes
+            .get(&node)
+            .is_some_and(|seen| seen.is_without(garbage, row.mod_revision));
     let txn = || Txn::new().term_is(cx.term).unchanged(row);
     gone.then(|| Step {
         subject: node.name(),
