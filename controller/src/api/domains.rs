@@ -116,7 +116,9 @@ impl DomainService for Service {
         let request_id = std::mem::take(&mut request.request_id);
         let id = validate::domain("name", &request.name)?;
         let operation = self
-            .begin("StartDomain", &request_id, &request, |cx| begin::start_domain(cx, &id))
+            .begin("StartDomain", &request_id, &request, |cx| {
+                begin::start_domain(cx, &id, request.discard_saved)
+            })
             .await?;
         Ok(Response::new(operation))
     }

@@ -186,6 +186,11 @@ impl From<Refusal> for Status {
                 );
                 (Code::FailedPrecondition, *reason)
             }
+            Refusal::NoRoomThere { node, reason, .. } => {
+                let reason = cut(reason, VIOLATION_BYTES_MAX);
+                details.add_precondition_failure_violation("NO_ROOM", node.clone(), reason);
+                (Code::ResourceExhausted, "NO_ROOM")
+            }
             Refusal::NoRoom { no_room, .. } => {
                 let rejected = no_room.telling();
                 for rejected in rejected.iter().take(VIOLATIONS_MAX) {

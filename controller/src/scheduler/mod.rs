@@ -24,6 +24,7 @@ pub use drain::{
     DrainOptions, DrainProposal, PARALLEL_MOVES_MAX, ProposedMove, RATE_FLOOR_BYTES_PER_SECOND,
     parallel_moves, plan_drain,
 };
+pub(crate) use place::shortage;
 pub use place::{Decision, NoRoom, OTHER_NODE, PlaceOptions, Rejection, Strategy, place};
 pub(crate) use view::size;
 pub use view::{

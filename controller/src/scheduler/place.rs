@@ -132,7 +132,7 @@ fn unfit(id: &NodeId, node: &NodeView, needs: Resources, options: &PlaceOptions)
 }
 
 /// What a node lacks, for people: "needs 512 MiB, 130 of 2048 MiB free".
-pub(super) fn shortage(node: &NodeView, needs: Resources, disks: &PoolNeeds) -> Option<String> {
+pub(crate) fn shortage(node: &NodeView, needs: Resources, disks: &PoolNeeds) -> Option<String> {
     let free = node.free();
     let mut lacks = Vec::new();
     if free.vcpus < needs.vcpus {

@@ -8,13 +8,14 @@ use std::collections::{BTreeMap, BTreeSet};
 
 use drover_proto::v1::{
     DomainSpec, DomainState, EventSeverity, MigrationLimits, NodeRejection, OperationError,
-    OperationKind, OperationState, Placement, PowerState,
+    OperationKind, OperationState, Placement, PowerState, VolumeState,
 };
 
 use super::moving::Moving;
+use super::power::starts;
 use super::refusal::Refusal;
 use super::step::{Context, end, error, millis, timestamp};
-use super::{network, storage};
+use super::{content, network, save, storage};
 use crate::model::{
     DomainId, DomainRecord, ImageRecord, MigrationStage, NetworkId, NodeId, NodeRecord,
     OperationId, OperationRecord, VolumeRecord, has_memory, is_at_rest, unready,
@@ -140,14 +141,20 @@ pub fn create_domain(cx: &Context<'_>, new: &NewDomain) -> Result<Begun, Refusal
     Ok(Begun { txn: reserve(txn, node), operation })
 }
 
-/// Starts a domain that is at rest.
+/// Starts a domain that is at rest. One that is saved goes on where it was, unless that is to be
+/// discarded.
 ///
 /// # Errors
 /// There is none, it is held, it runs, or its node is lost.
-pub fn start_domain(cx: &Context<'_>, id: &DomainId) -> Result<Begun, Refusal> {
+pub fn start_domain(
+    cx: &Context<'_>,
+    id: &DomainId,
+    discard_saved: bool,
+) -> Result<Begun, Refusal> {
     let row = free_domain(cx, id)?;
     if !is_at_rest(&row.value) {
-        return Err(wrong_state(id, &row.value, "only a domain that is STOPPED or FAILED starts"));
+        let accepted = "only a domain that is STOPPED, SAVED or FAILED starts";
+        return Err(wrong_state(id, &row.value, accepted));
     }
     if cx.is_lost(&row.value.node) {
         return Err(Refusal::Precondition {
@@ -160,17 +167,20 @@ pub fn start_domain(cx: &Context<'_>, id: &DomainId) -> Result<Begun, Refusal> {
             ),
         });
     }
-    let operation = operation(cx, OperationKind::StartDomain, id.name(), START_WAIT_MS);
     let mut domain = row.value.clone();
-    domain.epoch_max += 1;
-    domain.epoch = domain.epoch_max;
-    domain.start_generation += 1;
-    domain.set_desired_power(PowerState::Running);
-    domain.grace_ms = 0;
-    domain.boot_id = cx.boot_id(&domain.node);
-    domain.set_state(DomainState::Starting);
-    domain.state_reason.clear();
-    Ok(hold(cx, row, domain, operation))
+    let mut txn = Txn::new();
+    if discard_saved && let Some(volume) = cx.world.memory_of(&row.value) {
+        txn = content::discard(txn, &domain.node, volume);
+        domain.memory_volume.clear();
+    }
+    let filled = |volume: &Versioned<VolumeRecord>| volume.value.state() != VolumeState::Creating;
+    let wait_ms = match cx.world.volumes_of(&row.value).all(filled) {
+        true => save::wait_ms(&domain),
+        false => FILL_WAIT_MS,
+    };
+    let operation = operation(cx, OperationKind::StartDomain, id.name(), wait_ms);
+    starts(cx, &mut domain);
+    Ok(hold(cx, txn, row, domain, operation))
 }
 
 /// Stops a running domain. A stop that is under way is hurried on by one without grace.
@@ -198,7 +208,13 @@ pub fn stop_domain(cx: &Context<'_>, id: &DomainId, grace_ms: u64) -> Result<Beg
     domain.grace_ms = grace_ms;
     domain.set_state(DomainState::Stopping);
     domain.state_reason.clear();
-    Ok(hold(cx, row, domain, operation))
+    let mut txn = Txn::new();
+    // Who stops it does not want it to go on from there.
+    if let Some(volume) = cx.world.memory_of(&row.value) {
+        txn = content::discard(txn, &domain.node, volume);
+        domain.memory_volume.clear();
+    }
+    Ok(hold(cx, txn, row, domain, operation))
 }
 
 /// The stop that holds the domain, without grace from now on; None when none does.
@@ -243,7 +259,7 @@ pub fn delete_domain(
     let mut domain = row.value.clone();
     domain.set_state(DomainState::Deleting);
     domain.state_reason.clear();
-    Ok(hold(cx, row, domain, operation))
+    Ok(hold(cx, Txn::new(), row, domain, operation))
 }
 
 /// Moves a domain: live when it runs, by copying its volumes when it does not.
@@ -368,13 +384,16 @@ fn why_not_cancelled(
         OperationKind::StopDomain | OperationKind::DeleteDomain => {
             Some(("NOT_CANCELLABLE", "stopping and deleting cannot be taken back once begun"))
         }
-        OperationKind::RestoreSnapshot => {
-            Some(("NOT_CANCELLABLE", "what the disks held is gone already"))
-        }
         OperationKind::CreateDomain
             if domain.is_some_and(|domain| domain.state() == DomainState::Deleting) =>
         {
             Some(("NOT_CANCELLABLE", "it has failed already, and removes what it made"))
+        }
+        OperationKind::ReinstallDomain | OperationKind::RestoreSnapshot => {
+            Some(("NOT_CANCELLABLE", "what was there is gone already: it can only go forward"))
+        }
+        OperationKind::ResizeDomain => {
+            Some(("NOT_CANCELLABLE", "it is written down already, and a volume never shrinks"))
         }
         OperationKind::MigrateDomain => {
             let stage = domain.and_then(|domain| domain.migration.as_ref()).map(|m| m.stage());
@@ -453,15 +472,16 @@ pub(super) fn wrong_state(id: &DomainId, domain: &DomainRecord, accepted: &str) 
     }
 }
 
-/// The operation takes the domain.
+/// The operation takes the domain; `txn` is what comes with it.
 pub(super) fn hold(
     cx: &Context<'_>,
+    txn: Txn,
     row: &Versioned<DomainRecord>,
     mut domain: DomainRecord,
     operation: OperationRecord,
 ) -> Begun {
     domain.operation.clone_from(&operation.id);
-    let txn = Txn::new().term_is(cx.term).unchanged(row).put(&domain).put(&operation);
+    let txn = txn.term_is(cx.term).unchanged(row).put(&domain).put(&operation);
     Begun { txn, operation }
 }
 

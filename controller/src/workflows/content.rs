@@ -8,10 +8,12 @@
 
 use drover_proto::v1::VolumeState;
 
+use super::begin::{free_domain, wrong_state};
 use super::refusal::Refusal;
 use super::step::{Context, timestamp};
 use crate::model::{
-    DomainRecord, ImageRecord, SnapshotPart, VolumeId, VolumeRecord, garbage, has_memory, serial,
+    DomainId, DomainRecord, ImageRecord, SnapshotPart, VolumeId, VolumeRecord, garbage, has_memory,
+    is_at_rest, serial,
 };
 use crate::store::{Txn, Versioned};
 
@@ -122,6 +124,22 @@ pub(super) fn new_volume(
 pub(super) fn discard(txn: Txn, node: &str, volume: &Versioned<VolumeRecord>) -> Txn {
     let VolumeRecord { id, pool, uid, .. } = &volume.value;
     txn.unchanged(volume).delete::<VolumeRecord>(id.clone()).put(&garbage(node, pool, uid, ""))
+}
+
+/// A domain whose disks may be changed: at rest, held by nobody, and not saved.
+///
+/// # Errors
+/// There is none, or it is not so.
+pub(super) fn resting<'a>(
+    cx: &Context<'a>,
+    id: &DomainId,
+) -> Result<&'a Versioned<DomainRecord>, Refusal> {
+    let row = free_domain(cx, id)?;
+    not_saved(&row.value)?;
+    if !is_at_rest(&row.value) {
+        return Err(wrong_state(id, &row.value, "stop it first"));
+    }
+    Ok(row)
 }
 
 /// What a saved state expects to find must not change under it.

@@ -22,6 +22,8 @@
 //! - [`snapshot`]: taken, kept, put back
 //! - [`nodes`]: registration, leases; `storage`: volumes, images and what is to be removed
 //! - [`begin`]: what accepts an operation, for the API; `moving`: where that is a move
+//! - [`reinstall`], [`rescue`], [`resize`], [`save`]: an operator's verbs on one domain, each from its
+//!   beginning to its end; `content`: volumes that get other content
 //! - [`desired`]: what a node shall run
 //! - [`driver`]: the thin part that waits, calls `plan` and commits
 //!
@@ -42,6 +44,10 @@ mod operation;
 mod plan;
 mod power;
 mod refusal;
+pub mod reinstall;
+pub mod rescue;
+pub mod resize;
+pub mod save;
 pub mod snapshot;
 mod step;
 mod storage;

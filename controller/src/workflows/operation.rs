@@ -8,8 +8,8 @@ use drover_proto::v1::{
     DomainState, EventSeverity, OperationError, OperationKind, OperationState, PowerState,
 };
 
-use super::snapshot;
 use super::step::{Work, error};
+use super::{reinstall, resize, save, snapshot};
 use crate::model::Side;
 
 /// A create that fails takes back what it made; past its deadline it waits this long for that.
@@ -20,11 +20,14 @@ pub(super) fn step(work: &mut Work<'_>, removed: bool) {
     let Some(operation) = &work.operation else { return };
     match operation.kind() {
         OperationKind::CreateDomain => create(work, removed),
-        OperationKind::StartDomain => start(work),
+        kind @ (OperationKind::StartDomain | OperationKind::RescueDomain) => start(work, kind),
         OperationKind::StopDomain => stop(work),
         OperationKind::DeleteDomain => delete(work, removed),
         OperationKind::CreateSnapshot => snapshot::taking(work),
         OperationKind::RestoreSnapshot => snapshot::restoring(work),
+        OperationKind::ReinstallDomain => reinstall::step(work),
+        OperationKind::ResizeDomain => resize::step(work),
+        OperationKind::SaveDomain => save::step(work),
         _ => {}
     }
 }
@@ -62,7 +65,7 @@ fn create(work: &mut Work<'_>, removed: bool) {
     say(work);
 }
 
-fn start(work: &mut Work<'_>) {
+fn start(work: &mut Work<'_>, kind: OperationKind) {
     match work.domain.state() {
         DomainState::Running | DomainState::Stopped => {
             return work.end(OperationState::Succeeded, None);
@@ -73,6 +76,9 @@ fn start(work: &mut Work<'_>) {
     // Nothing half done: it does not start later, when nobody looks.
     work.domain.set_desired_power(PowerState::Stopped);
     work.domain.grace_ms = 0;
+    if kind == OperationKind::RescueDomain {
+        work.drop_rescue();
+    }
     let state = match why.reason.as_str() {
         "CANCELLED" => OperationState::Cancelled,
         _ => OperationState::Failed,

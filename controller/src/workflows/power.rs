@@ -7,8 +7,26 @@
 use drover_proto::agent::v1::{ObservedDomain, ObservedState};
 use drover_proto::v1::{DomainState, EventSeverity, ExitReason, PowerState, RestartPolicy};
 
-use super::step::Work;
-use crate::model::{Side, is_at_rest};
+use super::resize::take_next;
+use super::save;
+use super::step::{Context, Work, error};
+use crate::model::{DomainRecord, Side, has_memory, is_at_rest};
+
+/// A start of a domain that is at rest: what its owner reports from now on is about this one.
+pub(super) fn starts(cx: &Context<'_>, domain: &mut DomainRecord) {
+    // What was saved goes on only with what it had.
+    if !has_memory(domain) {
+        take_next(domain);
+    }
+    domain.epoch_max += 1;
+    domain.epoch = domain.epoch_max;
+    domain.start_generation += 1;
+    domain.set_desired_power(PowerState::Running);
+    domain.grace_ms = 0;
+    domain.boot_id = cx.boot_id(&domain.node);
+    domain.set_state(DomainState::Starting);
+    domain.state_reason.clear();
+}
 
 /// Takes in what the owner says.
 pub(super) fn step(work: &mut Work<'_>) {
@@ -56,6 +74,9 @@ fn lose(work: &mut Work<'_>) {
 
 /// Its agent knows that it should have it, and has nothing yet.
 fn absent(work: &mut Work<'_>) {
+    if work.domain.desired_power() == PowerState::Saved {
+        save::cannot_be(work, "its agent has nothing of it");
+    }
     match work.domain.desired_power() {
         PowerState::Stopped => stopped(work, None),
         _ if work.domain.state() == DomainState::Pending => {}
@@ -82,6 +103,8 @@ fn present(work: &mut Work<'_>, domain: &ObservedDomain) {
             stopped(work, Some(domain));
         }
         ObservedState::Stopped | ObservedState::Failed if wanted == PowerState::Stopped => {}
+        ObservedState::Stopped | ObservedState::Failed
+            if work.domain.state() == DomainState::Saved => {}
         ObservedState::Stopped | ObservedState::Failed if about_this_start => {
             ended_by_itself(work, domain);
         }
@@ -99,8 +122,22 @@ fn present(work: &mut Work<'_>, domain: &ObservedDomain) {
 
 fn runs(work: &mut Work<'_>, domain: &ObservedDomain) {
     work.domain.boot_id = work.cx.boot_id(&work.domain.node);
-    if work.domain.desired_power() == PowerState::Stopped {
-        return work.set_state(DomainState::Stopping, "");
+    let knows = work.cx.observed.knows(&work.domain.node, work.row.mod_revision);
+    let mut saves = false;
+    match work.domain.desired_power() {
+        PowerState::Stopped => return work.set_state(DomainState::Stopping, ""),
+        PowerState::Saved if knows && !domain.save_error.is_empty() => {
+            save::give_up(work, error("SAVE_FAILED", domain.save_error.clone()));
+        }
+        PowerState::Saved => saves = true,
+        // It has used up what was saved, or was never ended to be saved.
+        _ if has_memory(&work.domain)
+            && domain.epoch >= work.domain.epoch
+            && domain.state() == ObservedState::Running =>
+        {
+            work.drop_memory();
+        }
+        _ => {}
     }
     match work.domain.state() {
         DomainState::Running | DomainState::Migrating => {}
@@ -114,6 +151,7 @@ fn runs(work: &mut Work<'_>, domain: &ObservedDomain) {
         }
     }
     let reason = match domain.state() {
+        _ if saves => "its state is being saved".to_owned(),
         ObservedState::Paused => "paused".to_owned(),
         _ => domain.state_reason.clone(),
     };
@@ -129,13 +167,21 @@ fn stopped(work: &mut Work<'_>, domain: Option<&ObservedDomain>) {
         work.domain.last_exit = domain.exit_reason;
     }
     work.event(EventSeverity::Info, "DOMAIN_STOPPED", "as it was told to".into());
-    work.set_state(DomainState::Stopped, "");
+    // It was to go on from there, and was stopped before it said that it does.
+    let kept = if has_memory(&work.domain) { "what was saved is kept" } else { "" };
+    work.set_state(DomainState::Stopped, kept);
 }
 
 /// It was to run, and nothing runs. What the domain's policies restart, its agent restarts.
 fn ended_by_itself(work: &mut Work<'_>, domain: &ObservedDomain) {
     if matches!(work.domain.state(), DomainState::Stopped | DomainState::Failed) {
         return;
+    }
+    if work.domain.desired_power() == PowerState::Saved {
+        if domain.exit_reason() == ExitReason::Saved {
+            return saved(work);
+        }
+        save::cannot_be(work, &domain.state_reason);
     }
     let restarts_after_reboot =
         work.domain.spec.as_ref().is_some_and(|spec| spec.on_reboot() != RestartPolicy::Stop);
@@ -159,6 +205,13 @@ fn ended_by_itself(work: &mut Work<'_>, domain: &ObservedDomain) {
             work.set_state(DomainState::Failed, why);
         }
     }
+}
+
+fn saved(work: &mut Work<'_>) {
+    work.domain.set_last_exit(ExitReason::Saved);
+    let message = format!("to volumes/{}", work.domain.memory_volume);
+    work.event(EventSeverity::Info, "DOMAIN_SAVED", message);
+    work.set_state(DomainState::Saved, "");
 }
 
 /// The guest's own decision becomes what is wanted: nothing starts it again by itself.

@@ -61,6 +61,16 @@ pub enum Refusal {
         /// What it is.
         etag: String,
     },
+    /// The node that it is on has no room for more.
+    #[error("{name} is on {node}, which has no room: it {reason}; migrate it elsewhere first")]
+    NoRoomThere {
+        /// What needs it.
+        name: String,
+        /// Its node.
+        node: String,
+        /// What is lacking.
+        reason: String,
+    },
     /// No node fits.
     #[error(
         "no node can take {} vCPUs and {} of memory: {}", needs.vcpus, size(needs.memory_bytes),

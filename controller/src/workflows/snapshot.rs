@@ -19,7 +19,7 @@ use drover_proto::v1::{
 };
 
 use super::begin::{Begun, busy, check_etag, free_domain, hold, operation, wrong_state};
-use super::content::{Source, not_saved, replace_content};
+use super::content::{Source, replace_content, resting};
 use super::refusal::Refusal;
 use super::step::{Context, Step, Work, error, timestamp};
 use crate::model::{
@@ -114,9 +114,8 @@ pub fn create_snapshot(
     let kind = OperationKind::CreateSnapshot;
     let mut operation = operation(cx, kind, domain.name(), TAKE_WAIT_MS);
     operation.status_message = format!("nodes/{node} takes {}", id.name());
-    let mut begun = hold(cx, row, record.clone(), operation);
-    begun.txn = begun.txn.absent::<SnapshotRecord>(id.as_str()).put(&snapshot);
-    Ok(begun)
+    let txn = Txn::new().absent::<SnapshotRecord>(id.as_str()).put(&snapshot);
+    Ok(hold(cx, txn, row, record.clone(), operation))
 }
 
 /// The domain's disks, without what it is rescued with or saved to.
@@ -140,15 +139,10 @@ pub fn restore_snapshot(cx: &Context<'_>, id: &SnapshotId) -> Result<Begun, Refu
     let refuse =
         |reason, message| Err(Refusal::Precondition { subject: id.name(), reason, message });
     let domain_id = DomainId::trusted(&record.domain);
-    let row = free_domain(cx, &domain_id)?;
+    let row = resting(cx, &domain_id)?;
     if record.state() != SnapshotState::Ready {
         return refuse("SNAPSHOT_NOT_READY", not_ready(record));
     }
-    if !is_at_rest(&row.value) {
-        let accepted = "only the disks of a domain that is STOPPED or FAILED are put back";
-        return Err(wrong_state(&domain_id, &row.value, accepted));
-    }
-    not_saved(&row.value)?;
     let node = &row.value.node;
     if *node != record.node {
         let message = format!(
@@ -192,9 +186,7 @@ pub fn restore_snapshot(cx: &Context<'_>, id: &SnapshotId) -> Result<Begun, Refu
     let what = format!("{} from {}", names.join(", "), id.name());
     operation.status_message = format!("nodes/{node} fills {what}");
     let event = cx.event(EventSeverity::Info, domain_id.name(), "SNAPSHOT_RESTORED", what);
-    let mut begun = hold(cx, row, domain, operation);
-    begun.txn = begun.txn.and(txn).put(&event);
-    Ok(begun)
+    Ok(hold(cx, txn.put(&event), row, domain, operation))
 }
 
 /// Forgets one; its parts are garbage. One that is being read stays until it is not: its agent

@@ -272,7 +272,7 @@ impl Chaos {
                 .map(|_| format!("migrate {domain} to {node}")),
             6 => self
                 .lab
-                .with(|cx| begin::start_domain(cx, &domain).map(split))
+                .with(|cx| begin::start_domain(cx, &domain, false).map(split))
                 .map(|_| format!("start {domain}")),
             7 if self.dice.once_in(3) => self
                 .lab

@@ -52,7 +52,7 @@ fn its_volumes_are_copied_and_then_it_is_there() {
     assert!(!lab.level("a").volumes[0].create);
     // Room is reserved.
     assert_eq!(lab.world().promised(&NodeId::trusted("b"))["ssd"], 2 << 30);
-    let start = lab.with(|cx| begin::start_domain(cx, &DomainId::trusted("vm")).map(split));
+    let start = lab.with(|cx| begin::start_domain(cx, &DomainId::trusted("vm"), false).map(split));
     assert!(start.unwrap_err().to_string().contains("works on domains/vm"));
 
     says(&mut lab, "b", VolumeState::Creating);

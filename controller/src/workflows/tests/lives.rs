@@ -13,7 +13,7 @@ use crate::workflows::{Refusal, nodes};
 
 fn start(lab: &mut Lab, id: &str) -> Result<OperationRecord, Refusal> {
     let id = DomainId::trusted(id);
-    lab.with(|cx| begin::start_domain(cx, &id).map(split))
+    lab.with(|cx| begin::start_domain(cx, &id, false).map(split))
 }
 
 fn stop(lab: &mut Lab, id: &str, grace_ms: u64) -> Result<OperationRecord, Refusal> {
