@@ -208,20 +208,32 @@ fn disks(given: &[Disk]) -> Result<(), Refusal> {
             let expected = "empty: a new volume is made";
             return Err(invalid(&field("volume"), &excerpt(&disk.volume), expected));
         }
-        if !disk.pool.is_empty() && NodeId::parse(&disk.pool).is_err() {
-            let expected = format!("a pool's id ({ID_SYNTAX}), or empty for a node's first");
-            return Err(invalid(&field("pool"), &excerpt(&disk.pool), &expected));
-        }
-        if disk.size_bytes % MIB != 0 || disk.size_bytes > DISK_BYTES_MAX {
-            let expected = "a multiple of 1 MiB (1048576), at most 16 TiB; 0 for the image's size";
-            return Err(invalid(&field("size_bytes"), &disk.size_bytes.to_string(), expected));
-        }
+        let at = format!("domain.spec.disks[{index}]");
+        volume_spec(&at, &disk.pool, disk.size_bytes, &disk.image)?;
         if let Some(limits) = &disk.limits {
             disk_limits(&field("limits"), limits)?;
         }
-        if !disk.image.is_empty() {
-            ImageId::from_name(&disk.image).map_err(|bad| bad_id(&field("image"), &bad))?;
-        }
+    }
+    Ok(())
+}
+
+/// Pool, size and image of a new volume; `at` is where they stand in the request.
+pub(super) fn volume_spec(
+    at: &str,
+    pool: &str,
+    size_bytes: u64,
+    image: &str,
+) -> Result<(), Refusal> {
+    if !pool.is_empty() && NodeId::parse(pool).is_err() {
+        let expected = format!("a pool's id ({ID_SYNTAX}), or empty for a node's first");
+        return Err(invalid(&format!("{at}.pool"), &excerpt(pool), &expected));
+    }
+    if size_bytes % MIB != 0 || size_bytes > DISK_BYTES_MAX {
+        let expected = "a multiple of 1 MiB (1048576), at most 16 TiB; 0 for the image's size";
+        return Err(invalid(&format!("{at}.size_bytes"), &size_bytes.to_string(), expected));
+    }
+    if !image.is_empty() {
+        self::image(&format!("{at}.image"), image)?;
     }
     Ok(())
 }

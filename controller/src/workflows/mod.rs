@@ -19,7 +19,7 @@
 //! - [`copy`]: the same of a domain that does not run
 //! - `power`: a domain that is on one node; `operation`: what each operation waits for
 //! - [`drain`]: drains and balances, made of migrations
-//! - [`snapshot`]: taken, kept, put back
+//! - [`snapshot`]: taken, kept, put back; [`volumes`]: those that no domain has
 //! - [`nodes`]: registration, leases; `storage`: volumes, images and what is to be removed
 //! - [`begin`]: what accepts an operation, for the API; `moving`: where that is a move
 //! - [`reinstall`], [`rescue`], [`resize`], [`save`]: an operator's verbs on one domain, each from its
@@ -53,6 +53,7 @@ mod step;
 mod storage;
 #[cfg(test)]
 mod tests;
+pub mod volumes;
 
 pub use plan::plan;
 pub use refusal::Refusal;

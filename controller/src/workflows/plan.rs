@@ -7,7 +7,7 @@ use prost::Message;
 
 use super::begin::orphaned;
 use super::step::{Context, Step, Work, end, timestamp};
-use super::{copy, drain, migration, nodes, operation, power, snapshot, storage};
+use super::{copy, drain, migration, nodes, operation, power, snapshot, storage, volumes};
 use crate::model::{DomainId, DomainRecord, OperationRecord};
 use crate::store::{TXN_BYTES_ENOUGH, Txn, Versioned};
 
@@ -39,6 +39,7 @@ pub fn plan(cx: &Context<'_>) -> Vec<Step> {
     }
     steps.extend(storage::steps(cx, &busy));
     steps.extend(snapshot::steps(cx, &busy));
+    steps.extend(volumes::steps(cx));
     let lost = cx.world.operations.values().filter(|row| is_orphan(cx, &row.value));
     steps.extend(lost.map(|row| end_orphan(cx, row)));
     steps
@@ -101,10 +102,13 @@ fn moves_many(operation: &OperationRecord) -> bool {
     matches!(operation.kind(), OperationKind::DrainNode | OperationKind::BalanceCluster)
 }
 
-/// No domain knows of it: it would never end.
+/// What it works on does not know of it: it would never end.
 fn is_orphan(cx: &Context<'_>, operation: &OperationRecord) -> bool {
     if moves_many(operation) {
         return false;
+    }
+    if operation.kind() == OperationKind::CreateVolume {
+        return volumes::made_by(cx, operation).is_none();
     }
     let domain =
         DomainId::from_name(&operation.target).ok().and_then(|id| cx.world.domains.get(&id));

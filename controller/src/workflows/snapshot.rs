@@ -202,7 +202,7 @@ pub fn delete_snapshot(cx: &Context<'_>, id: &SnapshotId, etag: &str) -> Result<
         if row.value.state() == SnapshotState::Creating {
             return Err(busy(cx, id.name(), &domain.value.operation));
         }
-        let filling = cx.world.volumes_of(&domain.value).find(|volume| {
+        let filling = cx.world.volumes.values().find(|volume| {
             volume.value.state() == VolumeState::Creating
                 && row.value.parts.iter().any(|part| part.uid == volume.value.snapshot_part)
         });
