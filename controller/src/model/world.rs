@@ -16,7 +16,7 @@ use super::{
 };
 use crate::scheduler::{
     ClusterView, DomainView, LINK_BYTES_PER_SECOND, Mobility, NodeView, PoolNeeds, PoolView,
-    Resources,
+    Resources, stays_behind,
 };
 use crate::store::{ChangeSet, Record, Versioned, View};
 
@@ -210,6 +210,13 @@ impl World {
         self.snapshots.values().filter(|row| row.value.domain_uid == domain.uid)
     }
 
+    /// What a move of the domain leaves on its node, for people; empty where it leaves nothing.
+    #[must_use]
+    pub fn stays_behind(&self, domain: &DomainRecord, from: &str) -> String {
+        let on = self.snapshots_on(&NodeId::trusted(from));
+        stays_behind(on.filter(|row| row.value.domain_uid == domain.uid).count(), from)
+    }
+
     /// What the domain's volumes may grow to, by pool.
     #[must_use]
     pub fn pool_needs(&self, domain: &DomainRecord) -> PoolNeeds {
@@ -257,13 +264,19 @@ impl World {
             let seen = observed.nodes.get(id);
             (id.clone(), self.node_view(id, &row.value, seen.map(AsRef::as_ref)))
         });
+        let mut snapshots: BTreeMap<(&str, &str), usize> = BTreeMap::new();
+        for row in self.snapshots.values() {
+            *snapshots.entry((&row.value.domain_uid, &row.value.node)).or_default() += 1;
+        }
         let domains = self.domains.iter().map(|(id, row)| {
+            let stay = snapshots.get(&(row.value.uid.as_str(), row.value.node.as_str()));
             let usage = observed.domain(&row.value.node, &row.value.uid).and_then(|d| d.usage);
             let view = DomainView {
                 node: NodeId::parse(&row.value.node).ok(),
                 needs: needs(&row.value),
                 disks: self.pool_needs(&row.value),
                 mobility: self.mobility(&row.value),
+                snapshots: stay.copied().unwrap_or_default(),
                 cpu_millicores: usage.map_or(0, |usage| usage.cpu_millicores),
             };
             (id.clone(), view)

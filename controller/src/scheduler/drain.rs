@@ -8,7 +8,7 @@ use std::collections::BTreeMap;
 use std::time::Duration;
 
 use super::place::{PlaceOptions, Strategy, place, shortage};
-use super::view::{ClusterView, DomainView, Mobility, NodeView, Resources, size};
+use super::view::{ClusterView, DomainView, Mobility, NodeView, Resources, size, stays_behind};
 use crate::model::{DomainId, NodeId};
 
 /// Below this rate a migration is not worth starting beside others: with 100 ms of pause it
@@ -163,7 +163,11 @@ fn plan_move(
             };
             ProposedMove {
                 domain: id.clone(),
-                reason: format!("{how}, then {:.0} % promised{what}", decision.score * 100.0),
+                reason: format!(
+                    "{how}, then {:.0} % promised{what}{}",
+                    decision.score * 100.0,
+                    stays_behind(domain.snapshots, from.as_str())
+                ),
                 to: Some(decision.node),
                 waits: false,
                 memory_bytes,

@@ -64,7 +64,8 @@ pub(super) fn step(work: &mut Work<'_>) {
     if left.volumes == 0 {
         return arrive(work, &m);
     }
-    work.status(words(&m, &left));
+    let stays = cx.world.stays_behind(&work.row.value, &m.from);
+    work.status(format!("{}{stays}", words(&m, &left)));
     if let Some(report) = work.operation.as_mut().and_then(|op| op.migration.as_mut()) {
         report.set_phase(MigrationPhase::CopyingDisks);
         report.disk_remaining_bytes = left.bytes;

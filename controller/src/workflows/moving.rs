@@ -98,9 +98,10 @@ impl<'a> Moving<'a> {
         let mut domain = row.value.clone();
         domain.placement = Some(placement(&cx, &decision));
         domain.epoch_max += 1;
+        let stays = cx.world.stays_behind(&row.value, &row.value.node);
         let disk_bytes = options.disks.values().sum::<u64>();
         if is_at_rest(&row.value) && disk_bytes > 0 {
-            operation.status_message = format!("{} copies its volumes", to.name());
+            operation.status_message = format!("{} copies its volumes{stays}", to.name());
             if let Some(report) = &mut operation.migration {
                 report.set_phase(MigrationPhase::CopyingDisks);
                 report.disk_bytes_total = disk_bytes;
@@ -119,7 +120,7 @@ impl<'a> Moving<'a> {
             let message = format!("not running: from nodes/{} to {}", row.value.node, to.name());
             self.events.push(cx.event(EventSeverity::Info, id.name(), "DOMAIN_MIGRATED", message));
         } else {
-            operation.status_message = format!("{} prepares", to.name());
+            operation.status_message = format!("{} prepares{stays}", to.name());
             domain.operation.clone_from(&operation.id);
             domain.migration = Some(Migration {
                 token: cx.ids.token(),
@@ -138,7 +139,8 @@ impl<'a> Moving<'a> {
     }
 
     fn started(&mut self, row: &Versioned<DomainRecord>, to: &NodeId) {
-        let message = format!("from nodes/{} to {}", row.value.node, to.name());
+        let stays = self.cx.world.stays_behind(&row.value, &row.value.node);
+        let message = format!("from nodes/{} to {}{stays}", row.value.node, to.name());
         let subject = format!("domains/{}", row.value.id);
         let event = self.cx.event(EventSeverity::Info, subject, "MIGRATION_STARTED", message);
         self.events.push(event);

@@ -213,10 +213,8 @@ pub fn detach_volume(cx: &Context<'_>, id: &VolumeId, etag: &str) -> Result<Txn,
         return refuse("NOT_A_DISK", message);
     };
     if place == 0 && disks.len() > 1 {
-        let message = format!(
-            "{name} is the first disk of {}, which boots from it: detach the others first",
-            domain.name()
-        );
+        let message =
+            format!("{name} is the first disk of {}: detach the others first", domain.name());
         return refuse("FIRST_DISK", message);
     }
     disks.remove(place);
