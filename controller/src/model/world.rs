@@ -213,8 +213,9 @@ impl World {
     /// What a move of the domain leaves on its node, for people; empty where it leaves nothing.
     #[must_use]
     pub fn stays_behind(&self, domain: &DomainRecord, from: &str) -> String {
-        let on = self.snapshots_on(&NodeId::trusted(from));
-        stays_behind(on.filter(|row| row.value.domain_uid == domain.uid).count(), from)
+        let node = NodeId::trusted(from);
+        let its = self.snapshots_on(&node).filter(|row| row.value.domain_uid == domain.uid);
+        stays_behind(its.count(), from)
     }
 
     /// What the domain's volumes may grow to, by pool.

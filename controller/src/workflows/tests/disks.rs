@@ -35,7 +35,7 @@ pub(super) fn lab() -> Lab {
     lab
 }
 
-fn pool(state: PoolState) -> ObservedPool {
+pub(super) fn pool(state: PoolState) -> ObservedPool {
     ObservedPool {
         id: "ssd".into(),
         state: state.into(),

@@ -4,7 +4,7 @@
 //! - [`migrations`]: every stage of a migration against every report
 //! - [`lives`]: domains, nodes and operations through their lives
 //! - [`drains`]: drains and balances
-//! - [`copies`]: moves of what does not run
+//! - [`copies`]: moves of what does not run; [`snapshots`], [`volumes`]: what lies on nodes
 //! - [`chaos`]: agents that behave as agents do, and a seed that crashes, cuts, loses and
 //!   changes leaders: a domain never runs twice, and every operation ends
 
@@ -17,3 +17,5 @@ mod lab;
 mod lives;
 mod migrations;
 mod networks;
+mod snapshots;
+mod volumes;
