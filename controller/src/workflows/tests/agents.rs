@@ -11,9 +11,9 @@ use crate::workflows::desired::Level;
 use drover_proto::agent::v1::assignment::Role;
 use drover_proto::agent::v1::{
     Assignment, MigrationProgress as P, MigrationRole, ObservedDomain, ObservedMigration,
-    ObservedState as S, ObservedVolume, WantedVolume,
+    ObservedSnapshot, ObservedState as S, ObservedVolume, WantedVolume,
 };
-use drover_proto::v1::{ExitReason, PowerState, VolumeState};
+use drover_proto::v1::{ExitReason, PowerState, SnapshotState, VolumeState};
 
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub(super) enum VmmState {
@@ -64,6 +64,8 @@ pub(super) struct Host {
     pub(super) level: Level,
     /// On disk, by uid: how many writes each has seen. One that comes in has seen none.
     pub(super) volumes: BTreeMap<String, u64>,
+    /// The same of snapshots' parts: how many writes their volume had seen.
+    pub(super) parts: BTreeMap<String, u64>,
     /// A level has come since the agent started: before that, nothing is ended or begun.
     told: bool,
     /// It has looked at its domains since it started: before that, it only names them.
@@ -107,9 +109,22 @@ impl Host {
     fn work_on_volumes(&mut self) {
         let made = |wanted: &&WantedVolume| wanted.create && wanted.copy_from.is_empty();
         for wanted in self.level.volumes.iter().filter(made) {
-            self.volumes.entry(wanted.uid.clone()).or_default();
+            let writes = match &wanted.snapshot {
+                None => 0,
+                Some(source) => match self.parts.get(&source.snapshot_uid) {
+                    Some(writes) => *writes,
+                    None => continue,
+                },
+            };
+            self.volumes.entry(wanted.uid.clone()).or_insert(writes);
+        }
+        for part in self.level.snapshots.iter().filter(|s| s.create).flat_map(|s| &s.parts) {
+            if let Some(writes) = self.volumes.get(&part.volume_uid) {
+                self.parts.entry(part.uid.clone()).or_insert(*writes);
+            }
         }
         for garbage in &self.level.garbage {
+            self.parts.remove(&garbage.snapshot_uid);
             let uid = &garbage.volume_uid;
             let listed = self.level.volumes.iter().any(|wanted| wanted.uid == *uid);
             let open = self.vmms.values().any(|vmm| vmm.volume == *uid);
@@ -322,6 +337,21 @@ impl Host {
             ..ObservedVolume::default()
         };
         self.volumes.keys().map(said).collect()
+    }
+
+    /// Those that are there, and those that shall be and are not.
+    pub(super) fn report_snapshots(&self) -> Vec<ObservedSnapshot> {
+        let said = |uid: &String, state: SnapshotState| ObservedSnapshot {
+            uid: uid.clone(),
+            pool: "ssd".into(),
+            state: state.into(),
+            ..ObservedSnapshot::default()
+        };
+        let kept = self.level.snapshots.iter().filter(|wanted| !wanted.create);
+        let lost = kept.flat_map(|wanted| &wanted.parts);
+        let lost = lost.filter(|part| !self.parts.contains_key(&part.uid));
+        let there = self.parts.keys().map(|uid| said(uid, SnapshotState::Ready));
+        there.chain(lost.map(|part| said(&part.uid, SnapshotState::Failed))).collect()
     }
 
     pub(super) fn report(&self) -> Vec<ObservedDomain> {

@@ -2,22 +2,30 @@
 //!
 //! A seed decides everything: which message is lost, which host crashes, when leadership moves,
 //! where the switch-over of a migration breaks. After each step no domain runs twice (I1), and
-//! what runs has every write of its disk that any node has acknowledged; when the faults end,
+//! what runs has every write of its disk that any node has acknowledged since the snapshot that it
+//! was put back to; when the faults end,
 //! every operation ends (I3), every domain that should run does, and no node holds a volume that
 //! is not its own.
 
 use std::collections::{BTreeMap, BTreeSet};
 
 use drover_proto::agent::v1::{MigrationProgress as P, MigrationRole, ObservedPool};
-use drover_proto::v1::{Disk, DomainState, ExitReason, OperationState, PoolState, PowerState};
+use drover_proto::v1::{
+    Disk, DomainState, ExitReason, OperationKind, OperationState, PoolState, PowerState,
+};
 
 use super::agents::{Host, Vmm, VmmState};
 use super::lab::{Lab, MIB, hello, limits, new_domain, split};
-use crate::model::{DomainId, NodeId, NodeObservation, OperationRecord, is_at_rest};
+use crate::model::{
+    DomainId, NodeId, NodeObservation, OperationRecord, SnapshotId, SnapshotRecord, VolumeId,
+    is_at_rest,
+};
 use crate::scheduler::Strategy;
-use crate::workflows::{begin, drain, nodes, plan};
+use crate::workflows::volumes::NewVolume;
+use crate::workflows::{begin, drain, nodes, plan, snapshot, volumes};
 
 const NODES: [&str; 3] = ["a", "b", "c"];
+const SNAPSHOTS: [&str; 3] = ["s1", "s2", "s3"];
 const DOMAINS: [&str; 3] = ["one", "two", "three"];
 /// Each takes some 20 ms; DROVER_CHAOS_SEEDS=n runs more, DROVER_CHAOS_SEED=n that one.
 const SEEDS: u64 = 100;
@@ -40,6 +48,16 @@ impl Dice {
     fn once_in(&mut self, n: usize) -> bool {
         self.below(n) == 0
     }
+}
+
+/// Operations that are counted.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+enum Done {
+    Moved,
+    Copied,
+    Taken,
+    Restored,
+    Made,
 }
 
 struct Chaos {
@@ -205,6 +223,7 @@ impl Chaos {
             let taken_in = self.sessions[host].unwrap_or(0);
             let report = self.hosts[host].report();
             self.lab.volumes.insert(name.into(), self.hosts[host].report_volumes());
+            self.lab.snapshots.insert(name.into(), self.hosts[host].report_snapshots());
             self.lab.report_knowing(name, taken_in, report);
         }
     }
@@ -299,11 +318,56 @@ impl Chaos {
                 let id = ids[self.dice.below(ids.len())].clone();
                 self.lab.cancel(id.as_str()).map(|()| format!("cancel {id}"))
             }
+            13..=15 => {
+                let id = SnapshotId::trusted(SNAPSHOTS[self.dice.below(3)]);
+                self.lab
+                    .with(|cx| snapshot::create_snapshot(cx, &id, &domain).map(split))
+                    .map(|_| format!("take {id} of {domain}"))
+            }
+            16 => {
+                let id = SnapshotId::trusted(SNAPSHOTS[self.dice.below(3)]);
+                self.lab
+                    .with(|cx| snapshot::delete_snapshot(cx, &id, "").map(|txn| (txn, ())))
+                    .map(|()| format!("delete {id}"))
+            }
+            17..=20 => {
+                let id = SnapshotId::trusted(SNAPSHOTS[self.dice.below(3)]);
+                self.lab
+                    .with(|cx| snapshot::restore_snapshot(cx, &id).map(split))
+                    .map(|_| self.restored(&id))
+            }
+            21 => {
+                let id = VolumeId::trusted("spare");
+                let (pool, image) = (String::new(), String::new());
+                let new = NewVolume { id, pool, size_bytes: MIB, image, only: Some(node) };
+                self.lab
+                    .with(|cx| volumes::create_volume(cx, &new).map(split))
+                    .map(|_| "make the spare volume".to_owned())
+            }
+            22 => self
+                .lab
+                .with(|cx| {
+                    let id = VolumeId::trusted("spare");
+                    volumes::delete_volume(cx, &id, "").map(|txn| (txn, ()))
+                })
+                .map(|()| "delete the spare volume".to_owned()),
             _ => return,
         };
         if let Ok(text) = done {
             self.note(text);
         }
+    }
+
+    /// The domain's disk is what the snapshot holds, from now on.
+    fn restored(&mut self, id: &SnapshotId) -> String {
+        let row = self.lab.view().get::<SnapshotRecord>(id.as_str()).unwrap().value;
+        let host = NODES.iter().position(|name| *name == row.node).unwrap();
+        let Some(writes) = self.hosts[host].parts.get(&row.parts[0].uid).copied() else {
+            self.fail(&format!("{id} is READY and not there"));
+        };
+        let text = format!("put {} back to {id}, {writes} writes", row.domain);
+        self.writes.insert(row.domain_uid, writes);
+        text
     }
 
     /// Volumes of domains that do not run go from agent to agent, each at once or not at all.
@@ -464,6 +528,11 @@ impl Chaos {
             if held != own.into_iter().collect::<Vec<_>>() || !level.garbage.is_empty() {
                 self.fail(&format!("{node} holds {held:?}, should {level:?}"));
             }
+            let parts = level.snapshots.iter().flat_map(|wanted| &wanted.parts);
+            let parts: BTreeSet<&String> = parts.map(|part| &part.uid).collect();
+            if host.parts.keys().collect::<BTreeSet<_>>() != parts {
+                self.fail(&format!("{node} holds {:?}, should {level:?}", host.parts));
+            }
         }
         for row in self.lab.world().domains.values() {
             let domain = &row.value;
@@ -503,16 +572,21 @@ impl Chaos {
         panic!("seed {}: {what}\n{}\n{hosts}", self.seed, self.log.join("\n"));
     }
 
-    /// How many moves have succeeded and have not: of what ran, and of what did not.
-    fn finished(&self) -> [usize; 4] {
-        let mut counts = [0; 4];
-        for row in self.lab.view().all::<OperationRecord>() {
-            let Some(report) = &row.value.migration else { continue };
-            let failed = usize::from(row.value.state() != OperationState::Succeeded);
-            let stopped = usize::from(report.disk_bytes_total > 0);
-            counts[2 * stopped + failed] += 1;
-        }
-        counts
+    /// What has been done, and how it ended.
+    fn finished(&self) -> Vec<(Done, bool)> {
+        let rows = self.lab.view().all::<OperationRecord>().map(|row| row.value);
+        let done = rows.filter_map(|operation| {
+            let done = match (operation.kind(), &operation.migration) {
+                (OperationKind::CreateSnapshot, _) => Done::Taken,
+                (OperationKind::RestoreSnapshot, _) => Done::Restored,
+                (OperationKind::CreateVolume, _) => Done::Made,
+                (_, Some(report)) if report.disk_bytes_total > 0 => Done::Copied,
+                (_, Some(_)) => Done::Moved,
+                _ => return None,
+            };
+            Some((done, operation.state() == OperationState::Succeeded))
+        });
+        done.collect()
     }
 }
 
@@ -522,21 +596,29 @@ fn whatever_happens_a_domain_runs_once_and_every_operation_ends() {
     let only = number("DROVER_CHAOS_SEED");
     let many = number("DROVER_CHAOS_SEEDS").unwrap_or(SEEDS);
     let seeds = only.map_or(1..=many, |seed| seed..=seed);
-    let mut sums = [0; 4];
+    let mut sums: BTreeMap<(Done, bool), usize> = BTreeMap::new();
     for seed in seeds {
         let mut chaos = Chaos::new(seed);
         for _ in 0..STEPS {
             chaos.step();
         }
         chaos.heal();
-        for (sum, count) in sums.iter_mut().zip(chaos.finished()) {
-            *sum += count;
+        for end in chaos.finished() {
+            *sums.entry(end).or_default() += 1;
         }
     }
-    let text = format!("moves that succeeded and did not, live and stopped: {sums:?}");
-    println!("{text}");
+    println!("{sums:?}");
     // A simulation in which nothing moves, or nothing breaks, shows nothing.
-    let [good, bad, stopped, kept] = sums;
-    let enough = good > 100 && bad > 100 && stopped > 20 && kept > 20;
-    assert!(only.is_some() || enough, "{text}");
+    let least = [
+        ((Done::Moved, true), 100),
+        ((Done::Moved, false), 100),
+        ((Done::Copied, true), 20),
+        ((Done::Copied, false), 20),
+        ((Done::Taken, true), 100),
+        ((Done::Taken, false), 10),
+        ((Done::Restored, true), 20),
+        ((Done::Made, true), 20),
+    ];
+    let enough = least.iter().all(|(end, least)| sums.get(end).is_some_and(|sum| sum >= least));
+    assert!(only.is_some() || enough, "{sums:?}");
 }

@@ -353,5 +353,7 @@ fn one_that_nobody_takes_goes() {
     assert!(lab.commit(&Txn::new().delete::<OperationRecord>(operation.id)));
     lab.settle();
     assert!(row(&lab, "one").is_none());
+    let part = ObservedSnapshot { uid: uids[0].clone(), ..ObservedSnapshot::default() };
+    lab.snapshots.insert("a".into(), vec![part]);
     is_gone(&mut lab, &uids);
 }
