@@ -4,8 +4,10 @@ use std::time::Duration;
 
 use drover_proto::v1::domain_service_server::DomainService;
 use drover_proto::v1::{
-    ConsoleInput, CreateDomainRequest, DeleteDomainRequest, Domain, GetDomainRequest,
-    ListDomainsRequest, ListDomainsResponse, MigrateDomainRequest, Operation, OperationState,
+    ConsoleInput, CreateDomainRequest, DeleteDomainRequest, Domain, EndRescueRequest,
+    GetDomainRequest, GetGuestRequest, Guest, ListDomainsRequest, ListDomainsResponse,
+    MigrateDomainRequest, Operation, OperationState, ReinstallDomainRequest, RescueDomainRequest,
+    ResizeDomainRequest, SaveDomainRequest, SetGuestPasswordRequest, SetGuestPasswordResponse,
     StartDomainRequest, StopDomainRequest,
 };
 use tonic::{Request, Response, Status, Streaming};
@@ -13,11 +15,11 @@ use tonic::{Request, Response, Status, Streaming};
 use super::console::Output;
 use super::errors::Fault;
 use super::service::Service;
-use super::{page, present, validate};
+use super::{guest, page, present, validate};
 use crate::model::{DomainRecord, NodeId};
 use crate::store::Versioned;
 use crate::workflows::begin::{self, Begun, NewDomain};
-use crate::workflows::{Context, Refusal};
+use crate::workflows::{Context, Refusal, reinstall, rescue, resize, save};
 
 const GRACE_DEFAULT: Duration = Duration::from_secs(60);
 const GRACE_MAX: Duration = Duration::from_secs(3600);
@@ -158,51 +160,97 @@ impl DomainService for Service {
 
     async fn resize_domain(
         &self,
-        _: Request<drover_proto::v1::ResizeDomainRequest>,
-    ) -> Result<Response<drover_proto::v1::Operation>, Status> {
-        Err(Status::unimplemented("not yet"))
+        request: Request<ResizeDomainRequest>,
+    ) -> Result<Response<Operation>, Status> {
+        let mut request = request.into_inner();
+        let request_id = std::mem::take(&mut request.request_id);
+        let id = validate::domain("name", &request.name)?;
+        let resize = validate::resize(&request)?;
+        let operation = self
+            .begin("ResizeDomain", &request_id, &request, |cx| {
+                resize::resize_domain(cx, &id, &resize)
+            })
+            .await?;
+        Ok(Response::new(operation))
     }
 
     async fn reinstall_domain(
         &self,
-        _: Request<drover_proto::v1::ReinstallDomainRequest>,
-    ) -> Result<Response<drover_proto::v1::Operation>, Status> {
-        Err(Status::unimplemented("not yet"))
+        request: Request<ReinstallDomainRequest>,
+    ) -> Result<Response<Operation>, Status> {
+        let mut request = request.into_inner();
+        let request_id = std::mem::take(&mut request.request_id);
+        let id = validate::domain("name", &request.name)?;
+        let image = match request.image.as_str() {
+            "" => None,
+            name => Some(validate::image("image", name)?),
+        };
+        let operation = self
+            .begin("ReinstallDomain", &request_id, &request, |cx| {
+                reinstall::reinstall_domain(cx, &id, request.disk, image.as_ref())
+            })
+            .await?;
+        Ok(Response::new(operation))
     }
 
     async fn rescue_domain(
         &self,
-        _: Request<drover_proto::v1::RescueDomainRequest>,
-    ) -> Result<Response<drover_proto::v1::Operation>, Status> {
-        Err(Status::unimplemented("not yet"))
+        request: Request<RescueDomainRequest>,
+    ) -> Result<Response<Operation>, Status> {
+        let mut request = request.into_inner();
+        let request_id = std::mem::take(&mut request.request_id);
+        let id = validate::domain("name", &request.name)?;
+        let image = validate::image("image", &request.image)?;
+        let operation = self
+            .begin("RescueDomain", &request_id, &request, |cx| {
+                rescue::rescue_domain(cx, &id, &image)
+            })
+            .await?;
+        Ok(Response::new(operation))
     }
 
     async fn end_rescue(
         &self,
-        _: Request<drover_proto::v1::EndRescueRequest>,
-    ) -> Result<Response<drover_proto::v1::Operation>, Status> {
-        Err(Status::unimplemented("not yet"))
+        request: Request<EndRescueRequest>,
+    ) -> Result<Response<Operation>, Status> {
+        let mut request = request.into_inner();
+        let request_id = std::mem::take(&mut request.request_id);
+        let id = validate::domain("name", &request.name)?;
+        let operation = self
+            .begin("EndRescue", &request_id, &request, |cx| rescue::end_rescue(cx, &id))
+            .await?;
+        Ok(Response::new(operation))
     }
 
     async fn save_domain(
         &self,
-        _: Request<drover_proto::v1::SaveDomainRequest>,
-    ) -> Result<Response<drover_proto::v1::Operation>, Status> {
-        Err(Status::unimplemented("not yet"))
+        request: Request<SaveDomainRequest>,
+    ) -> Result<Response<Operation>, Status> {
+        let mut request = request.into_inner();
+        let request_id = std::mem::take(&mut request.request_id);
+        let id = validate::domain("name", &request.name)?;
+        let operation = self
+            .begin("SaveDomain", &request_id, &request, |cx| save::save_domain(cx, &id))
+            .await?;
+        Ok(Response::new(operation))
     }
 
     async fn get_guest(
         &self,
-        _: Request<drover_proto::v1::GetGuestRequest>,
-    ) -> Result<Response<drover_proto::v1::Guest>, Status> {
-        Err(Status::unimplemented("not yet"))
+        request: Request<GetGuestRequest>,
+    ) -> Result<Response<Guest>, Status> {
+        let said = self.call_guest(&request.get_ref().name, guest::get()).await?;
+        Ok(Response::new(said.guest.unwrap_or_default()))
     }
 
     async fn set_guest_password(
         &self,
-        _: Request<drover_proto::v1::SetGuestPasswordRequest>,
-    ) -> Result<Response<drover_proto::v1::SetGuestPasswordResponse>, Status> {
-        Err(Status::unimplemented("not yet"))
+        request: Request<SetGuestPasswordRequest>,
+    ) -> Result<Response<SetGuestPasswordResponse>, Status> {
+        let mut request = request.into_inner();
+        let name = std::mem::take(&mut request.name);
+        self.call_guest(&name, guest::set_password(request)?).await?;
+        Ok(Response::new(SetGuestPasswordResponse {}))
     }
 
     async fn attach_console(

@@ -269,7 +269,7 @@ async fn tell(
 fn checked(known: &KnownBlocks, next: u64, blocks: u64) -> Result<u64, Refusal> {
     let bytes = known.digests.len();
     let count = bytes / DIGEST_BYTES;
-    if bytes % DIGEST_BYTES != 0 || !(1..=DIGESTS_MAX).contains(&count) {
+    if !bytes.is_multiple_of(DIGEST_BYTES) || !(1..=DIGESTS_MAX).contains(&count) {
         let expected =
             format!("1 to {DIGESTS_MAX} digests of {DIGEST_BYTES} bytes, one behind the other");
         return Err(invalid("known.digests", &format!("{bytes} bytes"), &expected));

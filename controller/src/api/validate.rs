@@ -6,7 +6,7 @@ use std::time::Duration;
 
 use drover_proto::v1::{
     Boot, CloudInit, Disk, DiskLimits, DomainSpec, DrainPolicy, MigrationLimits, Network,
-    NetworkInterface, RestartPolicy,
+    NetworkInterface, ResizeDomainRequest, RestartPolicy,
 };
 
 use super::errors::{excerpt, invalid};
@@ -16,6 +16,7 @@ use crate::model::{
     World,
 };
 use crate::workflows::desired::duration as proto_duration;
+use crate::workflows::resize::Resize;
 use crate::workflows::{Context, Refusal, network};
 
 const MIB: u64 = 1 << 20;
@@ -115,14 +116,8 @@ pub(super) fn spec(
         return Err(invalid("domain.spec", "", "a spec with vcpus, memory_bytes and boot"));
     };
     let mut spec = given.clone();
-    if !(1..=VCPUS_MAX).contains(&spec.vcpus) {
-        let expected = format!("1 to {VCPUS_MAX}");
-        return Err(invalid("domain.spec.vcpus", &spec.vcpus.to_string(), &expected));
-    }
-    if spec.memory_bytes < MEMORY_MIN || spec.memory_bytes % MIB != 0 {
-        let expected = "a multiple of 1 MiB (1048576), at least 32 MiB (33554432)";
-        return Err(invalid("domain.spec.memory_bytes", &spec.memory_bytes.to_string(), expected));
-    }
+    vcpus("domain.spec.vcpus", spec.vcpus)?;
+    memory("domain.spec.memory_bytes", spec.memory_bytes)?;
     boot(spec.boot.as_ref(), !spec.disks.is_empty())?;
     policy::<RestartPolicy>("domain.spec.on_reboot", spec.on_reboot)?;
     policy::<RestartPolicy>("domain.spec.on_crash", spec.on_crash)?;
@@ -134,6 +129,65 @@ pub(super) fn spec(
     }
     let networks = interfaces(cx, &mut spec.interfaces)?;
     Ok((spec, networks))
+}
+
+fn vcpus(field: &str, given: u32) -> Result<(), Refusal> {
+    match given {
+        1..=VCPUS_MAX => Ok(()),
+        _ => Err(invalid(field, &given.to_string(), &format!("1 to {VCPUS_MAX}"))),
+    }
+}
+
+fn memory(field: &str, given: u64) -> Result<(), Refusal> {
+    if given >= MEMORY_MIN && given.is_multiple_of(MIB) {
+        return Ok(());
+    }
+    let expected = "a multiple of 1 MiB (1048576), at least 32 MiB (33554432)";
+    Err(invalid(field, &given.to_string(), expected))
+}
+
+fn disk_size(field: &str, given: u64, zero: &str) -> Result<(), Refusal> {
+    if given.is_multiple_of(MIB) && given <= DISK_BYTES_MAX {
+        return Ok(());
+    }
+    let expected = format!("a multiple of 1 MiB (1048576), at most 16 TiB; 0 for {zero}");
+    Err(invalid(field, &given.to_string(), &expected))
+}
+
+/// What a domain shall be given; whether it fits it is not known here.
+pub(super) fn resize(given: &ResizeDomainRequest) -> Result<Resize, Refusal> {
+    if given.vcpus == 0 && given.memory_bytes == 0 && given.disks.is_empty() {
+        let expected = "a change: one of vcpus, memory_bytes and disks at least";
+        return Err(invalid("vcpus", "0", expected));
+    }
+    if given.vcpus != 0 {
+        vcpus("vcpus", given.vcpus)?;
+    }
+    if given.memory_bytes != 0 {
+        memory("memory_bytes", given.memory_bytes)?;
+    }
+    if given.disks.len() > DISKS_MAX {
+        let expected = format!("at most {DISKS_MAX}");
+        return Err(invalid("disks", &given.disks.len().to_string(), &expected));
+    }
+    for (index, disk) in given.disks.iter().enumerate() {
+        let field = |name: &str| format!("disks[{index}].{name}");
+        if given.disks[..index].iter().any(|before| before.disk == disk.disk) {
+            let expected = "each disk at most once";
+            return Err(invalid(&field("disk"), &disk.disk.to_string(), expected));
+        }
+        disk_size(&field("size_bytes"), disk.size_bytes, "no change")?;
+        match &disk.limits {
+            Some(limits) => disk_limits(&field("limits"), limits)?,
+            None if disk.size_bytes == 0 => {
+                let expected = "a size, or limits: nothing is to be changed";
+                return Err(invalid(&field("size_bytes"), "0", expected));
+            }
+            None => {}
+        }
+    }
+    let ResizeDomainRequest { vcpus, memory_bytes, disks, .. } = given.clone();
+    Ok(Resize { vcpus, memory_bytes, disks })
 }
 
 fn boot(boot: Option<&Boot>, has_disks: bool) -> Result<(), Refusal> {
@@ -228,10 +282,7 @@ pub(super) fn volume_spec(
         let expected = format!("a pool's id ({ID_SYNTAX}), or empty for a node's first");
         return Err(invalid(&format!("{at}.pool"), &excerpt(pool), &expected));
     }
-    if size_bytes % MIB != 0 || size_bytes > DISK_BYTES_MAX {
-        let expected = "a multiple of 1 MiB (1048576), at most 16 TiB; 0 for the image's size";
-        return Err(invalid(&format!("{at}.size_bytes"), &size_bytes.to_string(), expected));
-    }
+    disk_size(&format!("{at}.size_bytes"), size_bytes, "the image's size")?;
     if !image.is_empty() {
         self::image(&format!("{at}.image"), image)?;
     }

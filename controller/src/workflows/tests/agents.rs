@@ -3,21 +3,24 @@
 //! The rules are those that drover-agent and drover-vmm keep: epochs below the record's are
 //! refused; who has handed over resumes only under an epoch greater than the one handed over
 //! to; a destination without COMMIT runs only as `owner` under a greater epoch; what is not
-//! listed is ended; nothing is started while something is there.
+//! listed is ended; nothing is started while something is there. A save takes a while in which an
+//! agent hears nothing; what was saved is used once.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 
 use crate::workflows::desired::Level;
 use drover_proto::agent::v1::assignment::Role;
 use drover_proto::agent::v1::{
     Assignment, MigrationProgress as P, MigrationRole, ObservedDomain, ObservedMigration,
-    ObservedSnapshot, ObservedState as S, ObservedVolume, WantedVolume,
+    ObservedSnapshot, ObservedState as S, ObservedVolume,
 };
 use drover_proto::v1::{ExitReason, PowerState, SnapshotState, VolumeState};
 
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub(super) enum VmmState {
     Running,
+    /// Paused, and being written down.
+    Saving,
     Incoming,
     HandedOver,
 }
@@ -38,8 +41,29 @@ pub(super) struct Vmm {
     pub(super) migration: Option<Migration>,
     /// Which life of the guest is in there.
     pub(super) life: u64,
-    /// The uid of its disk.
+    /// The uid of its own disk, and what else it has open.
     pub(super) volume: String,
+    opens: Vec<String>,
+}
+
+impl Vmm {
+    /// The guest is in there.
+    pub(super) fn is_alive(&self) -> bool {
+        matches!(self.state, VmmState::Running | VmmState::Saving)
+    }
+
+    fn has_open(&self, uid: &str) -> bool {
+        self.volume == uid || self.opens.iter().any(|open| open == uid)
+    }
+}
+
+/// A guest on a volume.
+#[derive(Clone, Debug)]
+pub(super) struct Saved {
+    life: u64,
+    /// Its disk, and how many writes that had seen.
+    disk: (String, u64),
+    used: bool,
 }
 
 /// On disk.
@@ -51,6 +75,7 @@ pub(super) struct Record {
     /// The hand-over that the last VMM wrote down.
     pub(super) handover: Option<(String, u64)>,
     begun: Option<String>,
+    save_failed: bool,
     /// How the last VMM ended: exit, its epoch, the migration it waited for, whether it ran.
     pub(super) end: Option<(ExitReason, u64, Option<String>, bool)>,
 }
@@ -66,6 +91,16 @@ pub(super) struct Host {
     pub(super) volumes: BTreeMap<String, u64>,
     /// The same of snapshots' parts: how many writes their volume had seen.
     pub(super) parts: BTreeMap<String, u64>,
+    sizes: BTreeMap<String, u64>,
+    saved: BTreeMap<String, Saved>,
+    /// Volumes whose guests have gone on here.
+    spent: BTreeSet<String>,
+    /// Decides what the next save comes to.
+    pub(super) luck: usize,
+    /// What should never have happened.
+    pub(super) wrong: Vec<String>,
+    /// The volumes of guests that were removed before they went on.
+    pub(super) lost: Vec<String>,
     /// A level has come since the agent started: before that, nothing is ended or begun.
     told: bool,
     /// It has looked at its domains since it started: before that, it only names them.
@@ -107,16 +142,17 @@ impl Host {
 
     /// What is listed is made, once; what is garbage goes, unless it is listed or a VMM has it.
     fn work_on_volumes(&mut self) {
-        let made = |wanted: &&WantedVolume| wanted.create && wanted.copy_from.is_empty();
-        for wanted in self.level.volumes.iter().filter(made) {
-            let writes = match &wanted.snapshot {
-                None => 0,
-                Some(source) => match self.parts.get(&source.snapshot_uid) {
-                    Some(writes) => *writes,
-                    None => continue,
-                },
-            };
-            self.volumes.entry(wanted.uid.clone()).or_insert(writes);
+        for wanted in &self.level.volumes {
+            if wanted.create && wanted.copy_from.is_empty() {
+                let part = wanted.snapshot.as_ref().map(|source| &source.snapshot_uid);
+                let writes = part.map_or(Some(0), |uid| self.parts.get(uid).copied());
+                if let Some(writes) = writes {
+                    self.volumes.entry(wanted.uid.clone()).or_insert(writes);
+                }
+            }
+            if self.volumes.contains_key(&wanted.uid) {
+                self.sizes.insert(wanted.uid.clone(), wanted.size_bytes);
+            }
         }
         for part in self.level.snapshots.iter().filter(|s| s.create).flat_map(|s| &s.parts) {
             if let Some(writes) = self.volumes.get(&part.volume_uid) {
@@ -127,9 +163,14 @@ impl Host {
             self.parts.remove(&garbage.snapshot_uid);
             let uid = &garbage.volume_uid;
             let listed = self.level.volumes.iter().any(|wanted| wanted.uid == *uid);
-            let open = self.vmms.values().any(|vmm| vmm.volume == *uid);
+            let open = self.vmms.values().any(|vmm| vmm.has_open(uid));
             if !listed && !open {
                 self.volumes.remove(uid);
+                match self.saved.remove(uid) {
+                    Some(saved) if saved.used => drop(self.spent.insert(uid.clone())),
+                    Some(_) => self.lost.push(uid.clone()),
+                    None => {}
+                }
             }
         }
     }
@@ -143,15 +184,45 @@ impl Host {
     }
 
     /// What another agent reads of a volume: nothing while somebody has it open.
-    pub(super) fn read(&self, uid: &str) -> Option<u64> {
-        let open = self.vmms.values().any(|vmm| vmm.volume == uid);
-        self.volumes.get(uid).copied().filter(|_| self.up && !open)
+    pub(super) fn read(&self, uid: &str) -> Option<(u64, Option<Saved>)> {
+        let open = self.vmms.values().any(|vmm| vmm.has_open(uid));
+        let writes = self.volumes.get(uid).copied().filter(|_| self.up && !open)?;
+        Some((writes, self.saved.get(uid).cloned()))
     }
 
-    /// The volume of the domain's only disk; None while it is not there.
+    /// A volume is here, whole.
+    pub(super) fn copied(&mut self, uid: String, (writes, saved): (u64, Option<Saved>)) {
+        self.saved.extend(saved.map(|saved| (uid.clone(), saved)));
+        self.volumes.insert(uid, writes);
+    }
+
+    /// The guest on that volume can go on here, or has.
+    pub(super) fn has_saved(&self, uid: &str) -> bool {
+        self.saved.contains_key(uid) || self.spent.contains(uid)
+    }
+
+    /// The volume of the domain's only own disk, behind a rescue disk if any; None while not all are
+    /// there.
     fn volume(&self, a: &Assignment) -> Option<String> {
-        let uid = &a.disks.first()?.volume_uid;
-        self.volumes.contains_key(uid).then(|| uid.clone())
+        let all = a.disks.iter().chain(&a.memory);
+        let here = all.map(|disk| &disk.volume_uid).all(|uid| self.volumes.contains_key(uid));
+        let own = a.disks.last().filter(|_| here && a.disks.len() == 1 + usize::from(a.rescue))?;
+        Some(own.volume_uid.clone())
+    }
+
+    /// Which life a start begins, or goes on with.
+    fn life(&mut self, a: &Assignment, own: &str) -> u64 {
+        self.lives += 1;
+        let held = a.memory.as_ref().and_then(|memory| self.saved.get_mut(&memory.volume_uid));
+        let Some(saved) = held.filter(|saved| !saved.used) else {
+            return self.boot * 1000 + self.lives;
+        };
+        saved.used = true;
+        let disk = (own.to_owned(), self.volumes.get(own).copied().unwrap_or_default());
+        if saved.disk != disk {
+            self.wrong.push(format!("{} was saved with {:?}, has {disk:?}", a.name, saved.disk));
+        }
+        saved.life
     }
 
     fn work_on(&mut self, a: &Assignment) {
@@ -161,16 +232,25 @@ impl Host {
         }
         match &a.role {
             Some(Role::Owner(owner)) => {
-                let on = owner.power() == PowerState::Running;
-                self.own(a, on, owner.start_generation);
+                self.own(a, owner.power(), owner.start_generation);
             }
             Some(Role::Incoming(incoming)) => self.come_in(a, &incoming.migration_id),
             None => {}
         }
     }
 
-    fn own(&mut self, a: &Assignment, on: bool, generation: u64) {
+    fn own(&mut self, a: &Assignment, power: PowerState, generation: u64) {
+        let on = power == PowerState::Running;
         let volume = self.volume(a);
+        let memory = a.memory.as_ref().map(|memory| memory.volume_uid.clone());
+        if self.vmms.get(&a.uid).is_some_and(|vmm| vmm.state == VmmState::Saving) {
+            return self.save(&a.uid);
+        }
+        let life = match &volume {
+            Some(own) if on && self.starts(a, generation) => self.life(a, own),
+            _ => 0,
+        };
+        let starts = life != 0;
         let record = self.records.entry(a.uid.clone()).or_default();
         record.name.clone_from(&a.name);
         let handed_to = record.handover.as_ref().map_or(0, |(_, epoch)| *epoch);
@@ -178,32 +258,20 @@ impl Host {
             if handed_to != 0 && a.epoch <= handed_to {
                 return;
             }
-            let start = match &record.end {
-                None => true,
-                Some((exit, epoch, ..)) => {
-                    a.epoch > *epoch
-                        || generation > record.start_generation
-                        || *exit == ExitReason::Unspecified
-                }
-            };
-            if on && start && volume.is_none() {
-                return;
-            }
-            if on && start {
-                self.lives += 1;
+            if starts {
                 *record = Record {
                     name: a.name.clone(),
                     epoch: a.epoch,
                     start_generation: generation,
                     ..Record::default()
                 };
-                let life = self.boot * 1000 + self.lives;
                 let vmm = Vmm {
                     state: VmmState::Running,
                     epoch: a.epoch,
                     migration: None,
                     life,
                     volume: volume.unwrap_or_default(),
+                    opens: a.disks.iter().map(|disk| disk.volume_uid.clone()).collect(),
                 };
                 self.vmms.insert(a.uid.clone(), vmm);
             } else if !on {
@@ -233,11 +301,24 @@ impl Host {
                     self.vmms.remove(&a.uid);
                 }
             }
-            VmmState::Incoming => {}
+            VmmState::Incoming | VmmState::Saving => {}
             VmmState::Running => {
                 vmm.epoch = vmm.epoch.max(a.epoch);
                 record.epoch = record.epoch.max(a.epoch);
                 record.start_generation = generation;
+                if power == PowerState::Saved {
+                    let memory = memory.filter(|uid| self.volumes.contains_key(uid));
+                    match memory {
+                        Some(_) if self.luck == 0 => record.save_failed = true,
+                        Some(uid) if !record.save_failed => {
+                            vmm.state = VmmState::Saving;
+                            vmm.opens.push(uid);
+                        }
+                        _ => {}
+                    }
+                    return;
+                }
+                record.save_failed = false;
                 if !on {
                     record.end = Some((ExitReason::Killed, vmm.epoch, None, true));
                     self.vmms.remove(&a.uid);
@@ -262,6 +343,34 @@ impl Host {
         }
     }
 
+    /// Whether nothing is there and something shall be.
+    fn starts(&self, a: &Assignment, generation: u64) -> bool {
+        if self.vmms.contains_key(&a.uid) {
+            return false;
+        }
+        let Some(record) = self.records.get(&a.uid) else { return true };
+        let handed_to = record.handover.as_ref().map_or(0, |(_, epoch)| *epoch);
+        let again = match &record.end {
+            None => true,
+            Some((exit, epoch, ..)) => {
+                a.epoch > *epoch
+                    || generation > record.start_generation
+                    || *exit == ExitReason::Unspecified
+            }
+        };
+        again && (handed_to == 0 || a.epoch > handed_to)
+    }
+
+    /// The guest is on its volume now, and nowhere else.
+    fn save(&mut self, uid: &str) {
+        let Some(vmm) = self.vmms.get(uid) else { return };
+        let writes = self.volumes.get(&vmm.volume).copied().unwrap_or_default();
+        let disk = (vmm.volume.clone(), writes);
+        let saved = Saved { life: vmm.life, disk, used: false };
+        self.saved.insert(vmm.opens.last().cloned().unwrap_or_default(), saved);
+        self.end(uid, ExitReason::Saved);
+    }
+
     fn come_in(&mut self, a: &Assignment, migration: &str) {
         let volume = self.volume(a);
         let record = self.records.entry(a.uid.clone()).or_default();
@@ -272,7 +381,7 @@ impl Host {
             let leftover = match vmm.state {
                 VmmState::HandedOver => a.epoch > handed_to.max(vmm.epoch),
                 VmmState::Incoming => !its,
-                VmmState::Running => false,
+                VmmState::Running | VmmState::Saving => false,
             };
             if leftover {
                 self.vmms.remove(&a.uid);
@@ -297,6 +406,7 @@ impl Host {
             migration: Some(migration),
             life: 0,
             volume,
+            opens: a.disks.iter().map(|disk| disk.volume_uid.clone()).collect(),
         };
         self.vmms.insert(a.uid.clone(), vmm);
     }
@@ -310,7 +420,7 @@ impl Host {
             .as_ref()
             .filter(|m| m.role == MigrationRole::Destination)
             .map(|m| m.id.clone());
-        let ran = vmm.state == VmmState::Running;
+        let ran = vmm.is_alive();
         record.end = Some((exit, vmm.epoch, of, ran));
     }
 
@@ -334,6 +444,7 @@ impl Host {
             uid: uid.clone(),
             pool: "ssd".into(),
             state: VolumeState::Ready.into(),
+            size_bytes: self.sizes.get(uid).copied().unwrap_or_default(),
             ..ObservedVolume::default()
         };
         self.volumes.keys().map(said).collect()
@@ -386,11 +497,15 @@ impl Host {
         if let Some(vmm) = self.vmms.get(uid) {
             domain.epoch = vmm.epoch;
             domain.set_state(match vmm.state {
-                VmmState::Running => S::Running,
+                // Its agent has not looked since.
+                VmmState::Running | VmmState::Saving => S::Running,
                 VmmState::Incoming => S::Incoming,
                 VmmState::HandedOver => S::HandedOver,
             });
             domain.migration = vmm.migration.as_ref().map(|m| told(&m.id, m.role, m.progress));
+            if record.save_failed {
+                domain.save_error = "no space".into();
+            }
         } else {
             let Some((exit, epoch, incoming, ran)) = &record.end else {
                 domain.set_state(S::Stopped);
@@ -405,7 +520,7 @@ impl Host {
                 return domain;
             }
             domain.set_state(match exit {
-                ExitReason::Unspecified | ExitReason::Shutdown => S::Stopped,
+                ExitReason::Unspecified | ExitReason::Shutdown | ExitReason::Saved => S::Stopped,
                 _ => S::Failed,
             });
             domain.set_exit_reason(*exit);

@@ -2,27 +2,33 @@
 //!
 //! A seed decides everything: which message is lost, which host crashes, when leadership moves,
 //! where the switch-over of a migration breaks. After each step no domain runs twice (I1), and
-//! what runs has every write of its disk that any node has acknowledged since the snapshot that it
-//! was put back to; when the faults end,
-//! every operation ends (I3), every domain that should run does, and no node holds a volume that
-//! is not its own.
+//! what runs has every write of its disk that any node has acknowledged (since the snapshot that it
+//! was put back to), and a guest that was saved is not lost; when the faults end, every operation
+//! ends (I3), every domain that should run does, and no node holds a volume or a snapshot that is
+//! not its own.
 
 use std::collections::{BTreeMap, BTreeSet};
 
 use drover_proto::agent::v1::{MigrationProgress as P, MigrationRole, ObservedPool};
 use drover_proto::v1::{
-    Disk, DomainState, ExitReason, OperationKind, OperationState, PoolState, PowerState,
+    Disk, DiskResize, DomainState, ExitReason, OperationKind, OperationState, PoolState, PowerState,
 };
 
 use super::agents::{Host, Vmm, VmmState};
 use super::lab::{Lab, MIB, hello, limits, new_domain, split};
 use crate::model::{
-    DomainId, NodeId, NodeObservation, OperationRecord, SnapshotId, SnapshotRecord, VolumeId,
-    is_at_rest,
+    DomainId, ImageId, ImageRecord, NodeId, NodeObservation, OperationRecord, SnapshotId,
+    SnapshotRecord, VolumeId, VolumeRecord, is_at_rest,
 };
 use crate::scheduler::Strategy;
-use crate::workflows::volumes::NewVolume;
-use crate::workflows::{begin, drain, nodes, plan, snapshot, volumes};
+use crate::store::Txn;
+use crate::workflows::reinstall::reinstall_domain;
+use crate::workflows::rescue::{end_rescue, rescue_domain};
+use crate::workflows::resize::{Resize, resize_domain};
+use crate::workflows::save::save_domain;
+use crate::workflows::snapshot::{create_snapshot, delete_snapshot, restore_snapshot};
+use crate::workflows::volumes::{NewVolume, create_volume, delete_volume};
+use crate::workflows::{Refusal, begin, drain, nodes, plan};
 
 const NODES: [&str; 3] = ["a", "b", "c"];
 const SNAPSHOTS: [&str; 3] = ["s1", "s2", "s3"];
@@ -50,16 +56,6 @@ impl Dice {
     }
 }
 
-/// Operations that are counted.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
-enum Done {
-    Moved,
-    Copied,
-    Taken,
-    Restored,
-    Made,
-}
-
 struct Chaos {
     seed: u64,
     /// No domain is made or deleted: these are all, in the order of `DOMAINS`.
@@ -75,8 +71,10 @@ struct Chaos {
     dice: Dice,
     faults: bool,
     log: Vec<String>,
-    /// How many writes each domain's disk has seen.
+    /// How many writes each disk has seen, by the volume's uid.
     writes: BTreeMap<String, u64>,
+    /// Saved guests that somebody did not want any more, by the volume's uid.
+    unwanted: BTreeSet<String>,
     /// The rows as they were noted last.
     last: BTreeMap<String, String>,
 }
@@ -86,13 +84,20 @@ impl Chaos {
         let mut lab = Lab::new();
         let hosts = NODES.map(|_| Host::booted());
         for name in NODES {
-            let (id, size_bytes) = ("ssd".to_owned(), 1024 * MIB);
+            let (id, size_bytes) = ("ssd".to_owned(), 4096 * MIB);
             let state = PoolState::Ready.into();
             let pool =
                 ObservedPool { id, state, size_bytes, overcommit: 1.0, ..Default::default() };
             lab.pools.insert(name.into(), vec![pool]);
             lab.hello(name, "boot-1");
         }
+        let image = ImageRecord {
+            id: "image".into(),
+            digest: "digest".into(),
+            size_bytes: MIB,
+            ..ImageRecord::default()
+        };
+        assert!(lab.commit(&Txn::new().put(&image)));
         for (domain, node) in DOMAINS.iter().zip(NODES) {
             let mut new = new_domain(domain, Some(node));
             new.spec.disks = vec![Disk { size_bytes: MIB, ..Disk::default() }];
@@ -111,6 +116,7 @@ impl Chaos {
             faults: true,
             log: Vec::new(),
             writes: BTreeMap::new(),
+            unwanted: BTreeSet::new(),
             last: BTreeMap::new(),
         }
     }
@@ -137,7 +143,9 @@ impl Chaos {
         self.copy();
         for host in 0..3 {
             if self.hosts[host].up && !self.dice.once_in(4) {
+                self.hosts[host].luck = self.dice.below(4);
                 self.hosts[host].work();
+                self.forgive(host);
                 self.check();
             }
         }
@@ -148,8 +156,8 @@ impl Chaos {
 
     fn guests_write(&mut self) {
         for host in &mut self.hosts {
-            for (uid, vmm) in host.vmms.iter().filter(|(_, vmm)| vmm.state == VmmState::Running) {
-                let writes = self.writes.entry(uid.clone()).or_default();
+            for vmm in host.vmms.values().filter(|vmm| vmm.state == VmmState::Running) {
+                let writes = self.writes.entry(vmm.volume.clone()).or_default();
                 *writes += 1;
                 host.volumes.insert(vmm.volume.clone(), *writes);
             }
@@ -293,10 +301,6 @@ impl Chaos {
                 .lab
                 .with(|cx| begin::start_domain(cx, &domain, false).map(split))
                 .map(|_| format!("start {domain}")),
-            7 if self.dice.once_in(3) => self
-                .lab
-                .with(|cx| begin::stop_domain(cx, &domain, 0).map(split))
-                .map(|_| format!("stop {domain}")),
             8 => {
                 let wait = 120_000;
                 self.lab
@@ -318,39 +322,8 @@ impl Chaos {
                 let id = ids[self.dice.below(ids.len())].clone();
                 self.lab.cancel(id.as_str()).map(|()| format!("cancel {id}"))
             }
-            13..=15 => {
-                let id = SnapshotId::trusted(SNAPSHOTS[self.dice.below(3)]);
-                self.lab
-                    .with(|cx| snapshot::create_snapshot(cx, &id, &domain).map(split))
-                    .map(|_| format!("take {id} of {domain}"))
-            }
-            16 => {
-                let id = SnapshotId::trusted(SNAPSHOTS[self.dice.below(3)]);
-                self.lab
-                    .with(|cx| snapshot::delete_snapshot(cx, &id, "").map(|txn| (txn, ())))
-                    .map(|()| format!("delete {id}"))
-            }
-            17..=20 => {
-                let id = SnapshotId::trusted(SNAPSHOTS[self.dice.below(3)]);
-                self.lab
-                    .with(|cx| snapshot::restore_snapshot(cx, &id).map(split))
-                    .map(|_| self.restored(&id))
-            }
-            21 => {
-                let id = VolumeId::trusted("spare");
-                let (pool, image) = (String::new(), String::new());
-                let new = NewVolume { id, pool, size_bytes: MIB, image, only: Some(node) };
-                self.lab
-                    .with(|cx| volumes::create_volume(cx, &new).map(split))
-                    .map(|_| "make the spare volume".to_owned())
-            }
-            22 => self
-                .lab
-                .with(|cx| {
-                    let id = VolumeId::trusted("spare");
-                    volumes::delete_volume(cx, &id, "").map(|txn| (txn, ()))
-                })
-                .map(|()| "delete the spare volume".to_owned()),
+            7 | 13..=19 => self.verb(&domain),
+            20..=27 => self.keep(&domain, &node),
             _ => return,
         };
         if let Ok(text) = done {
@@ -358,16 +331,48 @@ impl Chaos {
         }
     }
 
-    /// The domain's disk is what the snapshot holds, from now on.
+    /// Snapshots, and a volume that no domain has.
+    fn keep(&mut self, domain: &DomainId, node: &NodeId) -> Result<String, Refusal> {
+        let id = SnapshotId::trusted(SNAPSHOTS[self.dice.below(3)]);
+        let spare = VolumeId::trusted("spare");
+        match self.dice.below(8) {
+            0..=2 => self
+                .lab
+                .with(|cx| create_snapshot(cx, &id, domain).map(split))
+                .map(|_| format!("take {id} of {domain}")),
+            3 => self
+                .lab
+                .with(|cx| delete_snapshot(cx, &id, "").map(|txn| (txn, ())))
+                .map(|()| format!("delete {id}")),
+            4 | 5 => {
+                self.lab.with(|cx| restore_snapshot(cx, &id).map(split)).map(|_| self.restored(&id))
+            }
+            6 => {
+                let (pool, image) = (String::new(), String::new());
+                let only = Some(node.clone());
+                let new = NewVolume { id: spare, pool, size_bytes: MIB, image, only };
+                self.lab
+                    .with(|cx| create_volume(cx, &new).map(split))
+                    .map(|_| "make the spare volume".to_owned())
+            }
+            _ => self
+                .lab
+                .with(|cx| delete_volume(cx, &spare, "").map(|txn| (txn, ())))
+                .map(|()| "delete the spare volume".to_owned()),
+        }
+    }
+
+    /// The domain's new disk holds what the snapshot does.
     fn restored(&mut self, id: &SnapshotId) -> String {
-        let row = self.lab.view().get::<SnapshotRecord>(id.as_str()).unwrap().value;
+        let view = self.lab.view();
+        let row = view.get::<SnapshotRecord>(id.as_str()).unwrap().value;
         let host = NODES.iter().position(|name| *name == row.node).unwrap();
         let Some(writes) = self.hosts[host].parts.get(&row.parts[0].uid).copied() else {
             self.fail(&format!("{id} is READY and not there"));
         };
-        let text = format!("put {} back to {id}, {writes} writes", row.domain);
-        self.writes.insert(row.domain_uid, writes);
-        text
+        let volume = view.get::<VolumeRecord>(&row.parts[0].volume).unwrap().value;
+        self.writes.insert(volume.uid, writes);
+        format!("put {} back to {id}, {writes} writes", row.domain)
     }
 
     /// Volumes of domains that do not run go from agent to agent, each at once or not at all.
@@ -377,13 +382,47 @@ impl Chaos {
                 let wire = self.hosts[to].up && self.lab.now.mono_ms >= self.wire_until;
                 let from = NODES.iter().position(|name| from == format!("{name}:7401"));
                 let read = from.and_then(|from| self.hosts[from].read(&uid));
-                if let Some(writes) = read.filter(|_| wire)
+                if let Some(read) = read.filter(|_| wire)
                     && !self.dice.once_in(3)
                 {
-                    self.hosts[to].volumes.insert(uid, writes);
+                    self.hosts[to].copied(uid, read);
                 }
             }
         }
+    }
+
+    /// What was removed from a host is not lost while another one has it.
+    fn forgive(&mut self, host: usize) {
+        let lost = std::mem::take(&mut self.hosts[host].lost);
+        let nowhere = |uid: &String| !self.hosts.iter().any(|host| host.has_saved(uid));
+        let lost = lost.into_iter().filter(nowhere).collect();
+        self.hosts[host].lost = lost;
+    }
+
+    fn verb(&mut self, domain: &DomainId) -> Result<String, Refusal> {
+        let id = domain.as_str();
+        let image = ImageId::trusted("image");
+        let memory = self.lab.view().get::<VolumeRecord>(&format!("{id}-memory"));
+        let verb = self.dice.below(7);
+        let size_bytes = MIB * (1 + self.dice.below(8) as u64);
+        let disks = vec![DiskResize { size_bytes, ..DiskResize::default() }];
+        let resize = Resize { vcpus: 1 + self.dice.below(2) as u32, disks, ..Resize::default() };
+        let begun = self.lab.with(|cx| {
+            let begun = match verb {
+                0 => resize_domain(cx, domain, &resize),
+                1 => reinstall_domain(cx, domain, 0, Some(&image)),
+                2 => rescue_domain(cx, domain, &image),
+                3 => end_rescue(cx, domain),
+                4 => save_domain(cx, domain),
+                5 => begin::start_domain(cx, domain, true),
+                _ => begin::stop_domain(cx, domain, 0),
+            };
+            begun.map(split)
+        })?;
+        if verb > 4 {
+            self.unwanted.extend(memory.map(|row| row.value.uid));
+        }
+        Ok(format!("{} {domain}", begun.kind().as_str_name()))
     }
 
     /// What goes on between two VMMs, a step at a time; each may be the last.
@@ -448,9 +487,10 @@ impl Chaos {
                 let record = self.hosts[from].records.entry(uid.to_owned()).or_default();
                 record.handover = Some((m.id.clone(), m.to_epoch));
                 // READY said that the disk is all there, too.
-                let writes = self.writes.get(uid).copied().unwrap_or_default();
                 let volume = self.hosts[to].vmms.get(uid).map(|vmm| vmm.volume.clone());
-                self.hosts[to].volumes.insert(volume.unwrap_or_default(), writes);
+                let volume = volume.unwrap_or_default();
+                let writes = self.writes.get(&volume).copied().unwrap_or_default();
+                self.hosts[to].volumes.insert(volume, writes);
                 if lost {
                     self.note(format!("COMMIT of {} is lost", m.id));
                     return;
@@ -473,23 +513,33 @@ impl Chaos {
 
     /// I1.
     fn check(&self) {
+        for host in &self.hosts {
+            let lost = host.lost.iter().find(|uid| !self.unwanted.contains(*uid));
+            if let Some(lost) = lost.or_else(|| host.wrong.first()) {
+                self.fail(&format!("a saved guest: {lost}"));
+            }
+        }
         for (id, uid) in DOMAINS.iter().zip(&self.uids) {
             let runs: Vec<&str> = (0..3)
                 .filter(|host| {
                     let vmm: Option<&Vmm> = self.hosts[*host].vmms.get(uid);
-                    vmm.is_some_and(|vmm| vmm.state == VmmState::Running)
+                    vmm.is_some_and(Vmm::is_alive)
                 })
                 .map(|host| NODES[host])
                 .collect();
             if runs.len() > 1 {
                 self.fail(&format!("{id} runs on {runs:?}"));
             }
-            let written = self.writes.get(uid).copied().unwrap_or_default();
             for host in &self.hosts {
                 let Some(vmm) = host.vmms.get(uid) else { continue };
+                let written = self.writes.get(&vmm.volume).copied().unwrap_or_default();
                 let held = host.volumes.get(&vmm.volume);
-                if vmm.state == VmmState::Running && held != Some(&written) {
+                if vmm.is_alive() && held != Some(&written) {
                     self.fail(&format!("{id} runs with {held:?} of {written} writes"));
+                }
+                let row = self.lab.view().get::<VolumeRecord>(&format!("{id}-0"));
+                if vmm.is_alive() && row.is_none_or(|row| row.value.uid != vmm.volume) {
+                    self.fail(&format!("{id} runs with a disk that was replaced"));
                 }
             }
         }
@@ -572,21 +622,17 @@ impl Chaos {
         panic!("seed {}: {what}\n{}\n{hosts}", self.seed, self.log.join("\n"));
     }
 
-    /// What has been done, and how it ended.
-    fn finished(&self) -> Vec<(Done, bool)> {
-        let rows = self.lab.view().all::<OperationRecord>().map(|row| row.value);
-        let done = rows.filter_map(|operation| {
-            let done = match (operation.kind(), &operation.migration) {
-                (OperationKind::CreateSnapshot, _) => Done::Taken,
-                (OperationKind::RestoreSnapshot, _) => Done::Restored,
-                (OperationKind::CreateVolume, _) => Done::Made,
-                (_, Some(report)) if report.disk_bytes_total > 0 => Done::Copied,
-                (_, Some(_)) => Done::Moved,
-                _ => return None,
-            };
-            Some((done, operation.state() == OperationState::Succeeded))
-        });
-        done.collect()
+    /// How many operations of each kind ended well, and how many did not. Moves of what does not
+    /// run are counted by themselves (true).
+    fn count(&self, sums: &mut BTreeMap<(OperationKind, bool), (usize, usize)>) {
+        for row in self.lab.view().all::<OperationRecord>() {
+            let stopped = row.value.migration.as_ref().is_some_and(|m| m.disk_bytes_total > 0);
+            let (good, bad) = sums.entry((row.value.kind(), stopped)).or_default();
+            match row.value.state() {
+                OperationState::Succeeded => *good += 1,
+                _ => *bad += 1,
+            }
+        }
     }
 }
 
@@ -596,29 +642,29 @@ fn whatever_happens_a_domain_runs_once_and_every_operation_ends() {
     let only = number("DROVER_CHAOS_SEED");
     let many = number("DROVER_CHAOS_SEEDS").unwrap_or(SEEDS);
     let seeds = only.map_or(1..=many, |seed| seed..=seed);
-    let mut sums: BTreeMap<(Done, bool), usize> = BTreeMap::new();
+    let mut sums = BTreeMap::new();
     for seed in seeds {
         let mut chaos = Chaos::new(seed);
         for _ in 0..STEPS {
             chaos.step();
         }
         chaos.heal();
-        for end in chaos.finished() {
-            *sums.entry(end).or_default() += 1;
-        }
+        chaos.count(&mut sums);
     }
-    println!("{sums:?}");
-    // A simulation in which nothing moves, or nothing breaks, shows nothing.
-    let least = [
-        ((Done::Moved, true), 100),
-        ((Done::Moved, false), 100),
-        ((Done::Copied, true), 20),
-        ((Done::Copied, false), 20),
-        ((Done::Taken, true), 100),
-        ((Done::Taken, false), 10),
-        ((Done::Restored, true), 20),
-        ((Done::Made, true), 20),
-    ];
-    let enough = least.iter().all(|(end, least)| sums.get(end).is_some_and(|sum| sum >= least));
-    assert!(only.is_some() || enough, "{sums:?}");
+    println!("succeeded, did not: {sums:?}");
+    // A simulation in which nothing is done, or nothing breaks, shows nothing.
+    for (kind, good_min, bad_min) in [
+        ((OperationKind::MigrateDomain, false), 100, 100),
+        ((OperationKind::MigrateDomain, true), 50, 50),
+        ((OperationKind::ResizeDomain, false), 100, 0),
+        ((OperationKind::ReinstallDomain, false), 100, 0),
+        ((OperationKind::RescueDomain, false), 50, 10),
+        ((OperationKind::SaveDomain, false), 50, 50),
+        ((OperationKind::CreateSnapshot, false), 100, 10),
+        ((OperationKind::RestoreSnapshot, false), 20, 0),
+        ((OperationKind::CreateVolume, false), 20, 0),
+    ] {
+        let (good, bad) = sums.get(&kind).copied().unwrap_or_default();
+        assert!(only.is_some() || (good >= good_min && bad >= bad_min), "{kind:?}: {good}, {bad}");
+    }
 }
