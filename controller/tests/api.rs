@@ -4,6 +4,7 @@
 
 mod images;
 mod service;
+mod snapshots;
 
 use std::sync::{Arc, Mutex};
 

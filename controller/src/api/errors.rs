@@ -249,6 +249,10 @@ fn kind_of(name: &str) -> &'static str {
     match name.split('/').next() {
         Some("nodes") => "drover.v1.Node",
         Some("domains") => "drover.v1.Domain",
+        Some("volumes") => "drover.v1.Volume",
+        Some("snapshots") => "drover.v1.Snapshot",
+        Some("images") => "drover.v1.Image",
+        Some("networks") => "drover.v1.Network",
         Some("operations") => "drover.v1.Operation",
         _ => "drover.v1.Cluster",
     }

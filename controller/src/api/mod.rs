@@ -5,8 +5,8 @@
 //! decided on the rows as they are ([`Service::decide`]) and answered from them
 //! ([`present`]). Reads wait until this member's rows are vouched for ([`Service::read`]).
 //!
-//! - [`nodes`], [`domains`], [`volumes`], [`images`], [`networks`], [`operations`], [`events`],
-//!   [`cluster`], [`console`], [`guest`]: the calls
+//! - [`nodes`], [`domains`], [`volumes`], [`snapshots`], [`images`], [`networks`],
+//!   [`operations`], [`events`], [`cluster`], [`console`], [`guest`]: the calls
 //! - [`errors`]: every refusal and fault as one gRPC status with details
 //! - [`requests`]: request ids
 
@@ -26,6 +26,7 @@ mod page;
 mod present;
 mod requests;
 mod service;
+mod snapshots;
 mod validate;
 mod volumes;
 

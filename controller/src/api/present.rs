@@ -6,11 +6,12 @@ use drover_proto::v1::{
 };
 
 use crate::model::{
-    DomainId, DomainRecord, EventRecord, MoveRecord, NodeId, NodeRecord, Observed, OperationId,
-    OperationRecord, World,
+    DomainId, DomainRecord, EventRecord, MigrationStage, MoveRecord, NodeId, NodeRecord, Observed,
+    OperationId, OperationRecord, VolumeRecord, World,
 };
 use crate::store::{Versioned, View};
 use crate::workflows::begin::etag;
+use crate::workflows::copy;
 use crate::workflows::migration::{figures, merge_report};
 
 /// Shares of a migration's bar: the first pass is nearly all of it.
@@ -84,7 +85,7 @@ pub(super) fn operation(
         kind: record.kind,
         target: record.target.clone(),
         state: record.state,
-        status_message: record.status_message.clone(),
+        status_message: status(record, view, observed),
         progress_percent: progress(record, migration.as_ref(), &moves),
         error: record.error.clone(),
         create_time: record.create_time,
@@ -109,6 +110,34 @@ pub(super) fn event(row: &Versioned<EventRecord>) -> Event {
         subject: record.subject.clone(),
         reason: record.reason.clone(),
         message: record.message.clone(),
+    }
+}
+
+/// With what is not worth writing: how far a stopped domain's volumes are.
+fn status(record: &OperationRecord, view: &View, observed: &Observed) -> String {
+    let held = record.status_message.clone();
+    if record.kind() != OperationKind::MigrateDomain || !is_running(record) {
+        return held;
+    }
+    let domain = DomainId::from_name(&record.target)
+        .ok()
+        .and_then(|id| view.get::<DomainRecord>(id.as_str()));
+    let Some(domain) = domain.map(|row| row.value) else { return held };
+    let copied = domain
+        .migration
+        .as_ref()
+        .filter(|m| m.id == record.id && m.stage() == MigrationStage::CopyingStopped);
+    let Some(migration) = copied else { return held };
+    let volumes: Vec<VolumeRecord> = domain
+        .spec
+        .iter()
+        .flat_map(|spec| &spec.disks)
+        .filter_map(|disk| disk.volume.strip_prefix("volumes/"))
+        .filter_map(|id| view.get::<VolumeRecord>(id).map(|row| row.value))
+        .collect();
+    match copy::progress(observed, migration, volumes.iter()) {
+        Some(text) => format!("{held}; {text}"),
+        None => held,
     }
 }
 

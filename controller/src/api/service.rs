@@ -13,6 +13,7 @@ use drover_proto::v1::network_service_server::NetworkServiceServer;
 use drover_proto::v1::node_service_server::NodeServiceServer;
 use drover_proto::v1::operation_service_server::OperationServiceServer;
 use drover_proto::v1::pool_service_server::PoolServiceServer;
+use drover_proto::v1::snapshot_service_server::SnapshotServiceServer;
 use drover_proto::v1::volume_service_server::VolumeServiceServer;
 use tokio::time::Instant;
 
@@ -127,6 +128,7 @@ pub fn routes(service: &Service) -> tonic::service::Routes {
         .add_service(forwarder.wrap(DomainServiceServer::new(service.clone())))
         .add_service(forwarder.wrap(PoolServiceServer::new(service.clone())))
         .add_service(forwarder.wrap(VolumeServiceServer::new(service.clone())))
+        .add_service(forwarder.wrap(SnapshotServiceServer::new(service.clone())))
         .add_service(forwarder.wrap(ImageServiceServer::new(service.clone())))
         .add_service(forwarder.wrap(NetworkServiceServer::new(service.clone())))
         .add_service(forwarder.wrap(OperationServiceServer::new(service.clone())))

@@ -12,7 +12,8 @@ use drover_proto::v1::{
 use super::errors::{excerpt, invalid};
 use super::page::hex_byte;
 use crate::model::{
-    BadId, DomainId, ID_SYNTAX, ImageId, NetworkId, NodeId, OperationId, VolumeId, World,
+    BadId, DomainId, ID_SYNTAX, ImageId, NetworkId, NodeId, OperationId, SnapshotId, VolumeId,
+    World,
 };
 use crate::workflows::desired::duration as proto_duration;
 use crate::workflows::resize::Resize;
@@ -62,6 +63,11 @@ pub(super) fn volume(field: &str, name: &str) -> Result<VolumeId, Refusal> {
     VolumeId::from_name(name).map_err(|bad| bad_id(field, &bad))
 }
 
+/// `snapshots/{id}` in a field.
+pub(super) fn snapshot(field: &str, name: &str) -> Result<SnapshotId, Refusal> {
+    SnapshotId::from_name(name).map_err(|bad| bad_id(field, &bad))
+}
+
 /// `images/{id}` in a field.
 pub(super) fn image(field: &str, name: &str) -> Result<ImageId, Refusal> {
     ImageId::from_name(name).map_err(|bad| bad_id(field, &bad))
@@ -83,11 +89,16 @@ pub(super) fn subject(field: &str, name: &str) -> Result<(), Refusal> {
         || name == "cluster"
         || NodeId::from_name(name).is_ok()
         || DomainId::from_name(name).is_ok()
+        || VolumeId::from_name(name).is_ok()
         || OperationId::from_name(name).is_ok();
     if known {
         return Ok(());
     }
-    Err(invalid(field, name, "nodes/{id}, domains/{id}, operations/{uuid} or cluster"))
+    Err(invalid(
+        field,
+        name,
+        "nodes/{id}, domains/{id}, volumes/{id}, operations/{uuid} or cluster",
+    ))
 }
 
 fn bad_id(field: &str, bad: &BadId) -> Refusal {
@@ -251,17 +262,29 @@ fn disks(given: &[Disk]) -> Result<(), Refusal> {
             let expected = "empty: a new volume is made";
             return Err(invalid(&field("volume"), &excerpt(&disk.volume), expected));
         }
-        if !disk.pool.is_empty() && NodeId::parse(&disk.pool).is_err() {
-            let expected = format!("a pool's id ({ID_SYNTAX}), or empty for a node's first");
-            return Err(invalid(&field("pool"), &excerpt(&disk.pool), &expected));
-        }
-        disk_size(&field("size_bytes"), disk.size_bytes, "the image's size")?;
+        let at = format!("domain.spec.disks[{index}]");
+        volume_spec(&at, &disk.pool, disk.size_bytes, &disk.image)?;
         if let Some(limits) = &disk.limits {
             disk_limits(&field("limits"), limits)?;
         }
-        if !disk.image.is_empty() {
-            ImageId::from_name(&disk.image).map_err(|bad| bad_id(&field("image"), &bad))?;
-        }
+    }
+    Ok(())
+}
+
+/// Pool, size and image of a new volume; `at` is where they stand in the request.
+pub(super) fn volume_spec(
+    at: &str,
+    pool: &str,
+    size_bytes: u64,
+    image: &str,
+) -> Result<(), Refusal> {
+    if !pool.is_empty() && NodeId::parse(pool).is_err() {
+        let expected = format!("a pool's id ({ID_SYNTAX}), or empty for a node's first");
+        return Err(invalid(&format!("{at}.pool"), &excerpt(pool), &expected));
+    }
+    disk_size(&format!("{at}.size_bytes"), size_bytes, "the image's size")?;
+    if !image.is_empty() {
+        self::image(&format!("{at}.image"), image)?;
     }
     Ok(())
 }

@@ -1,19 +1,24 @@
-//! `drover.v1.PoolService` and `drover.v1.VolumeService`: what there is, for people.
+//! `drover.v1.PoolService` and `drover.v1.VolumeService`: pools as they are, volumes as domains
+//! have them, and those that no domain has.
 
 use drover_proto::v1::pool_service_server::PoolService;
 use drover_proto::v1::volume_service_server::VolumeService;
 use drover_proto::v1::{
-    GetVolumeRequest, ListPoolsRequest, ListPoolsResponse, ListVolumesRequest, ListVolumesResponse,
-    Pool, Volume, VolumeState,
+    AttachVolumeRequest, CreateVolumeRequest, DeleteVolumeRequest, DeleteVolumeResponse,
+    DetachVolumeRequest, GetVolumeRequest, ListPoolsRequest, ListPoolsResponse, ListVolumesRequest,
+    ListVolumesResponse, Operation, Pool, Volume, VolumeState,
 };
+use tokio::time::Instant;
 use tonic::{Request, Response, Status};
 
-use super::service::Service;
+use super::errors::Fault;
+use super::service::{CALL_WAIT, Service};
 use super::{page, validate};
-use crate::model::{Observed, VolumeRecord, World};
+use crate::model::{Observed, VolumeId, VolumeRecord, World};
 use crate::store::Versioned;
 use crate::workflows::Refusal;
 use crate::workflows::begin::etag;
+use crate::workflows::volumes::{self, NewVolume};
 
 #[tonic::async_trait]
 impl PoolService for Service {
@@ -62,11 +67,7 @@ impl VolumeService for Service {
         request: Request<GetVolumeRequest>,
     ) -> Result<Response<Volume>, Status> {
         let id = validate::volume("name", &request.get_ref().name)?;
-        let view = self.read().await?;
-        let row = view
-            .get::<VolumeRecord>(id.as_str())
-            .ok_or_else(|| Refusal::NotFound { name: id.name() })?;
-        Ok(Response::new(present(&row, &World::load(&view), &self.hub.observed())))
+        Ok(Response::new(self.volume(&id).await?))
     }
 
     async fn list_volumes(
@@ -95,37 +96,81 @@ impl VolumeService for Service {
 
     async fn create_volume(
         &self,
-        _: Request<drover_proto::v1::CreateVolumeRequest>,
-    ) -> Result<Response<drover_proto::v1::Operation>, Status> {
-        Err(Status::unimplemented("not yet"))
+        request: Request<CreateVolumeRequest>,
+    ) -> Result<Response<Operation>, Status> {
+        let mut request = request.into_inner();
+        let request_id = std::mem::take(&mut request.request_id);
+        let given = request.volume.clone().unwrap_or_default();
+        validate::volume_spec("volume", &given.pool, given.size_bytes, &given.image)?;
+        let new = NewVolume {
+            id: validate::volume("volume.name", &given.name)?,
+            pool: given.pool,
+            size_bytes: given.size_bytes,
+            image: given.image,
+            only: validate::maybe_node("node", &request.node)?,
+        };
+        let operation = self
+            .begin("CreateVolume", &request_id, &request, |cx| volumes::create_volume(cx, &new))
+            .await?;
+        Ok(Response::new(operation))
     }
 
     async fn delete_volume(
         &self,
-        _: Request<drover_proto::v1::DeleteVolumeRequest>,
-    ) -> Result<Response<drover_proto::v1::DeleteVolumeResponse>, Status> {
-        Err(Status::unimplemented("not yet"))
+        request: Request<DeleteVolumeRequest>,
+    ) -> Result<Response<DeleteVolumeResponse>, Status> {
+        let request = request.into_inner();
+        let id = validate::volume("name", &request.name)?;
+        self.decide(Instant::now() + CALL_WAIT, |cx, _| {
+            Ok((volumes::delete_volume(cx, &id, &request.etag)?, ()))
+        })
+        .await?;
+        Ok(Response::new(DeleteVolumeResponse {}))
     }
 
     async fn attach_volume(
         &self,
-        _: Request<drover_proto::v1::AttachVolumeRequest>,
-    ) -> Result<Response<drover_proto::v1::Volume>, Status> {
-        Err(Status::unimplemented("not yet"))
+        request: Request<AttachVolumeRequest>,
+    ) -> Result<Response<Volume>, Status> {
+        let AttachVolumeRequest { name, domain, read_only, etag } = request.into_inner();
+        let id = validate::volume("name", &name)?;
+        let domain = validate::domain("domain", &domain)?;
+        self.decide(Instant::now() + CALL_WAIT, |cx, _| {
+            Ok((volumes::attach_volume(cx, &id, &domain, read_only, &etag)?, ()))
+        })
+        .await?;
+        Ok(Response::new(self.volume(&id).await?))
     }
 
     async fn detach_volume(
         &self,
-        _: Request<drover_proto::v1::DetachVolumeRequest>,
-    ) -> Result<Response<drover_proto::v1::Volume>, Status> {
-        Err(Status::unimplemented("not yet"))
+        request: Request<DetachVolumeRequest>,
+    ) -> Result<Response<Volume>, Status> {
+        let request = request.into_inner();
+        let id = validate::volume("name", &request.name)?;
+        self.decide(Instant::now() + CALL_WAIT, |cx, _| {
+            Ok((volumes::detach_volume(cx, &id, &request.etag)?, ()))
+        })
+        .await?;
+        Ok(Response::new(self.volume(&id).await?))
+    }
+}
+
+impl Service {
+    async fn volume(&self, id: &VolumeId) -> Result<Volume, Fault> {
+        let view = self.read().await?;
+        let row = view
+            .get::<VolumeRecord>(id.as_str())
+            .ok_or_else(|| Refusal::NotFound { name: id.name() })?;
+        Ok(present(&row, &World::load(&view), &self.hub.observed()))
     }
 }
 
 fn present(row: &Versioned<VolumeRecord>, world: &World, observed: &Observed) -> Volume {
     let record = &row.value;
     let domain = crate::model::DomainId::trusted(&record.domain);
-    let node = world.domains.get(&domain).map(|row| row.value.node.clone()).unwrap_or_default();
+    // Its domain's, or where it was left.
+    let node = world.domains.get(&domain).map_or(&record.node, |row| &row.value.node).clone();
     let said = observed.volume(&node, &record.uid);
     let creating = record.state() == VolumeState::Creating;
     let full = |collection: &str, id: &str| match id {

@@ -99,6 +99,10 @@ id!(
     ImageId, "images", ID_SYNTAX, is_label
 );
 id!(
+    /// What a domain's disks held at one moment.
+    SnapshotId, "snapshots", ID_SYNTAX, is_label
+);
+id!(
     /// Where domains get their addresses from.
     NetworkId, "networks", ID_SYNTAX, is_label
 );

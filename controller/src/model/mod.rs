@@ -5,14 +5,15 @@
 //! - [`World`]: all rows that work is decided from, with the sums that decisions need
 //! - [`Observed`]: what agents report, in the leader's memory only
 
+mod by_node;
 mod ids;
 mod observed;
 mod records;
 mod world;
 
 pub use ids::{
-    BadId, DomainId, ID_BYTES_MAX, ID_SYNTAX, ImageId, NetworkId, NodeId, OperationId, VolumeId,
-    is_request_id,
+    BadId, DomainId, ID_BYTES_MAX, ID_SYNTAX, ImageId, NetworkId, NodeId, OperationId, SnapshotId,
+    VolumeId, is_request_id,
 };
 pub use observed::{NodeObservation, Observed, Side};
 pub use records::*;

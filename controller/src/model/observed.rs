@@ -8,11 +8,11 @@ use std::collections::BTreeMap;
 use std::sync::Arc;
 
 use drover_proto::agent::v1::{
-    ObservedDomain, ObservedImage, ObservedPool, ObservedVolume, Report,
+    ObservedDomain, ObservedImage, ObservedPool, ObservedSnapshot, ObservedVolume, Report,
 };
 use drover_proto::v1::NodeUsage;
 
-use super::NodeId;
+use super::{GarbageRecord, NodeId};
 
 /// What one node's agent said last.
 #[derive(Clone, Debug, Default)]
@@ -36,6 +36,8 @@ pub struct NodeObservation {
     pub volumes: BTreeMap<String, ObservedVolume>,
     /// Every image in them.
     pub images: Vec<ObservedImage>,
+    /// Every part of a snapshot in them, and those that shall be there, by uid.
+    pub snapshots: BTreeMap<String, ObservedSnapshot>,
 }
 
 impl NodeObservation {
@@ -49,6 +51,7 @@ impl NodeObservation {
         self.pools = report.pools.into_iter().map(|p| (p.id.clone(), p)).collect();
         self.volumes = report.volumes.into_iter().map(|v| (v.uid.clone(), v)).collect();
         self.images = report.images;
+        self.snapshots = report.snapshots.into_iter().map(|s| (s.uid.clone(), s)).collect();
     }
 
     /// What was on a host before it rebooted is no fact any more.
@@ -57,15 +60,17 @@ impl NodeObservation {
         self.pools.clear();
         self.volumes.clear();
         self.images.clear();
+        self.snapshots.clear();
     }
 
-    /// Whether it has reported without this volume or image, knowing the revision.
+    /// Whether it has reported without what it shall remove, knowing the revision.
     #[must_use]
-    pub fn is_without(&self, volume_uid: &str, image_digest: &str, revision: u64) -> bool {
+    pub fn is_without(&self, garbage: &GarbageRecord, revision: u64) -> bool {
         self.reported
             && self.taken_in >= revision
-            && !self.volumes.contains_key(volume_uid)
-            && !self.images.iter().any(|image| image.digest == image_digest)
+            && !self.volumes.contains_key(&garbage.volume_uid)
+            && !self.snapshots.contains_key(&garbage.snapshot_uid)
+            && !self.images.iter().any(|image| image.digest == garbage.image_digest)
     }
 }
 
@@ -111,6 +116,12 @@ impl Observed {
     #[must_use]
     pub fn volume(&self, node: &str, uid: &str) -> Option<&ObservedVolume> {
         self.nodes.get(&NodeId::trusted(node))?.volumes.get(uid)
+    }
+
+    /// What one node says about a snapshot's part, whatever it knew.
+    #[must_use]
+    pub fn snapshot(&self, node: &str, part: &str) -> Option<&ObservedSnapshot> {
+        self.nodes.get(&NodeId::trusted(node))?.snapshots.get(part)
     }
 
     /// What one node says about a domain, whatever it knew.

@@ -3,9 +3,9 @@
 pub use drover_proto::store::v1::{
     ClusterRecord, DomainRecord, EventRecord, GarbageRecord, ImageRecord, Migration,
     MigrationStage, MoveRecord, NetworkRecord, NodeRecord, OperationRecord, RequestRecord,
-    SnapshotPart, VolumeRecord,
+    SnapshotPart, SnapshotRecord, VolumeRecord,
 };
-use drover_proto::v1::{DomainState, OperationState, PowerState};
+use drover_proto::v1::{DomainState, OperationState, PowerState, VolumeState};
 
 use super::{DomainId, NodeId, OperationId};
 use crate::scheduler::Resources;
@@ -35,6 +35,7 @@ record! {
     ImageRecord => Images,
     GarbageRecord => Garbage,
     NetworkRecord => Networks,
+    SnapshotRecord => Snapshots,
 }
 
 impl Record for ClusterRecord {
@@ -110,6 +111,18 @@ pub fn serial(uid: &str) -> String {
     uid.chars().filter(|c| *c != '-').take(SERIAL_CHARS).collect()
 }
 
+/// Why a volume cannot be read, for people.
+#[must_use]
+pub fn unready(volume: &VolumeRecord) -> String {
+    match volume.state() {
+        VolumeState::Failed => format!(
+            "volumes/{} has failed ({}): restore or reinstall it, or delete the domain",
+            volume.id, volume.state_reason
+        ),
+        _ => format!("volumes/{} is being made: wait for it", volume.id),
+    }
+}
+
 /// What `node` shall remove: a volume or an image, whichever is not empty.
 #[must_use]
 pub fn garbage(node: &str, pool: &str, volume_uid: &str, image_digest: &str) -> GarbageRecord {
@@ -120,6 +133,18 @@ pub fn garbage(node: &str, pool: &str, volume_uid: &str, image_digest: &str) -> 
         volume_uid: volume_uid.to_owned(),
         image_digest: image_digest.to_owned(),
         snapshot_uid: String::new(),
+    }
+}
+
+/// What `node` shall remove: a snapshot's part.
+#[must_use]
+pub fn snapshot_garbage(node: &str, part: &SnapshotPart) -> GarbageRecord {
+    GarbageRecord {
+        id: format!("{node}/{}", part.uid),
+        node: node.to_owned(),
+        pool: part.pool.clone(),
+        snapshot_uid: part.uid.clone(),
+        ..GarbageRecord::default()
     }
 }
 

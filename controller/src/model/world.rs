@@ -3,16 +3,20 @@
 use std::collections::{BTreeMap, BTreeSet};
 
 use drover_proto::agent::v1::ObservedPool;
-use drover_proto::v1::{Disk, DomainState, DrainPolicy, DrainState, NodeState, PoolState};
+use drover_proto::v1::{
+    Disk, DomainState, DrainPolicy, DrainState, NodeState, PoolState, VolumeState,
+};
 
-use super::records::{self, has_disks, needs};
+use super::by_node::ByNode;
+use super::records::{self, needs};
 use super::{
     ClusterRecord, DomainId, DomainRecord, GarbageRecord, ImageRecord, NetworkRecord, NodeId,
-    NodeObservation, NodeRecord, Observed, OperationId, OperationRecord, VolumeRecord,
+    NodeObservation, NodeRecord, Observed, OperationId, OperationRecord, SnapshotRecord,
+    VolumeRecord,
 };
 use crate::scheduler::{
     ClusterView, DomainView, LINK_BYTES_PER_SECOND, Mobility, NodeView, PoolNeeds, PoolView,
-    Resources,
+    Resources, stays_behind,
 };
 use crate::store::{ChangeSet, Record, Versioned, View};
 
@@ -39,6 +43,11 @@ pub struct World {
     pub garbage: BTreeMap<String, Versioned<GarbageRecord>>,
     /// All networks, by id.
     pub networks: BTreeMap<String, Versioned<NetworkRecord>>,
+    /// All snapshots, by id.
+    pub snapshots: BTreeMap<String, Versioned<SnapshotRecord>>,
+    /// Volumes that no domain has.
+    left: ByNode,
+    snapshots_by_node: ByNode,
     /// The domains that concern a node: owned, coming, leaving.
     by_node: BTreeMap<NodeId, BTreeSet<DomainId>>,
 }
@@ -63,6 +72,11 @@ impl World {
         world.images = by_key(view.all());
         world.garbage = by_key(view.all());
         world.networks = by_key(view.all());
+        world.snapshots = by_key(view.all());
+        let left = world.volumes.iter().map(|(id, row)| (row.value.node.as_str(), id));
+        world.left = ByNode::of(left);
+        let snapshots = world.snapshots.iter().map(|(id, row)| (row.value.node.as_str(), id));
+        world.snapshots_by_node = ByNode::of(snapshots);
         world
     }
 
@@ -95,7 +109,13 @@ impl World {
                 let held = self.cluster.take();
                 self.cluster = versioned(change.record(), held, set.revision);
             } else if change.is::<VolumeRecord>() {
-                replace(&mut self.volumes, &change.key, change.record(), set.revision);
+                let node = |row: &VolumeRecord| row.node.clone();
+                let (rows, index) = (&mut self.volumes, &mut self.left);
+                replace_on(rows, index, node, &change.key, change.record(), set.revision);
+            } else if change.is::<SnapshotRecord>() {
+                let node = |row: &SnapshotRecord| row.node.clone();
+                let (rows, index) = (&mut self.snapshots, &mut self.snapshots_by_node);
+                replace_on(rows, index, node, &change.key, change.record(), set.revision);
             } else if change.is::<ImageRecord>() {
                 replace(&mut self.images, &change.key, change.record(), set.revision);
             } else if change.is::<GarbageRecord>() {
@@ -172,6 +192,32 @@ impl World {
         self.volumes.get(&domain.memory_volume)
     }
 
+    /// The volumes on a node that no domain has.
+    pub fn left_on(&self, node: &NodeId) -> impl Iterator<Item = &Versioned<VolumeRecord>> {
+        self.left.on(node).filter_map(|id| self.volumes.get(id))
+    }
+
+    /// The snapshots on a node, whosever they are.
+    pub fn snapshots_on(&self, node: &NodeId) -> impl Iterator<Item = &Versioned<SnapshotRecord>> {
+        self.snapshots_by_node.on(node).filter_map(|id| self.snapshots.get(id))
+    }
+
+    /// A domain's snapshots, on whatever node.
+    pub fn snapshots_of<'a>(
+        &'a self,
+        domain: &'a DomainRecord,
+    ) -> impl Iterator<Item = &'a Versioned<SnapshotRecord>> {
+        self.snapshots.values().filter(|row| row.value.domain_uid == domain.uid)
+    }
+
+    /// What a move of the domain leaves on its node, for people; empty where it leaves nothing.
+    #[must_use]
+    pub fn stays_behind(&self, domain: &DomainRecord, from: &str) -> String {
+        let node = NodeId::trusted(from);
+        let its = self.snapshots_on(&node).filter(|row| row.value.domain_uid == domain.uid);
+        stays_behind(its.count(), from)
+    }
+
     /// What the domain's volumes may grow to, by pool.
     #[must_use]
     pub fn pool_needs(&self, domain: &DomainRecord) -> PoolNeeds {
@@ -182,7 +228,22 @@ impl World {
         needs
     }
 
-    /// What is promised in a node's pools: to what it owns, and to what comes or has not quite left.
+    /// The first of its volumes that is not there to be copied.
+    #[must_use]
+    pub fn unready(&self, domain: &DomainRecord) -> Option<&VolumeRecord> {
+        let ready = |row: &&Versioned<VolumeRecord>| row.value.state() != VolumeState::Ready;
+        // The row's own lifetime, not the domain's.
+        let id = self.volumes_of(domain).find(ready)?.value.id.clone();
+        self.volumes.get(&id).map(|row| &row.value)
+    }
+
+    fn mobility(&self, domain: &DomainRecord) -> Mobility {
+        mobility(domain, self.unready(domain))
+    }
+
+    /// What is promised in a node's pools: to what it owns, to what comes or has not quite left,
+    /// and to volumes that no domain has. Snapshots are promised nothing: nobody writes to them,
+    /// and what they hold back from being freed shows in what their pool has in use.
     #[must_use]
     pub fn promised(&self, node: &NodeId) -> PoolNeeds {
         let mut sum = PoolNeeds::new();
@@ -190,6 +251,9 @@ impl World {
             for (pool, bytes) in self.pool_needs(&row.value) {
                 *sum.entry(pool).or_default() += bytes;
             }
+        }
+        for volume in self.left_on(node).map(|row| &row.value) {
+            *sum.entry(volume.pool.clone()).or_default() += volume.size_bytes;
         }
         sum
     }
@@ -201,13 +265,19 @@ impl World {
             let seen = observed.nodes.get(id);
             (id.clone(), self.node_view(id, &row.value, seen.map(AsRef::as_ref)))
         });
+        let mut snapshots: BTreeMap<(&str, &str), usize> = BTreeMap::new();
+        for row in self.snapshots.values() {
+            *snapshots.entry((&row.value.domain_uid, &row.value.node)).or_default() += 1;
+        }
         let domains = self.domains.iter().map(|(id, row)| {
+            let stay = snapshots.get(&(row.value.uid.as_str(), row.value.node.as_str()));
             let usage = observed.domain(&row.value.node, &row.value.uid).and_then(|d| d.usage);
             let view = DomainView {
                 node: NodeId::parse(&row.value.node).ok(),
                 needs: needs(&row.value),
                 disks: self.pool_needs(&row.value),
-                mobility: mobility(&row.value),
+                mobility: self.mobility(&row.value),
+                snapshots: stay.copied().unwrap_or_default(),
                 cpu_millicores: usage.map_or(0, |usage| usage.cpu_millicores),
             };
             (id.clone(), view)
@@ -300,7 +370,7 @@ fn nodes_of(domain: &DomainRecord) -> BTreeSet<NodeId> {
     all.filter(|id| !id.is_empty()).map(NodeId::trusted).collect()
 }
 
-fn mobility(domain: &DomainRecord) -> Mobility {
+fn mobility(domain: &DomainRecord, unready: Option<&VolumeRecord>) -> Mobility {
     let policy = domain.spec.as_ref().map(|spec| spec.drain_policy());
     if policy == Some(DrainPolicy::Stay) {
         return Mobility::Fixed(
@@ -317,10 +387,13 @@ fn mobility(domain: &DomainRecord) -> Mobility {
         return Mobility::Busy(format!("operations/{} works on it", domain.operation));
     }
     match domain.state() {
-        _ if records::is_at_rest(domain) && has_disks(domain) => Mobility::Fixed(
-            "it does not run and has disks: start it, and they move with it, or delete it".into(),
-        ),
-        _ if records::is_at_rest(domain) => Mobility::Cold,
+        _ if records::is_at_rest(domain) => match unready {
+            Some(volume) if volume.state() == VolumeState::Failed => {
+                Mobility::Fixed(records::unready(volume))
+            }
+            Some(volume) => Mobility::Busy(records::unready(volume)),
+            None => Mobility::Cold,
+        },
         DomainState::Running if records::has_memory(domain) => {
             Mobility::Busy("what it was saved to is about to be removed".into())
         }
@@ -349,6 +422,23 @@ fn replace<T: Record>(
     if let Some(row) = versioned(value, held, revision) {
         rows.insert(key.to_owned(), row);
     }
+}
+
+fn replace_on<T: Record>(
+    rows: &mut BTreeMap<String, Versioned<T>>,
+    index: &mut ByNode,
+    node: impl Fn(&T) -> String,
+    key: &str,
+    value: Option<T>,
+    revision: u64,
+) {
+    if let Some(held) = rows.get(key) {
+        index.remove(&node(&held.value), key);
+    }
+    if let Some(value) = &value {
+        index.put(&node(value), key);
+    }
+    replace(rows, key, value, revision);
 }
 
 fn versioned<T: Record>(

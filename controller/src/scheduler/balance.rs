@@ -10,7 +10,7 @@
 use std::collections::{BTreeMap, BTreeSet};
 
 use super::place::shortage;
-use super::view::{ClusterView, Mobility, NodeView};
+use super::view::{ClusterView, Mobility, NodeView, stays_behind};
 use crate::model::{DomainId, NodeId};
 
 /// When to propose, and how much.
@@ -85,7 +85,11 @@ pub fn plan_balance(view: &ClusterView, options: &BalanceOptions) -> BalanceProp
         }
         moved.insert(best.domain.clone());
         moves.push(BalanceMove {
-            reason: format!("imbalance {now:.0} → {:.0} ‰", best.deviation),
+            reason: format!(
+                "imbalance {now:.0} → {:.0} ‰{}",
+                best.deviation,
+                stays_behind(domain.snapshots, best.from.as_str())
+            ),
             memory_bytes: domain.needs.memory_bytes,
             domain: best.domain,
             from: best.from,

@@ -8,7 +8,7 @@ use std::collections::BTreeMap;
 use std::time::Duration;
 
 use super::place::{PlaceOptions, Strategy, place, shortage};
-use super::view::{ClusterView, DomainView, Mobility, NodeView, Resources, size};
+use super::view::{ClusterView, DomainView, Mobility, NodeView, Resources, size, stays_behind};
 use crate::model::{DomainId, NodeId};
 
 /// Below this rate a migration is not worth starting beside others: with 100 ms of pause it
@@ -153,14 +153,25 @@ fn plan_move(
                 Strategy::BestFit => "best fit",
                 Strategy::Spread => "emptiest",
             };
-            let what = if live { "" } else { "; not running, only its record moves" };
+            let disk_bytes = domain.disks.values().sum::<u64>();
+            let (what, expected_time) = match live {
+                true => ("", copy_time(memory_bytes, rate)),
+                false if disk_bytes > 0 => {
+                    ("; not running, its disks are copied", copy_time(disk_bytes, rate))
+                }
+                false => ("; not running, only its record moves", Duration::ZERO),
+            };
             ProposedMove {
                 domain: id.clone(),
-                reason: format!("{how}, then {:.0} % promised{what}", decision.score * 100.0),
+                reason: format!(
+                    "{how}, then {:.0} % promised{what}{}",
+                    decision.score * 100.0,
+                    stays_behind(domain.snapshots, from.as_str())
+                ),
                 to: Some(decision.node),
                 waits: false,
                 memory_bytes,
-                expected_time: if live { copy_time(memory_bytes, rate) } else { Duration::ZERO },
+                expected_time,
             }
         }
         Err(none) => {

@@ -42,6 +42,7 @@ fn domain(on: usize, vcpus: u32, mib: u64) -> DomainView {
         node: Some(node_id(on)),
         needs: Resources { vcpus, memory_bytes: mib * MIB },
         mobility: Mobility::Live,
+        snapshots: 0,
         cpu_millicores: 0,
     }
 }

@@ -109,7 +109,7 @@ impl NodeView {
 pub enum Mobility {
     /// It runs: a live migration.
     Live,
-    /// Nothing runs and it has no disks: its record moves.
+    /// Nothing runs: its disks are copied, if it has any, and its record moves.
     Cold,
     /// Not now, but later: something else works on it.
     Busy(String),
@@ -128,6 +128,8 @@ pub struct DomainView {
     pub disks: PoolNeeds,
     /// Whether it can be moved.
     pub mobility: Mobility,
+    /// How many of its snapshots lie on its node: they stay there when it moves.
+    pub snapshots: usize,
     /// Measured, in thousandths of a core.
     pub cpu_millicores: u32,
 }
@@ -148,6 +150,15 @@ impl ClusterView {
         node: &'a NodeId,
     ) -> impl Iterator<Item = (&'a DomainId, &'a DomainView)> {
         self.domains.iter().filter(move |(_, domain)| domain.node.as_ref() == Some(node))
+    }
+}
+
+/// What a move leaves behind, to be put behind other words; nothing where it leaves nothing.
+pub(crate) fn stays_behind(snapshots: usize, from: &str) -> String {
+    match snapshots {
+        0 => String::new(),
+        1 => format!("; its snapshot stays on nodes/{from}"),
+        count => format!("; its {count} snapshots stay on nodes/{from}"),
     }
 }
 

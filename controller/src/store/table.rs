@@ -28,6 +28,8 @@ pub enum Table {
     Garbage = 10,
     /// Which addresses domains are given.
     Networks = 11,
+    /// What domains' disks held at one moment.
+    Snapshots = 12,
 }
 
 impl Table {

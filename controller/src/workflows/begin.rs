@@ -18,7 +18,7 @@ use super::step::{Context, end, error, millis, timestamp};
 use super::{content, network, save, storage};
 use crate::model::{
     DomainId, DomainRecord, ImageRecord, MigrationStage, NetworkId, NodeId, NodeRecord,
-    OperationId, OperationRecord, VolumeRecord, has_disks, has_memory, is_at_rest,
+    OperationId, OperationRecord, VolumeRecord, has_memory, is_at_rest, unready,
 };
 use crate::scheduler::{Decision, OTHER_NODE, PlaceOptions, Resources, Strategy, place};
 use crate::store::{Txn, Versioned};
@@ -262,10 +262,11 @@ pub fn delete_domain(
     Ok(hold(cx, Txn::new(), row, domain, operation))
 }
 
-/// Moves a domain: live when it runs, its record alone when it does not.
+/// Moves a domain: live when it runs, by copying its volumes when it does not.
 ///
 /// # Errors
-/// There is none, it is held, it is lost, it is there already, or nothing has room.
+/// There is none, it is held, it is lost, it is there already, a volume is not there to be copied,
+/// or nothing has room.
 pub fn migrate_domain(
     cx: &Context<'_>,
     id: &DomainId,
@@ -288,10 +289,6 @@ pub fn migrate_domain(
             });
         }
     }
-    if is_at_rest(&row.value) && has_disks(&row.value) {
-        let accepted = "a domain with disks moves while it runs: start it first";
-        return Err(wrong_state(id, &row.value, accepted));
-    }
     let movable = is_at_rest(&row.value)
         || (row.value.state() == DomainState::Running
             && row.value.migration.is_none()
@@ -302,6 +299,15 @@ pub fn migrate_domain(
             _ => "only a domain that is RUNNING, STOPPED, SAVED or FAILED moves",
         };
         return Err(wrong_state(id, &row.value, accepted));
+    }
+    if is_at_rest(&row.value)
+        && let Some(volume) = cx.world.unready(&row.value)
+    {
+        return Err(Refusal::Precondition {
+            subject: id.name(),
+            reason: "VOLUME_NOT_READY",
+            message: format!("{} cannot be copied: {}", id.name(), unready(volume)),
+        });
     }
     let options = PlaceOptions {
         only: to.cloned(),

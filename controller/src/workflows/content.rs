@@ -26,7 +26,6 @@ pub(super) enum Source<'a> {
     /// It must be no larger than the volume.
     Image(&'a ImageRecord),
     /// It must lie on the volume's node, in its pool, and be no larger.
-    #[allow(dead_code, reason = "restoring a snapshot uses it")]
     Snapshot(&'a SnapshotPart),
     /// Zeros.
     Blank,

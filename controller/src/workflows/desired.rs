@@ -5,18 +5,21 @@ use std::collections::BTreeMap;
 use drover_proto::agent::v1::assignment::Role;
 use drover_proto::agent::v1::{
     AssignedDisk, Assignment, Garbage, Incoming, Outgoing, Owner, VolumeSource, WantedSnapshot,
-    WantedVolume,
+    WantedSnapshotPart, WantedVolume,
 };
-use drover_proto::v1::{Disk, DomainSpec, DomainState, VolumeState};
+use drover_proto::v1::{Disk, DomainSpec, DomainState, SnapshotState, VolumeState};
 
-use crate::model::{DomainRecord, Migration, MigrationStage, NodeId, VolumeRecord, World, serial};
+use crate::model::{
+    DomainRecord, Migration, MigrationStage, NodeId, SnapshotPart, SnapshotRecord, VolumeRecord,
+    World, serial,
+};
 
 /// What shall be on a node, as far as the rows say.
 #[derive(Clone, Debug, Default, PartialEq)]
 pub struct Level {
     /// By the domains' ids. What is not listed is ended there.
     pub domains: Vec<Assignment>,
-    /// Their volumes.
+    /// Their volumes, and those that no domain has.
     pub volumes: Vec<WantedVolume>,
     /// Taken, or to be taken.
     pub snapshots: Vec<WantedSnapshot>,
@@ -29,6 +32,15 @@ pub struct Level {
 pub fn desired(world: &World, node: &NodeId) -> Level {
     let mut level = Level::default();
     for row in world.concerning(node) {
+        if let Some(source) = copied_from(world, &row.value, node) {
+            let copies = world.volumes_of(&row.value).map(|volume| WantedVolume {
+                create: true,
+                copy_from: source.clone(),
+                ..wanted(&volume.value)
+            });
+            level.volumes.extend(copies);
+            continue;
+        }
         let Some(mut assignment) = assignment(&row.value, node.as_str()) else { continue };
         let comes = matches!(assignment.role, Some(Role::Incoming(_)));
         let disks = world.disks_of(&row.value);
@@ -42,6 +54,8 @@ pub fn desired(world: &World, node: &NodeId) -> Level {
         }));
         level.domains.push(assignment);
     }
+    level.volumes.extend(world.left_on(node).map(|volume| owned(world, &volume.value)));
+    level.snapshots.extend(world.snapshots_on(node).map(|row| snapshot(&row.value)));
     let of_node = format!("{node}/");
     let garbage = world.garbage.range(of_node.clone()..);
     for (_, row) in garbage.take_while(|(id, _)| id.starts_with(&of_node)) {
@@ -53,6 +67,30 @@ pub fn desired(world: &World, node: &NodeId) -> Level {
         });
     }
     level
+}
+
+/// Where the volumes of a domain that comes to the node without running are copied from: nothing
+/// else of it is there yet.
+fn copied_from(world: &World, domain: &DomainRecord, node: &NodeId) -> Option<String> {
+    let m = domain.migration.as_ref().filter(|m| m.to == node.as_str())?;
+    if m.stage() != MigrationStage::CopyingStopped || domain.state() == DomainState::Deleting {
+        return None;
+    }
+    let source = world.nodes.get(&NodeId::trusted(&m.from));
+    Some(source.map(|row| row.value.address.clone()).unwrap_or_default())
+}
+
+fn snapshot(snapshot: &SnapshotRecord) -> WantedSnapshot {
+    let part = |part: &SnapshotPart| WantedSnapshotPart {
+        uid: part.uid.clone(),
+        volume_uid: part.volume_uid.clone(),
+        pool: part.pool.clone(),
+    };
+    WantedSnapshot {
+        domain_uid: snapshot.domain_uid.clone(),
+        parts: snapshot.parts.iter().map(part).collect(),
+        create: snapshot.state() == SnapshotState::Creating,
+    }
 }
 
 fn assigned(disk: Option<&Disk>, volume: &VolumeRecord) -> AssignedDisk {
@@ -113,6 +151,10 @@ pub fn assignment(domain: &DomainRecord, node: &str) -> Option<Assignment> {
     let Some(m) = &domain.migration else {
         return (domain.node == node).then(|| assign(domain, domain.epoch, owner(domain), None));
     };
+    if m.stage() == MigrationStage::CopyingStopped {
+        let stays = domain.node == node;
+        return stays.then(|| assign(domain, domain.epoch, owner(domain), None));
+    }
     if m.from == node {
         return Some(assign(domain, m.from_epoch, owner(domain), outgoing(m)));
     }

@@ -329,10 +329,11 @@ impl<'a> Run<'a> {
     /// The domain is free, and both links have room for one more.
     fn may_start(&mut self, id: &DomainId, line: &PlannedMove, to: &NodeId) -> bool {
         let bandwidth = self.operation.limits.map_or(0, |limits| limits.bandwidth_max);
-        let mobility = self.view().domains.get(id).map(|domain| domain.mobility.clone());
-        match mobility {
-            Some(Mobility::Cold) => return true,
-            Some(Mobility::Live) => {}
+        let domain = self.view().domains.get(id);
+        let copies = domain.is_some_and(|domain| !domain.disks.is_empty());
+        match domain.map(|domain| domain.mobility.clone()) {
+            Some(Mobility::Cold) if !copies => return true,
+            Some(Mobility::Live | Mobility::Cold) => {}
             Some(Mobility::Busy(_)) => {
                 self.waiting.insert(line.domain.clone());
                 return false;

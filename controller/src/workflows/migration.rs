@@ -319,7 +319,8 @@ fn say_where_it_stands(work: &mut Work<'_>) {
         MigrationStage::CopyingStopped => "its volumes are copied".into(),
         MigrationStage::Unspecified => String::new(),
     };
-    work.status(words);
+    let stays = work.cx.world.stays_behind(&work.row.value, &m.from);
+    work.status(format!("{words}{stays}"));
     if m.stage() == MigrationStage::Settling {
         return;
     }

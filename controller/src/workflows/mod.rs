@@ -16,8 +16,10 @@
 //!
 //! - [`plan`]: one pass over everything; start reading here
 //! - [`migration`]: the protocol of a live migration, with the reasons why it is safe
+//! - [`copy`]: the same of a domain that does not run
 //! - `power`: a domain that is on one node; `operation`: what each operation waits for
 //! - [`drain`]: drains and balances, made of migrations
+//! - [`snapshot`]: taken, kept, put back; [`volumes`]: those that no domain has
 //! - [`nodes`]: registration, leases; `storage`: volumes, images and what is to be removed
 //! - [`begin`]: what accepts an operation, for the API; `moving`: where that is a move
 //! - [`reinstall`], [`rescue`], [`resize`], [`save`]: an operator's verbs on one domain, each from its
@@ -29,6 +31,7 @@
 
 pub mod begin;
 mod content;
+pub mod copy;
 pub mod desired;
 pub mod drain;
 pub mod driver;
@@ -45,10 +48,12 @@ pub mod reinstall;
 pub mod rescue;
 pub mod resize;
 pub mod save;
+pub mod snapshot;
 mod step;
 mod storage;
 #[cfg(test)]
 mod tests;
+pub mod volumes;
 
 pub use plan::plan;
 pub use refusal::Refusal;

@@ -3,7 +3,8 @@
 use std::collections::BTreeMap;
 
 use drover_proto::v1::{
-    DomainState, EventSeverity, MigrationLimits, MigrationReport, OperationKind, OperationState,
+    DomainState, EventSeverity, MigrationLimits, MigrationPhase, MigrationReport, OperationKind,
+    OperationState,
 };
 use prost::Message;
 
@@ -97,42 +98,52 @@ impl<'a> Moving<'a> {
         let mut domain = row.value.clone();
         domain.placement = Some(placement(&cx, &decision));
         domain.epoch_max += 1;
-        if is_at_rest(&row.value) {
+        let stays = cx.world.stays_behind(&row.value, &row.value.node);
+        let disk_bytes = options.disks.values().sum::<u64>();
+        if is_at_rest(&row.value) && disk_bytes > 0 {
+            operation.status_message = format!("{} copies its volumes{stays}", to.name());
+            if let Some(report) = &mut operation.migration {
+                report.set_phase(MigrationPhase::CopyingDisks);
+                report.disk_bytes_total = disk_bytes;
+                report.disk_remaining_bytes = disk_bytes;
+            }
+            domain.operation.clone_from(&operation.id);
+            domain.migration = Some(Migration {
+                stage: MigrationStage::CopyingStopped.into(),
+                ..begun(&cx, row, &operation, &to, limits)
+            });
+            self.started(row, &to);
+        } else if is_at_rest(&row.value) {
             domain.node = to.as_str().to_owned();
             domain.epoch = domain.epoch_max;
             end(&mut operation, OperationState::Succeeded, None, cx.now);
             let message = format!("not running: from nodes/{} to {}", row.value.node, to.name());
             self.events.push(cx.event(EventSeverity::Info, id.name(), "DOMAIN_MIGRATED", message));
         } else {
-            operation.status_message = format!("{} prepares", to.name());
+            operation.status_message = format!("{} prepares{stays}", to.name());
             domain.operation.clone_from(&operation.id);
             domain.migration = Some(Migration {
-                id: operation.id.clone(),
-                from: row.value.node.clone(),
-                to: to.as_str().to_owned(),
-                from_epoch: row.value.epoch,
-                to_epoch: domain.epoch_max,
                 token: cx.ids.token(),
                 stage: MigrationStage::Preparing.into(),
-                stage_time: Some(timestamp(cx.now.wall_ms)),
-                limits: Some(limits),
-                ..Migration::default()
+                ..begun(&cx, row, &operation, &to, limits)
             });
             domain.set_state(DomainState::Migrating);
             domain.state_reason = format!("to {}", to.name());
-            let message = format!("from nodes/{} to {}", row.value.node, to.name());
-            self.events.push(cx.event(
-                EventSeverity::Info,
-                id.name(),
-                "MIGRATION_STARTED",
-                message,
-            ));
+            self.started(row, &to);
         }
         // An event and the destination's row are small.
         self.bytes += domain.encoded_len() + operation.encoded_len() + 1024;
         self.domains.push((row, domain));
         self.operations.push(operation.clone());
         Ok(operation)
+    }
+
+    fn started(&mut self, row: &Versioned<DomainRecord>, to: &NodeId) {
+        let stays = self.cx.world.stays_behind(&row.value, &row.value.node);
+        let message = format!("from nodes/{} to {}{stays}", row.value.node, to.name());
+        let subject = format!("domains/{}", row.value.id);
+        let event = self.cx.event(EventSeverity::Info, subject, "MIGRATION_STARTED", message);
+        self.events.push(event);
     }
 
     pub(super) fn is_empty(&self) -> bool {
@@ -155,6 +166,26 @@ impl<'a> Moving<'a> {
             txn = txn.put(event);
         }
         self.destinations.into_values().fold(txn, reserve)
+    }
+}
+
+/// What all migrations begin with, under the epoch that the domain's next owner will have.
+fn begun(
+    cx: &Context<'_>,
+    row: &Versioned<DomainRecord>,
+    operation: &OperationRecord,
+    to: &NodeId,
+    limits: MigrationLimits,
+) -> Migration {
+    Migration {
+        id: operation.id.clone(),
+        from: row.value.node.clone(),
+        to: to.as_str().to_owned(),
+        from_epoch: row.value.epoch,
+        to_epoch: row.value.epoch_max + 1,
+        stage_time: Some(timestamp(cx.now.wall_ms)),
+        limits: Some(limits),
+        ..Migration::default()
     }
 }
 

@@ -177,7 +177,8 @@ pub fn set_cordon(
 /// Forgets a node that holds nothing.
 ///
 /// # Errors
-/// No such node, it has changed, or domains are on it or on their way.
+/// No such node, it has changed, domains are on it or on their way, or volumes or snapshots lie
+/// there.
 pub fn delete_node(cx: &Context<'_>, id: &NodeId, etag: &str) -> Result<Txn, Refusal> {
     let row = known_node(cx, id)?;
     check_etag(&id.name(), etag, row.mod_revision)?;
@@ -191,6 +192,13 @@ pub fn delete_node(cx: &Context<'_>, id: &NodeId, etag: &str) -> Result<Txn, Ref
             held.len(),
             listed(held.iter().cloned(), NAMED_MAX, ", ")
         );
+        return Err(refuse("NODE_NOT_EMPTY", message));
+    }
+    let volumes = cx.world.left_on(id).map(|row| format!("volumes/{}", row.value.id));
+    let snapshots = cx.world.snapshots_on(id).map(|row| format!("snapshots/{}", row.value.id));
+    let left = listed(volumes.chain(snapshots), NAMED_MAX, ", ");
+    if !left.is_empty() {
+        let message = format!("{} holds {left}: delete them first", id.name());
         return Err(refuse("NODE_NOT_EMPTY", message));
     }
     if cx.observed.nodes.get(id).is_some_and(|node| node.connected) {

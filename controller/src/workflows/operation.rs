@@ -9,7 +9,7 @@ use drover_proto::v1::{
 };
 
 use super::step::{Work, error};
-use super::{reinstall, resize, save};
+use super::{reinstall, resize, save, snapshot};
 use crate::model::Side;
 
 /// A create that fails takes back what it made; past its deadline it waits this long for that.
@@ -23,6 +23,8 @@ pub(super) fn step(work: &mut Work<'_>, removed: bool) {
         kind @ (OperationKind::StartDomain | OperationKind::RescueDomain) => start(work, kind),
         OperationKind::StopDomain => stop(work),
         OperationKind::DeleteDomain => delete(work, removed),
+        OperationKind::CreateSnapshot => snapshot::taking(work),
+        OperationKind::RestoreSnapshot => snapshot::restoring(work),
         OperationKind::ReinstallDomain => reinstall::step(work),
         OperationKind::ResizeDomain => resize::step(work),
         OperationKind::SaveDomain => save::step(work),

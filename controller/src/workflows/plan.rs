@@ -7,7 +7,7 @@ use prost::Message;
 
 use super::begin::orphaned;
 use super::step::{Context, Step, Work, end, timestamp};
-use super::{drain, migration, nodes, operation, power, storage};
+use super::{copy, drain, migration, nodes, operation, power, snapshot, storage, volumes};
 use crate::model::{DomainId, DomainRecord, OperationRecord};
 use crate::store::{TXN_BYTES_ENOUGH, Txn, Versioned};
 
@@ -38,6 +38,8 @@ pub fn plan(cx: &Context<'_>) -> Vec<Step> {
         }
     }
     steps.extend(storage::steps(cx, &busy));
+    steps.extend(snapshot::steps(cx, &busy));
+    steps.extend(volumes::steps(cx));
     let lost = cx.world.operations.values().filter(|row| is_orphan(cx, &row.value));
     steps.extend(lost.map(|row| end_orphan(cx, row)));
     steps
@@ -67,7 +69,9 @@ fn drains(cx: &Context<'_>, steps: &mut Vec<Step>) -> BTreeSet<DomainId> {
 fn domain(cx: &Context<'_>, row: &Versioned<DomainRecord>) -> Option<Step> {
     let mut work = Work::new(*cx, row);
     let deleting = row.value.state() == drover_proto::v1::DomainState::Deleting;
-    if row.value.migration.is_some() && !deleting {
+    if copy::is_copying(&row.value) && !deleting {
+        copy::step(&mut work);
+    } else if row.value.migration.is_some() && !deleting {
         migration::step(&mut work);
     } else {
         power::step(&mut work);
@@ -98,10 +102,13 @@ fn moves_many(operation: &OperationRecord) -> bool {
     matches!(operation.kind(), OperationKind::DrainNode | OperationKind::BalanceCluster)
 }
 
-/// No domain knows of it: it would never end.
+/// What it works on does not know of it: it would never end.
 fn is_orphan(cx: &Context<'_>, operation: &OperationRecord) -> bool {
     if moves_many(operation) {
         return false;
+    }
+    if operation.kind() == OperationKind::CreateVolume {
+        return volumes::made_by(cx, operation).is_none();
     }
     let domain =
         DomainId::from_name(&operation.target).ok().and_then(|id| cx.world.domains.get(&id));

@@ -73,8 +73,7 @@ pub enum Refusal {
     },
     /// No node fits.
     #[error(
-        "no node can take {} vCPUs and {} of memory: {}", needs.vcpus, size(needs.memory_bytes),
-        no_room.reasons()
+        "no node can take {}: {}", what(*needs), no_room.reasons()
     )]
     NoRoom {
         /// What was asked for.
@@ -82,6 +81,14 @@ pub enum Refusal {
         /// Each node with its reason.
         no_room: NoRoom,
     },
+}
+
+/// What was asked for, beside disks.
+fn what(needs: Resources) -> String {
+    if needs == Resources::default() {
+        return "it".into();
+    }
+    format!("{} vCPUs and {} of memory", needs.vcpus, size(needs.memory_bytes))
 }
 
 /// At most so many bytes of a text, and a mark where it was cut.

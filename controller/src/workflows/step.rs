@@ -6,6 +6,7 @@ use drover_proto::v1::{DomainState, EventSeverity, NodeState, OperationError, Op
 use prost_types::Timestamp;
 
 use super::content::discard;
+use super::snapshot;
 use crate::model::{
     DomainRecord, EventRecord, NodeId, NodeRecord, Observed, OperationId, OperationRecord,
     VolumeRecord, World, garbage,
@@ -135,6 +136,8 @@ pub(super) struct Work<'a> {
     discards: BTreeSet<String>,
     /// Volumes that the domain has no more.
     drops: Vec<&'a Versioned<VolumeRecord>>,
+    /// Other rows that the step writes.
+    rows: Txn,
     events: Vec<EventRecord>,
 }
 
@@ -157,6 +160,7 @@ impl<'a> Work<'a> {
             removed: false,
             discards: BTreeSet::new(),
             drops: Vec::new(),
+            rows: Txn::new(),
             events: Vec::new(),
         }
     }
@@ -195,7 +199,12 @@ impl<'a> Work<'a> {
         self.domain.operation.clear();
     }
 
-    /// The row is to go, and the volumes with it.
+    /// Guards and writes of other rows, in the step's transaction.
+    pub(super) fn write(&mut self, write: impl FnOnce(Txn) -> Txn) {
+        self.rows = write(std::mem::take(&mut self.rows));
+    }
+
+    /// The row is to go, and the volumes and snapshots with it.
     pub(super) fn remove(&mut self) {
         self.removed = true;
         let migration = self.row.value.migration.iter();
@@ -237,7 +246,7 @@ impl<'a> Work<'a> {
     pub(super) fn finish(self) -> Option<Step> {
         let subject = self.name();
         let mut txn = Txn::new().term_is(self.cx.term);
-        let mut changed = !self.events.is_empty();
+        let mut changed = !self.events.is_empty() || !self.rows.is_empty();
         if self.removed {
             txn = txn.unchanged(self.row).delete::<DomainRecord>(self.domain.id.clone());
             changed = true;
@@ -266,6 +275,10 @@ impl<'a> Work<'a> {
         for volume in self.drops.iter().filter(|_| !self.removed) {
             txn = discard(txn, &self.row.value.node, volume);
         }
+        for row in self.cx.world.snapshots_of(&self.row.value).filter(|_| self.removed) {
+            txn = snapshot::discard(&self.cx, txn, row);
+        }
+        txn = txn.and(self.rows);
         for event in &self.events {
             txn = txn.put(event);
         }

@@ -1,6 +1,6 @@
 //! Volumes, images, pools and what is to be removed: rows follow what agents report.
 //!
-//! A volume's data is on the node of the domain that has it. Its row says `CREATING` until the
+//! A volume's data is on the node of the domain that has it, or on the one that its row names. Its row says `CREATING` until the
 //! agent has made it, and only until then may the agent make it: a volume that is missing later
 //! has lost its data, and must not come back blank. What shall be gone from a node is a row of
 //! its own ([`GarbageRecord`]), written together with what made it garbage, and it stays until
@@ -31,7 +31,13 @@ pub(super) fn steps(cx: &Context<'_>, busy: &BTreeSet<&DomainId>) -> Vec<Step> {
     let stay = |row: &Versioned<DomainRecord>| row.value.state() != DomainState::Deleting;
     let domains = cx.world.domains.iter().filter(|(id, row)| !busy.contains(id) && stay(row));
     for (_, row) in domains {
-        steps.extend(cx.world.volumes_of(&row.value).filter_map(|v| volume(cx, &row.value, v)));
+        let (node, subject) = (&row.value.node, format!("domains/{}", row.value.id));
+        let volumes = cx.world.volumes_of(&row.value);
+        steps.extend(volumes.filter_map(|v| volume(cx, node, &subject, v)));
+    }
+    for row in cx.world.nodes.keys().flat_map(|node| cx.world.left_on(node)) {
+        let subject = format!("volumes/{}", row.value.id);
+        steps.extend(volume(cx, &row.value.node, &subject, row));
     }
     steps.extend(strays(cx));
     steps.extend(cx.world.garbage.values().filter_map(|row| removed(cx, row)));
@@ -39,9 +45,14 @@ pub(super) fn steps(cx: &Context<'_>, busy: &BTreeSet<&DomainId>) -> Vec<Step> {
     steps
 }
 
-/// What the owner says of one of its volumes.
-fn volume(cx: &Context<'_>, domain: &DomainRecord, row: &Versioned<VolumeRecord>) -> Option<Step> {
-    let said = cx.observed.volume(&domain.node, &row.value.uid)?;
+/// What the node on which it lies says of a volume; events are about `subject`.
+fn volume(
+    cx: &Context<'_>,
+    node: &str,
+    subject: &str,
+    row: &Versioned<VolumeRecord>,
+) -> Option<Step> {
+    let said = cx.observed.volume(node, &row.value.uid)?;
     let mut volume = row.value.clone();
     match (said.state(), volume.state()) {
         (VolumeState::Ready, VolumeState::Ready) => return None,
@@ -62,7 +73,7 @@ fn volume(cx: &Context<'_>, domain: &DomainRecord, row: &Versioned<VolumeRecord>
     let mut txn = Txn::new().term_is(cx.term).unchanged(row).put(&volume);
     if volume.state() == VolumeState::Failed {
         let message = format!("volumes/{}: {}", volume.id, volume.state_reason);
-        let subject = format!("domains/{}", domain.id);
+        let subject = subject.to_owned();
         txn = txn.put(&cx.event(EventSeverity::Error, subject, "VOLUME_FAILED", message));
     }
     Some(Step { subject: format!("volumes/{}", volume.id), txn })
@@ -102,9 +113,11 @@ fn removed(cx: &Context<'_>, row: &Versioned<GarbageRecord>) -> Option<Step> {
     let garbage = &row.value;
     let node = NodeId::trusted(&garbage.node);
     let gone = !cx.world.nodes.contains_key(&node)
-        || cx.observed.nodes.get(&node).is_some_and(|seen| {
-            seen.is_without(&garbage.volume_uid, &garbage.image_digest, row.mod_revision)
-        });
+        || cx
+            .observed
+            .nodes
+            .get(&node)
+            .is_some_and(|seen| seen.is_without(garbage, row.mod_revision));
     let txn = || Txn::new().term_is(cx.term).unchanged(row);
     gone.then(|| Step {
         subject: node.name(),
@@ -182,27 +195,7 @@ pub(super) fn new_volumes(
 ) -> Result<Vec<VolumeRecord>, Refusal> {
     let make = |(index, disk): (usize, &Disk)| {
         let field = |name: &str| format!("domain.spec.disks[{index}].{name}");
-        let image = match disk.image.as_str() {
-            "" => None,
-            name => {
-                let id = ImageId::from_name(name).map(|id| id.as_str().to_owned());
-                let row = id.ok().and_then(|id| cx.world.images.get(&id));
-                let row = row.ok_or_else(|| Refusal::NotFound { name: name.to_owned() })?;
-                Some(&row.value)
-            }
-        };
-        let least = image.map_or(0, |image| image.size_bytes.next_multiple_of(MIB));
-        let size_bytes = if disk.size_bytes == 0 { least } else { disk.size_bytes };
-        if size_bytes < least || size_bytes == 0 {
-            return Err(Refusal::Invalid {
-                field: field("size_bytes"),
-                value: disk.size_bytes.to_string(),
-                expected: match image {
-                    Some(image) => format!("at least {least}, the size of images/{}", image.id),
-                    None => "a size: a blank disk has none of its own".into(),
-                },
-            });
-        }
+        let (image, size_bytes) = source(cx, field, &disk.image, disk.size_bytes)?;
         let id = format!("{domain}-{index}");
         if VolumeId::parse(&id).is_err() {
             return Err(Refusal::Invalid {
@@ -231,6 +224,41 @@ pub(super) fn new_volumes(
         })
     };
     disks.iter().enumerate().map(make).collect()
+}
+
+/// What a new volume is made of, if of anything, and how large it is: the image's size when none
+/// is given. `field` is where a name stands in the request.
+///
+/// # Errors
+/// The image is not known, or does not fit the size; a blank one has no size.
+pub(super) fn source<'a>(
+    cx: &Context<'a>,
+    field: impl Fn(&str) -> String,
+    image: &str,
+    size_bytes: u64,
+) -> Result<(Option<&'a ImageRecord>, u64), Refusal> {
+    let image = match image {
+        "" => None,
+        name => {
+            let id = ImageId::from_name(name).map(|id| id.as_str().to_owned());
+            let row = id.ok().and_then(|id| cx.world.images.get(&id));
+            let row = row.ok_or_else(|| Refusal::NotFound { name: name.to_owned() })?;
+            Some(&row.value)
+        }
+    };
+    let least = image.map_or(0, |image| image.size_bytes.next_multiple_of(MIB));
+    let size = if size_bytes == 0 { least } else { size_bytes };
+    if size < least || size == 0 {
+        return Err(Refusal::Invalid {
+            field: field("size_bytes"),
+            value: size_bytes.to_string(),
+            expected: match image {
+                Some(image) => format!("at least {least}, the size of images/{}", image.id),
+                None => "a size: a blank disk has none of its own".into(),
+            },
+        });
+    }
+    Ok((image, size))
 }
 
 /// By pool.

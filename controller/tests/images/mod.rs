@@ -5,12 +5,13 @@ use std::pin::Pin;
 use std::sync::{Arc, Mutex};
 
 use drover_proto::agent::v1::agent_service_server::{AgentService, AgentServiceServer};
-use drover_proto::agent::v1::{ReadImageRequest, ReadImageResponse};
+use drover_proto::agent::v1::{ReadImageRequest, ReadImageResponse, ReadVolumeRequest};
 use drover_proto::v1::image_service_client::ImageServiceClient;
 use drover_proto::v1::import_image_request::Message;
 use drover_proto::v1::{
     ConsoleInput, ConsoleOutput, DeleteImageRequest, GetImageRequest, Image, ImageFormat,
     ImportImageRequest, ImportImageResponse, ImportImageSpec, ListPoolsRequest,
+    ReadSnapshotResponse,
 };
 use futures::Stream;
 use futures::stream::{self, StreamExt};
@@ -38,7 +39,7 @@ impl AgentService for Receiver {
     type AttachConsoleStream = Answers<ConsoleOutput>;
     type ImportImageStream = Answers<ImportImageResponse>;
     type ReadImageStream = Answers<ReadImageResponse>;
-    type ReadVolumeStream = Answers<drover_proto::v1::ReadSnapshotResponse>;
+    type ReadVolumeStream = Answers<ReadSnapshotResponse>;
 
     async fn attach_console(
         &self,
@@ -56,9 +57,10 @@ impl AgentService for Receiver {
 
     async fn read_volume(
         &self,
-        _: Request<Streaming<drover_proto::agent::v1::ReadVolumeRequest>>,
+        request: Request<Streaming<ReadVolumeRequest>>,
     ) -> Result<Response<Self::ReadVolumeStream>, Status> {
-        Err(Status::unimplemented("nothing is kept here"))
+        let blocks = crate::snapshots::blocks(request.into_inner()).await?;
+        Ok(Response::new(Box::pin(stream::iter(blocks.into_iter().map(Ok)))))
     }
 
     async fn call_guest(
@@ -106,14 +108,14 @@ impl AgentService for Receiver {
     }
 }
 
-struct World {
-    controllers: Controllers,
+pub(crate) struct World {
+    pub(crate) controllers: Controllers,
     ends: watch::Receiver<Vec<Result<Vec<u8>, Code>>>,
     _agent: agent::Agent,
 }
 
 /// A controller, and an agent of node `a` with a pool.
-async fn world() -> World {
+pub(crate) async fn world() -> World {
     let incoming = TcpIncoming::bind("127.0.0.1:0".parse().unwrap()).unwrap();
     let address = incoming.local_addr().unwrap().to_string();
     let (ends, seen) = watch::channel(Vec::new());

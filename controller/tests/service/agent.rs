@@ -11,9 +11,12 @@ use drover_proto::agent::v1::assignment::Role;
 use drover_proto::agent::v1::session_service_client::SessionServiceClient;
 use drover_proto::agent::v1::{
     AgentMessage, Assignment, Hello, MigrationProgress as P, MigrationRole, ObservedDomain,
-    ObservedMigration, ObservedPool, ObservedState as S, Report, agent_message, controller_message,
+    ObservedMigration, ObservedPool, ObservedSnapshot, ObservedState as S, ObservedVolume, Report,
+    WantedSnapshotPart, WantedVolume, agent_message, controller_message,
 };
-use drover_proto::v1::{ExitReason, MigrationReport, NodeCapacity, PoolState, PowerState};
+use drover_proto::v1::{
+    ExitReason, MigrationReport, NodeCapacity, PoolState, PowerState, SnapshotState, VolumeState,
+};
 use tokio::sync::{mpsc, watch};
 use tokio::task::JoinHandle;
 use tokio::time::interval;
@@ -99,7 +102,7 @@ pub(crate) async fn session(
                 Ok(Some(message)) => match message.message {
                     Some(controller_message::Message::Desired(desired)) => {
                         taken_in = desired.sequence;
-                        level = Some(desired.domains);
+                        level = Some(desired);
                     }
                     _ => opened.send_modify(|count| *count += 1),
                 },
@@ -111,15 +114,18 @@ pub(crate) async fn session(
                 let (domains, pools) = {
                     let mut hosts = hosts.lock().unwrap();
                     if let Some(level) = &level {
-                        hosts.work(node, level);
+                        hosts.work(node, &level.domains);
                     }
                     (hosts.on(node), hosts.pools())
                 };
+                let level = level.clone().unwrap_or_default();
                 let report = Report {
                     sequence,
                     desired_sequence: taken_in,
                     domains,
                     pools,
+                    volumes: level.volumes.iter().map(made).collect(),
+                    snapshots: level.snapshots.iter().flat_map(|s| &s.parts).map(taken).collect(),
                     ..Report::default()
                 };
                 let message = AgentMessage { message: Some(agent_message::Message::Report(report)) };
@@ -151,6 +157,29 @@ pub(crate) fn start_at(node: &str, own: String, addresses: Vec<String>, hosts: &
         }
     });
     Agent { task, sessions }
+}
+
+/// What shall be there is there.
+fn made(wanted: &WantedVolume) -> ObservedVolume {
+    ObservedVolume {
+        uid: wanted.uid.clone(),
+        pool: wanted.pool.clone(),
+        state: VolumeState::Ready.into(),
+        size_bytes: wanted.size_bytes,
+        ..ObservedVolume::default()
+    }
+}
+
+fn taken(wanted: &WantedSnapshotPart) -> ObservedSnapshot {
+    ObservedSnapshot {
+        uid: wanted.uid.clone(),
+        volume_uid: wanted.volume_uid.clone(),
+        pool: wanted.pool.clone(),
+        state: SnapshotState::Ready.into(),
+        allocated_bytes: 1 << 20,
+        quiesced: true,
+        ..ObservedSnapshot::default()
+    }
 }
 
 impl Hosts {

@@ -6,15 +6,15 @@
 //! listed is ended; nothing is started while something is there. A save takes a while in which an
 //! agent hears nothing; what was saved is used once.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 
 use crate::workflows::desired::Level;
 use drover_proto::agent::v1::assignment::Role;
 use drover_proto::agent::v1::{
     Assignment, MigrationProgress as P, MigrationRole, ObservedDomain, ObservedMigration,
-    ObservedState as S, ObservedVolume,
+    ObservedSnapshot, ObservedState as S, ObservedVolume,
 };
-use drover_proto::v1::{ExitReason, PowerState, VolumeState};
+use drover_proto::v1::{ExitReason, PowerState, SnapshotState, VolumeState};
 
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub(super) enum VmmState {
@@ -59,7 +59,7 @@ impl Vmm {
 
 /// A guest on a volume.
 #[derive(Clone, Debug)]
-struct Saved {
+pub(super) struct Saved {
     life: u64,
     /// Its disk, and how many writes that had seen.
     disk: (String, u64),
@@ -89,8 +89,12 @@ pub(super) struct Host {
     pub(super) level: Level,
     /// On disk, by uid: how many writes each has seen. One that comes in has seen none.
     pub(super) volumes: BTreeMap<String, u64>,
+    /// The same of snapshots' parts: how many writes their volume had seen.
+    pub(super) parts: BTreeMap<String, u64>,
     sizes: BTreeMap<String, u64>,
     saved: BTreeMap<String, Saved>,
+    /// Volumes whose guests have gone on here.
+    spent: BTreeSet<String>,
     /// Decides what the next save comes to.
     pub(super) luck: usize,
     /// What should never have happened.
@@ -139,23 +143,62 @@ impl Host {
     /// What is listed is made, once; what is garbage goes, unless it is listed or a VMM has it.
     fn work_on_volumes(&mut self) {
         for wanted in &self.level.volumes {
-            if wanted.create {
-                self.volumes.entry(wanted.uid.clone()).or_default();
+            if wanted.create && wanted.copy_from.is_empty() {
+                let part = wanted.snapshot.as_ref().map(|source| &source.snapshot_uid);
+                let writes = part.map_or(Some(0), |uid| self.parts.get(uid).copied());
+                if let Some(writes) = writes {
+                    self.volumes.entry(wanted.uid.clone()).or_insert(writes);
+                }
             }
             if self.volumes.contains_key(&wanted.uid) {
                 self.sizes.insert(wanted.uid.clone(), wanted.size_bytes);
             }
         }
+        for part in self.level.snapshots.iter().filter(|s| s.create).flat_map(|s| &s.parts) {
+            if let Some(writes) = self.volumes.get(&part.volume_uid) {
+                self.parts.entry(part.uid.clone()).or_insert(*writes);
+            }
+        }
         for garbage in &self.level.garbage {
+            self.parts.remove(&garbage.snapshot_uid);
             let uid = &garbage.volume_uid;
             let listed = self.level.volumes.iter().any(|wanted| wanted.uid == *uid);
             let open = self.vmms.values().any(|vmm| vmm.has_open(uid));
             if !listed && !open {
                 self.volumes.remove(uid);
-                let guest = self.saved.remove(uid).filter(|saved| !saved.used);
-                self.lost.extend(guest.map(|_| uid.clone()));
+                match self.saved.remove(uid) {
+                    Some(saved) if saved.used => drop(self.spent.insert(uid.clone())),
+                    Some(_) => self.lost.push(uid.clone()),
+                    None => {}
+                }
             }
         }
+    }
+
+    /// What it is to copy, and from which agent.
+    pub(super) fn copies(&self) -> Vec<(String, String)> {
+        let open = self.level.volumes.iter().filter(|wanted| {
+            self.told && !wanted.copy_from.is_empty() && !self.volumes.contains_key(&wanted.uid)
+        });
+        open.map(|wanted| (wanted.uid.clone(), wanted.copy_from.clone())).collect()
+    }
+
+    /// What another agent reads of a volume: nothing while somebody has it open.
+    pub(super) fn read(&self, uid: &str) -> Option<(u64, Option<Saved>)> {
+        let open = self.vmms.values().any(|vmm| vmm.has_open(uid));
+        let writes = self.volumes.get(uid).copied().filter(|_| self.up && !open)?;
+        Some((writes, self.saved.get(uid).cloned()))
+    }
+
+    /// A volume is here, whole.
+    pub(super) fn copied(&mut self, uid: String, (writes, saved): (u64, Option<Saved>)) {
+        self.saved.extend(saved.map(|saved| (uid.clone(), saved)));
+        self.volumes.insert(uid, writes);
+    }
+
+    /// The guest on that volume can go on here, or has.
+    pub(super) fn has_saved(&self, uid: &str) -> bool {
+        self.saved.contains_key(uid) || self.spent.contains(uid)
     }
 
     /// The volume of the domain's only own disk, behind a rescue disk if any; None while not all are
@@ -405,6 +448,21 @@ impl Host {
             ..ObservedVolume::default()
         };
         self.volumes.keys().map(said).collect()
+    }
+
+    /// Those that are there, and those that shall be and are not.
+    pub(super) fn report_snapshots(&self) -> Vec<ObservedSnapshot> {
+        let said = |uid: &String, state: SnapshotState| ObservedSnapshot {
+            uid: uid.clone(),
+            pool: "ssd".into(),
+            state: state.into(),
+            ..ObservedSnapshot::default()
+        };
+        let kept = self.level.snapshots.iter().filter(|wanted| !wanted.create);
+        let lost = kept.flat_map(|wanted| &wanted.parts);
+        let lost = lost.filter(|part| !self.parts.contains_key(&part.uid));
+        let there = self.parts.keys().map(|uid| said(uid, SnapshotState::Ready));
+        there.chain(lost.map(|part| said(&part.uid, SnapshotState::Failed))).collect()
     }
 
     pub(super) fn report(&self) -> Vec<ObservedDomain> {

@@ -2,9 +2,10 @@
 //!
 //! A seed decides everything: which message is lost, which host crashes, when leadership moves,
 //! where the switch-over of a migration breaks. After each step no domain runs twice (I1), and
-//! what runs has every write of its disk that any node has acknowledged, and a guest that was saved
-//! is not lost; when the faults end, every operation ends (I3), every domain that should run does,
-//! and no node holds a volume that is not its own.
+//! what runs has every write of its disk that any node has acknowledged (since the snapshot that it
+//! was put back to), and a guest that was saved is not lost; when the faults end, every operation
+//! ends (I3), every domain that should run does, and no node holds a volume or a snapshot that is
+//! not its own.
 
 use std::collections::{BTreeMap, BTreeSet};
 
@@ -16,8 +17,8 @@ use drover_proto::v1::{
 use super::agents::{Host, Vmm, VmmState};
 use super::lab::{Lab, MIB, hello, limits, new_domain, split};
 use crate::model::{
-    DomainId, ImageId, ImageRecord, NodeId, NodeObservation, OperationRecord, VolumeRecord,
-    is_at_rest,
+    DomainId, ImageId, ImageRecord, NodeId, NodeObservation, OperationRecord, SnapshotId,
+    SnapshotRecord, VolumeId, VolumeRecord, is_at_rest,
 };
 use crate::scheduler::Strategy;
 use crate::store::Txn;
@@ -25,9 +26,12 @@ use crate::workflows::reinstall::reinstall_domain;
 use crate::workflows::rescue::{end_rescue, rescue_domain};
 use crate::workflows::resize::{Resize, resize_domain};
 use crate::workflows::save::save_domain;
+use crate::workflows::snapshot::{create_snapshot, delete_snapshot, restore_snapshot};
+use crate::workflows::volumes::{NewVolume, create_volume, delete_volume};
 use crate::workflows::{Refusal, begin, drain, nodes, plan};
 
 const NODES: [&str; 3] = ["a", "b", "c"];
+const SNAPSHOTS: [&str; 3] = ["s1", "s2", "s3"];
 const DOMAINS: [&str; 3] = ["one", "two", "three"];
 /// Each takes some 20 ms; DROVER_CHAOS_SEEDS=n runs more, DROVER_CHAOS_SEED=n that one.
 const SEEDS: u64 = 100;
@@ -136,10 +140,12 @@ impl Chaos {
             self.session(host);
         }
         self.switch_over();
+        self.copy();
         for host in 0..3 {
             if self.hosts[host].up && !self.dice.once_in(4) {
                 self.hosts[host].luck = self.dice.below(4);
                 self.hosts[host].work();
+                self.forgive(host);
                 self.check();
             }
         }
@@ -225,6 +231,7 @@ impl Chaos {
             let taken_in = self.sessions[host].unwrap_or(0);
             let report = self.hosts[host].report();
             self.lab.volumes.insert(name.into(), self.hosts[host].report_volumes());
+            self.lab.snapshots.insert(name.into(), self.hosts[host].report_snapshots());
             self.lab.report_knowing(name, taken_in, report);
         }
     }
@@ -316,11 +323,80 @@ impl Chaos {
                 self.lab.cancel(id.as_str()).map(|()| format!("cancel {id}"))
             }
             7 | 13..=19 => self.verb(&domain),
+            20..=27 => self.keep(&domain, &node),
             _ => return,
         };
         if let Ok(text) = done {
             self.note(text);
         }
+    }
+
+    /// Snapshots, and a volume that no domain has.
+    fn keep(&mut self, domain: &DomainId, node: &NodeId) -> Result<String, Refusal> {
+        let id = SnapshotId::trusted(SNAPSHOTS[self.dice.below(3)]);
+        let spare = VolumeId::trusted("spare");
+        match self.dice.below(8) {
+            0..=2 => self
+                .lab
+                .with(|cx| create_snapshot(cx, &id, domain).map(split))
+                .map(|_| format!("take {id} of {domain}")),
+            3 => self
+                .lab
+                .with(|cx| delete_snapshot(cx, &id, "").map(|txn| (txn, ())))
+                .map(|()| format!("delete {id}")),
+            4 | 5 => {
+                self.lab.with(|cx| restore_snapshot(cx, &id).map(split)).map(|_| self.restored(&id))
+            }
+            6 => {
+                let (pool, image) = (String::new(), String::new());
+                let only = Some(node.clone());
+                let new = NewVolume { id: spare, pool, size_bytes: MIB, image, only };
+                self.lab
+                    .with(|cx| create_volume(cx, &new).map(split))
+                    .map(|_| "make the spare volume".to_owned())
+            }
+            _ => self
+                .lab
+                .with(|cx| delete_volume(cx, &spare, "").map(|txn| (txn, ())))
+                .map(|()| "delete the spare volume".to_owned()),
+        }
+    }
+
+    /// The domain's new disk holds what the snapshot does.
+    fn restored(&mut self, id: &SnapshotId) -> String {
+        let view = self.lab.view();
+        let row = view.get::<SnapshotRecord>(id.as_str()).unwrap().value;
+        let host = NODES.iter().position(|name| *name == row.node).unwrap();
+        let Some(writes) = self.hosts[host].parts.get(&row.parts[0].uid).copied() else {
+            self.fail(&format!("{id} is READY and not there"));
+        };
+        let volume = view.get::<VolumeRecord>(&row.parts[0].volume).unwrap().value;
+        self.writes.insert(volume.uid, writes);
+        format!("put {} back to {id}, {writes} writes", row.domain)
+    }
+
+    /// Volumes of domains that do not run go from agent to agent, each at once or not at all.
+    fn copy(&mut self) {
+        for to in 0..3 {
+            for (uid, from) in self.hosts[to].copies() {
+                let wire = self.hosts[to].up && self.lab.now.mono_ms >= self.wire_until;
+                let from = NODES.iter().position(|name| from == format!("{name}:7401"));
+                let read = from.and_then(|from| self.hosts[from].read(&uid));
+                if let Some(read) = read.filter(|_| wire)
+                    && !self.dice.once_in(3)
+                {
+                    self.hosts[to].copied(uid, read);
+                }
+            }
+        }
+    }
+
+    /// What was removed from a host is not lost while another one has it.
+    fn forgive(&mut self, host: usize) {
+        let lost = std::mem::take(&mut self.hosts[host].lost);
+        let nowhere = |uid: &String| !self.hosts.iter().any(|host| host.has_saved(uid));
+        let lost = lost.into_iter().filter(nowhere).collect();
+        self.hosts[host].lost = lost;
     }
 
     fn verb(&mut self, domain: &DomainId) -> Result<String, Refusal> {
@@ -502,6 +578,11 @@ impl Chaos {
             if held != own.into_iter().collect::<Vec<_>>() || !level.garbage.is_empty() {
                 self.fail(&format!("{node} holds {held:?}, should {level:?}"));
             }
+            let parts = level.snapshots.iter().flat_map(|wanted| &wanted.parts);
+            let parts: BTreeSet<&String> = parts.map(|part| &part.uid).collect();
+            if host.parts.keys().collect::<BTreeSet<_>>() != parts {
+                self.fail(&format!("{node} holds {:?}, should {level:?}", host.parts));
+            }
         }
         for row in self.lab.world().domains.values() {
             let domain = &row.value;
@@ -541,10 +622,12 @@ impl Chaos {
         panic!("seed {}: {what}\n{}\n{hosts}", self.seed, self.log.join("\n"));
     }
 
-    /// How many operations of each kind ended well, and how many did not.
-    fn count(&self, sums: &mut BTreeMap<OperationKind, (usize, usize)>) {
+    /// How many operations of each kind ended well, and how many did not. Moves of what does not
+    /// run are counted by themselves (true).
+    fn count(&self, sums: &mut BTreeMap<(OperationKind, bool), (usize, usize)>) {
         for row in self.lab.view().all::<OperationRecord>() {
-            let (good, bad) = sums.entry(row.value.kind()).or_default();
+            let stopped = row.value.migration.as_ref().is_some_and(|m| m.disk_bytes_total > 0);
+            let (good, bad) = sums.entry((row.value.kind(), stopped)).or_default();
             match row.value.state() {
                 OperationState::Succeeded => *good += 1,
                 _ => *bad += 1,
@@ -571,11 +654,15 @@ fn whatever_happens_a_domain_runs_once_and_every_operation_ends() {
     println!("succeeded, did not: {sums:?}");
     // A simulation in which nothing is done, or nothing breaks, shows nothing.
     for (kind, good_min, bad_min) in [
-        (OperationKind::MigrateDomain, 100, 100),
-        (OperationKind::ResizeDomain, 100, 0),
-        (OperationKind::ReinstallDomain, 100, 0),
-        (OperationKind::RescueDomain, 50, 10),
-        (OperationKind::SaveDomain, 50, 50),
+        ((OperationKind::MigrateDomain, false), 100, 100),
+        ((OperationKind::MigrateDomain, true), 50, 50),
+        ((OperationKind::ResizeDomain, false), 100, 0),
+        ((OperationKind::ReinstallDomain, false), 100, 0),
+        ((OperationKind::RescueDomain, false), 50, 10),
+        ((OperationKind::SaveDomain, false), 50, 50),
+        ((OperationKind::CreateSnapshot, false), 100, 10),
+        ((OperationKind::RestoreSnapshot, false), 20, 0),
+        ((OperationKind::CreateVolume, false), 20, 0),
     ] {
         let (good, bad) = sums.get(&kind).copied().unwrap_or_default();
         assert!(only.is_some() || (good >= good_min && bad >= bad_min), "{kind:?}: {good}, {bad}");

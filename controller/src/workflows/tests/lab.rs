@@ -6,7 +6,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 
 use drover_proto::agent::v1::{
     Assignment, Hello, MigrationProgress, MigrationRole, ObservedDomain, ObservedImage,
-    ObservedMigration, ObservedPool, ObservedState, ObservedVolume, Report,
+    ObservedMigration, ObservedPool, ObservedSnapshot, ObservedState, ObservedVolume, Report,
 };
 use drover_proto::v1::{
     Boot, DomainSpec, DomainState, ExitReason, MigrationLimits, NodeCapacity, OperationState,
@@ -51,6 +51,7 @@ pub(super) struct Lab {
     pub(super) pools: BTreeMap<String, Vec<ObservedPool>>,
     pub(super) volumes: BTreeMap<String, Vec<ObservedVolume>>,
     pub(super) images: BTreeMap<String, Vec<ObservedImage>>,
+    pub(super) snapshots: BTreeMap<String, Vec<ObservedSnapshot>>,
     ids: CountingIds,
 }
 
@@ -66,6 +67,7 @@ impl Lab {
             pools: BTreeMap::new(),
             volumes: BTreeMap::new(),
             images: BTreeMap::new(),
+            snapshots: BTreeMap::new(),
             ids: CountingIds::default(),
         }
     }
@@ -166,6 +168,7 @@ impl Lab {
             pools: self.pools.get(node).cloned().unwrap_or_default(),
             volumes: self.volumes.get(node).cloned().unwrap_or_default(),
             images: self.images.get(node).cloned().unwrap_or_default(),
+            snapshots: self.snapshots.get(node).cloned().unwrap_or_default(),
             ..Report::default()
         };
         Arc::make_mut(seen).take(report, revision, now_ms);

@@ -1,0 +1,322 @@
+//! Volumes that no domain has: where they are made, who gets them, and that nothing takes them for
+//! what nobody knows.
+
+use drover_proto::agent::v1::{ObservedState as S, ObservedVolume};
+use drover_proto::v1::{DomainState, OperationState, VolumeState};
+
+use super::copies::stopped;
+use super::disks::{garbage, lab};
+use super::lab::{Lab, ended, split};
+use crate::model::{DomainId, NodeId, OperationRecord, VolumeId, VolumeRecord};
+use crate::workflows::volumes::{self, NewVolume};
+use crate::workflows::{Refusal, begin, nodes};
+
+const GIB: u64 = 1 << 30;
+
+fn new(id: &str, node: Option<&str>, gib: u64) -> NewVolume {
+    NewVolume {
+        id: VolumeId::trusted(id),
+        pool: String::new(),
+        size_bytes: gib * GIB,
+        image: String::new(),
+        only: node.map(NodeId::trusted),
+    }
+}
+
+fn create(lab: &mut Lab, new: &NewVolume) -> Result<OperationRecord, Refusal> {
+    lab.with(|cx| volumes::create_volume(cx, new).map(split))
+}
+
+fn attach(lab: &mut Lab, id: &str, domain: &str) -> Result<(), Refusal> {
+    let (id, domain) = (VolumeId::trusted(id), DomainId::trusted(domain));
+    lab.with(|cx| volumes::attach_volume(cx, &id, &domain, false, "").map(|txn| (txn, ())))
+}
+
+fn detach(lab: &mut Lab, id: &str) -> Result<(), Refusal> {
+    let id = VolumeId::trusted(id);
+    lab.with(|cx| volumes::detach_volume(cx, &id, "").map(|txn| (txn, ())))
+}
+
+fn delete(lab: &mut Lab, id: &str) -> Result<(), Refusal> {
+    let id = VolumeId::trusted(id);
+    lab.with(|cx| volumes::delete_volume(cx, &id, "").map(|txn| (txn, ())))
+}
+
+fn row(lab: &Lab, id: &str) -> Option<VolumeRecord> {
+    lab.view().get::<VolumeRecord>(id).map(|row| row.value)
+}
+
+/// The node has all of these volumes, and says this of them.
+fn has(lab: &mut Lab, node: &str, ids: &[&str], state: VolumeState) {
+    let said = |id: &&str| ObservedVolume {
+        uid: row(lab, id).unwrap().uid,
+        pool: "ssd".into(),
+        state: state.into(),
+        state_reason: "said so".into(),
+        ..ObservedVolume::default()
+    };
+    let volumes = ids.iter().map(said).collect();
+    lab.volumes.insert(node.into(), volumes);
+}
+
+/// `vm`, stopped on `a` with `vm-0`; and `data` beside it, of 1 GiB.
+fn with_data() -> Lab {
+    let mut lab = stopped();
+    create(&mut lab, &new("data", Some("a"), 1)).unwrap();
+    has(&mut lab, "a", &["vm-0", "data"], VolumeState::Ready);
+    at_rest(&mut lab);
+    assert_eq!(row(&lab, "data").unwrap().state(), VolumeState::Ready);
+    lab
+}
+
+fn at_rest(lab: &mut Lab) {
+    let said = lab.observed("vm", lab.domain("vm").epoch, S::Stopped);
+    lab.report("a", vec![said]);
+    lab.settle();
+}
+
+#[test]
+fn one_is_made_where_most_room_is() {
+    let mut lab = lab();
+    let on_b = create(&mut lab, &new("first", Some("b"), 4)).unwrap();
+    assert_eq!(on_b.target, "volumes/first");
+    // `b` has promised 4 GiB of its 10.
+    let mut of_image = new("second", None, 0);
+    of_image.image = "images/debian".into();
+    create(&mut lab, &of_image).unwrap();
+    let second = row(&lab, "second").unwrap();
+    assert_eq!((second.node.as_str(), second.pool.as_str()), ("a", "ssd"));
+    assert_eq!((second.size_bytes, second.image_digest.as_str()), (GIB, "d1"));
+    let refused = create(&mut lab, &new("third", Some("b"), 7)).unwrap_err().to_string();
+    let text = "no node can take it: b: needs 7168 MiB in pool ssd, 6144 MiB of 10.0 GiB free";
+    assert_eq!(refused, text);
+
+    let wanted = lab.level("b").volumes;
+    assert!(wanted.len() == 1 && wanted[0].create);
+    has(&mut lab, "b", &["first"], VolumeState::Ready);
+    lab.report("b", vec![]);
+    lab.settle();
+    assert_eq!(lab.operation(&on_b.id).state(), OperationState::Succeeded);
+    // One that is missing later is lost, and not made anew.
+    assert!(!lab.level("b").volumes[0].create);
+    has(&mut lab, "b", &["first"], VolumeState::Failed);
+    lab.report("b", vec![]);
+    lab.settle();
+    assert_eq!(row(&lab, "first").unwrap().state(), VolumeState::Failed);
+
+    let taken = create(&mut lab, &new("first", None, 1)).unwrap_err();
+    assert_eq!(taken, Refusal::AlreadyExists { name: "volumes/first".into() });
+    let blank = create(&mut lab, &new("none", None, 0)).unwrap_err().to_string();
+    assert!(blank.starts_with("volume.size_bytes: "), "{blank}");
+    let node = create(&mut lab, &new("none", Some("z"), 1)).unwrap_err();
+    assert_eq!(node, Refusal::NotFound { name: "nodes/z".into() });
+}
+
+#[test]
+fn one_that_cannot_be_made_leaves_nothing() {
+    for how in ["failed", "cancelled", "lost", "late"] {
+        let mut lab = lab();
+        let operation = create(&mut lab, &new("data", Some("a"), 1)).unwrap();
+        lab.settle();
+        let uid = row(&lab, "data").unwrap().uid;
+        assert!(matches!(delete(&mut lab, "data"), Err(Refusal::Busy { .. })));
+        let (state, reason) = match how {
+            "failed" => {
+                has(&mut lab, "a", &["data"], VolumeState::Failed);
+                lab.report("a", vec![]);
+                (OperationState::Failed, "VOLUME_FAILED")
+            }
+            "cancelled" => {
+                lab.cancel(&operation.id).unwrap();
+                (OperationState::Cancelled, "CANCELLED")
+            }
+            "lost" => {
+                lab.pass_time(20_000);
+                (OperationState::Failed, "NODE_LOST")
+            }
+            _ => {
+                lab.pass_time(61 * 60_000);
+                lab.beat("a");
+                lab.beat("b");
+                (OperationState::Failed, "DEADLINE_EXCEEDED")
+            }
+        };
+        lab.settle();
+        let held = lab.operation(&operation.id);
+        assert_eq!(ended(&held), (state, reason.to_owned()), "{how}: {held:?}");
+        assert!(row(&lab, "data").is_none());
+        assert_eq!(garbage(&lab), [format!("a/{uid}")]);
+        assert!(lab.level("a").volumes.is_empty());
+    }
+}
+
+#[test]
+fn a_domain_gets_it_as_its_last_disk_and_gives_it_back() {
+    let mut lab = with_data();
+    attach(&mut lab, "data", "vm").unwrap();
+    lab.settle();
+    let level = lab.level("a");
+    assert_eq!(level.domains[0].disks.len(), 2);
+    assert_eq!(level.domains[0].disks[1].volume_uid, row(&lab, "data").unwrap().uid);
+    assert_eq!(level.volumes.len(), 2);
+    assert_eq!(lab.world().promised(&NodeId::trusted("a"))["ssd"], 3 * GIB);
+    let refused = delete(&mut lab, "data").unwrap_err().to_string();
+    assert!(refused.contains("belongs to domains/vm: detach it first"), "{refused}");
+    let refused = attach(&mut lab, "data", "vm").unwrap_err().to_string();
+    assert!(refused.contains("belongs to domains/vm"), "{refused}");
+    let refused = detach(&mut lab, "vm-0").unwrap_err().to_string();
+    assert!(refused.contains("detach the others first"), "{refused}");
+
+    detach(&mut lab, "data").unwrap();
+    lab.settle();
+    let level = lab.level("a");
+    assert_eq!((level.domains[0].disks.len(), level.volumes.len()), (1, 2));
+    assert_eq!(lab.world().promised(&NodeId::trusted("a"))["ssd"], 3 * GIB);
+    assert_eq!(row(&lab, "data").unwrap().node, "a");
+    assert!(detach(&mut lab, "data").unwrap_err().to_string().contains("no domain has"));
+    // The only one may go, too.
+    detach(&mut lab, "vm-0").unwrap();
+    at_rest(&mut lab);
+    assert!(garbage(&lab).is_empty());
+    assert_eq!(lab.level("a").volumes.len(), 2);
+
+    // The domain goes without them.
+    let id = DomainId::trusted("vm");
+    lab.with(|cx| begin::delete_domain(cx, &id, "", false).map(split)).unwrap();
+    lab.report("a", vec![]);
+    lab.settle();
+    assert!(lab.view().get::<crate::model::DomainRecord>("vm").is_none());
+    assert!(garbage(&lab).is_empty());
+    let node = NodeId::trusted("a");
+    let refused = lab.with(|cx| nodes::delete_node(cx, &node, "").map(|txn| (txn, ())));
+    assert!(refused.unwrap_err().to_string().contains("holds volumes/data, volumes/vm-0"));
+
+    let uid = row(&lab, "data").unwrap().uid;
+    delete(&mut lab, "data").unwrap();
+    assert_eq!(garbage(&lab), [format!("a/{uid}")]);
+    lab.volumes.clear();
+    lab.report("a", vec![]);
+    lab.settle();
+    assert!(garbage(&lab).is_empty());
+}
+
+#[test]
+fn a_domain_takes_what_it_has_along() {
+    let mut lab = with_data();
+    attach(&mut lab, "data", "vm").unwrap();
+    let operation = lab.migrate("vm", "b").unwrap();
+    lab.settle();
+    assert_eq!(lab.level("b").volumes.len(), 2);
+    has(&mut lab, "b", &["vm-0"], VolumeState::Ready);
+    lab.report("b", vec![]);
+    lab.settle();
+    let held = lab.operation(&operation.id);
+    assert_eq!(held.status_message, "nodes/b copies its volumes: 1 of 2 are there");
+    has(&mut lab, "b", &["vm-0", "data"], VolumeState::Ready);
+    lab.report("b", vec![]);
+    lab.settle();
+    assert_eq!(lab.operation(&operation.id).state(), OperationState::Succeeded);
+    assert_eq!(garbage(&lab).len(), 2);
+    // Left there, it is there, and the old copy goes from where it was.
+    detach(&mut lab, "data").unwrap();
+    lab.settle();
+    assert_eq!(row(&lab, "data").unwrap().node, "b");
+    let refused = attach_after_moving_back(&mut lab);
+    assert!(refused.contains("migrate the stopped domain to nodes/b first"), "{refused}");
+
+    // What goes with the domain is what it has.
+    let id = DomainId::trusted("vm");
+    lab.with(|cx| begin::delete_domain(cx, &id, "", false).map(split)).unwrap();
+    lab.report("a", vec![]);
+    lab.report("b", vec![]);
+    lab.settle();
+    assert!(row(&lab, "vm-0").is_none());
+    assert!(row(&lab, "data").is_some());
+}
+
+/// `vm` goes back to `a` without `data`.
+fn attach_after_moving_back(lab: &mut Lab) -> String {
+    lab.volumes.remove("a");
+    lab.report("a", vec![]);
+    lab.settle();
+    assert!(garbage(lab).is_empty());
+    let operation = lab.migrate("vm", "a").unwrap();
+    lab.settle();
+    has(lab, "a", &["vm-0"], VolumeState::Ready);
+    lab.report("a", vec![]);
+    lab.settle();
+    assert_eq!(lab.operation(&operation.id).state(), OperationState::Succeeded);
+    attach(lab, "data", "vm").unwrap_err().to_string()
+}
+
+/// A copy elsewhere of what a domain had and has no more is garbage where it was said to be, and
+/// one that lies where its row says is never a stray.
+#[test]
+fn what_no_domain_has_is_no_stray() {
+    let mut lab = with_data();
+    for _ in 0..3 {
+        lab.pass_time(5_000);
+        at_rest(&mut lab);
+        lab.report("b", vec![]);
+        lab.settle();
+    }
+    attach(&mut lab, "data", "vm").unwrap();
+    // A report from before it knew, and one from after.
+    lab.report_knowing("a", 1, vec![]);
+    lab.settle();
+    at_rest(&mut lab);
+    detach(&mut lab, "data").unwrap();
+    lab.report_knowing("a", 1, vec![]);
+    lab.settle();
+    at_rest(&mut lab);
+    assert!(garbage(&lab).is_empty());
+}
+
+#[test]
+fn only_a_domain_at_rest_gets_or_gives() {
+    let mut lab = with_data();
+    let id = DomainId::trusted("vm");
+    attach(&mut lab, "data", "vm").unwrap();
+    lab.with(|cx| begin::start_domain(cx, &id, false).map(split)).unwrap();
+    assert!(matches!(detach(&mut lab, "data"), Err(Refusal::Busy { .. })));
+    let runs = lab.observed("vm", 2, S::Running);
+    lab.report("a", vec![runs]);
+    lab.settle();
+    assert_eq!(lab.domain("vm").state(), DomainState::Running);
+    let refused = detach(&mut lab, "data").unwrap_err().to_string();
+    assert!(refused.contains("domains/vm is RUNNING: stop it first"), "{refused}");
+    create(&mut lab, &new("more", Some("a"), 1)).unwrap();
+    has(&mut lab, "a", &["vm-0", "data", "more"], VolumeState::Ready);
+    let runs = lab.observed("vm", 2, S::Running);
+    lab.report("a", vec![runs]);
+    lab.settle();
+    let refused = attach(&mut lab, "more", "vm").unwrap_err().to_string();
+    assert!(refused.contains("domains/vm is RUNNING: stop it first"), "{refused}");
+    assert_eq!(
+        attach(&mut lab, "more", "none"),
+        Err(Refusal::NotFound { name: "domains/none".into() })
+    );
+    assert_eq!(
+        attach(&mut lab, "none", "vm"),
+        Err(Refusal::NotFound { name: "volumes/none".into() })
+    );
+}
+
+#[test]
+fn a_guest_has_so_many_disks() {
+    let mut lab = with_data();
+    let mut ids = vec!["vm-0".to_owned(), "data".to_owned()];
+    for n in 1..7 {
+        let id = format!("d{n}");
+        create(&mut lab, &new(&id, Some("a"), 1)).unwrap();
+        ids.push(id);
+    }
+    let all: Vec<&str> = ids.iter().map(String::as_str).collect();
+    has(&mut lab, "a", &all, VolumeState::Ready);
+    at_rest(&mut lab);
+    for n in 1..7 {
+        attach(&mut lab, &format!("d{n}"), "vm").unwrap();
+    }
+    let refused = attach(&mut lab, "data", "vm").unwrap_err().to_string();
+    assert!(refused.contains("domains/vm has 7 disks"), "{refused}");
+}
