@@ -51,6 +51,7 @@ pub(super) async fn new_password() -> Result<String, Error> {
     }
     let mut interrupt = interrupts()?;
     let hidden = Hidden::enter()?;
+    eprintln!("what is typed is not shown");
     let first = typed("New password: ", &mut interrupt).await?;
     let again = typed("Once more: ", &mut interrupt).await?;
     drop(hidden);
