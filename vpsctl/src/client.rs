@@ -60,6 +60,16 @@ impl Cluster {
         Ok(Self { members, current: AtomicUsize::new(0), deadline })
     }
 
+    /// The same members with other patience: what is left over is taken away also when `--timeout`
+    /// has passed.
+    pub(crate) fn for_clean_up(&self, time_max: Duration) -> Self {
+        Self {
+            members: self.members.clone(),
+            current: AtomicUsize::new(self.current.load(Ordering::Relaxed)),
+            deadline: Some(Instant::now() + time_max),
+        }
+    }
+
     /// Returns at `--timeout`, or never.
     pub(crate) async fn deadline_passed(&self) {
         match self.deadline {

@@ -22,13 +22,13 @@ pub(crate) enum Exit {
     Conflict = 4,
     /// No node has the room.
     NoRoom = 5,
-    /// `--timeout` has passed; what was started goes on, but for an import.
+    /// `--timeout` has passed; what was started goes on, but for imports and backups.
     Timeout = 6,
     /// A plan has blockers, or a drain ended with domains left.
     Left = 7,
     /// No controller answers, or none leads.
     Unavailable = 8,
-    /// Ctrl-C; what was started goes on, but for an import.
+    /// Ctrl-C; what was started goes on, but for imports and backups.
     Interrupted = 130,
 }
 
@@ -81,6 +81,17 @@ pub(crate) enum Error {
         /// Why.
         how: ImportEnd,
     },
+    /// Work of this process, not of the cluster, ended before its end.
+    #[error("{what} {how}")]
+    Broken {
+        /// What it was, with the article: "the backup of web1".
+        what: String,
+        /// Why.
+        how: Broken,
+    },
+    /// What was named is not in a directory of this machine.
+    #[error("{0}")]
+    Missing(String),
     /// Anything of this machine: terminal, files.
     #[error("{0}")]
     Local(String),
@@ -100,6 +111,20 @@ pub(crate) enum ImportEnd {
     Timeout(String),
     /// The connection broke.
     #[error("broke off: {0}; nothing of it is kept")]
+    Lost(String),
+}
+
+/// What ends the work of this process, other than its end and a refusal.
+#[derive(Debug, thiserror::Error)]
+pub(crate) enum Broken {
+    /// Ctrl-C, or a signal that ends processes.
+    #[error("was interrupted")]
+    Interrupted,
+    /// `--timeout`, or a controller that says nothing.
+    #[error("is not done after {0}: it was ended")]
+    Timeout(String),
+    /// The connection broke, again and again.
+    #[error("broke off: {0}")]
     Lost(String),
 }
 
@@ -124,6 +149,10 @@ impl Error {
             Self::ImportEnded { how: ImportEnd::Interrupted, .. } => Exit::Interrupted,
             Self::ImportEnded { how: ImportEnd::Timeout(_), .. } => Exit::Timeout,
             Self::ImportEnded { how: ImportEnd::Lost(_), .. } => Exit::Unavailable,
+            Self::Broken { how: Broken::Interrupted, .. } => Exit::Interrupted,
+            Self::Broken { how: Broken::Timeout(_), .. } => Exit::Timeout,
+            Self::Broken { how: Broken::Lost(_), .. } => Exit::Unavailable,
+            Self::Missing(_) => Exit::NotFound,
             Self::Local(_) => Exit::Error,
             Self::PipeClosed => Exit::Ok,
         }
@@ -222,7 +251,7 @@ fn refusal_hint(status: &Status) -> Option<String> {
 
 /// How to see what there is of the kind that is missing.
 fn missing_hint(message: &str) -> Option<String> {
-    const NOUNS: [&str; 5] = ["domain", "image", "volume", "network", "node"];
+    const NOUNS: [&str; 6] = ["snapshot", "domain", "image", "volume", "network", "node"];
     let noun = NOUNS.iter().find(|noun| message.contains(&format!("{noun}s/")))?;
     Some(format!("vpsctl {noun} list shows those that exist"))
 }

@@ -4,11 +4,14 @@
 //! into calls of the API through [`client`], which asks the cluster's members in turn, and what
 //! comes back into text through [`out`]: tables and sentences, or JSON. Commands that change
 //! something get an operation, and [`wait`] follows it to its end, with [`progress`] on stderr;
-//! the import of an image is one call, with [`transfer`] on stderr. [`error`] maps every failure to one line and an exit code.
+//! the import of an image is one call, with
+//! [`transfer`] on stderr; a backup is several, and [`backup`] has the directory that it goes into.
+//! [`error`] maps every failure to one line and an exit code.
 //!
 //! Of the cluster it knows the API alone (`drover-proto`): whatever it does, a billing system can do too.
 
 mod args;
+mod backup;
 mod client;
 mod commands;
 mod error;

@@ -69,6 +69,12 @@ fn migration_numbers(report: &MigrationReport) -> String {
             size(report.bytes_sent),
             size(report.remaining_bytes)
         ),
+        MigrationPhase::CopyingDisks if report.disk_bytes_total > 0 => format!(
+            "pass {}, {} sent, {} left",
+            report.disk_rounds,
+            size(report.disk_bytes_sent),
+            size(report.disk_remaining_bytes)
+        ),
         _ => String::new(),
     }
 }

@@ -19,6 +19,8 @@ const LINE_PAUSE: Duration = Duration::from_secs(5);
 /// Shows one transfer until it is dropped.
 pub(crate) struct Transfer {
     title: String,
+    /// What is being done once all is read.
+    at_end: &'static str,
     began: Instant,
     display: Display,
 }
@@ -31,16 +33,16 @@ enum Display {
 
 impl Transfer {
     /// A bar when stderr is a terminal.
-    pub(crate) fn new(title: String) -> Self {
+    pub(crate) fn new(title: String, at_end: &'static str) -> Self {
         let began = Instant::now();
         if !std::io::stderr().is_terminal() {
-            return Self { title, began, display: Display::Lines(None) };
+            return Self { title, at_end, began, display: Display::Lines(None) };
         }
         let bar = ProgressBar::new(100);
         bar.set_style(style("{spinner} {prefix} [{bar:20}] {pos:>3}% {elapsed} {wide_msg}"));
         bar.set_prefix(title.clone());
         bar.enable_steady_tick(TICK);
-        Self { title, began, display: Display::Bar(bar) }
+        Self { title, at_end, began, display: Display::Bar(bar) }
     }
 
     /// Shows how far it is, in bytes; a total of 0 is not known.
@@ -53,7 +55,7 @@ impl Transfer {
 
     /// The line that is due now; none on a terminal.
     fn show(&mut self, done: u64, total: u64, now: Instant) -> Option<String> {
-        let text = text(done, total, now.duration_since(self.began));
+        let text = text(done, total, now.duration_since(self.began), self.at_end);
         match &mut self.display {
             Display::Bar(bar) => {
                 bar.set_position(percent(done, total).unwrap_or_default());
@@ -85,10 +87,10 @@ fn percent(done: u64, total: u64) -> Option<u64> {
 }
 
 /// `512 MiB of 3 GiB, 100 MiB/s`; what remains to be done once all is read.
-fn text(done: u64, total: u64, elapsed: Duration) -> String {
+fn text(done: u64, total: u64, elapsed: Duration, at_end: &str) -> String {
     let of = if total > 0 { format!(" of {}", size(total)) } else { String::new() };
     if total > 0 && done >= total {
-        return format!("{}{of} read, being made an image", size(done));
+        return format!("{}{of} {at_end}", size(done));
     }
     let seconds = elapsed.as_secs_f64();
     // In the first moment a rate means nothing.
@@ -111,7 +113,12 @@ mod tests {
     fn lines_are_seconds_apart() {
         let began = Instant::now();
         let display = Display::Lines(None);
-        let mut transfer = Transfer { title: "import image a".to_owned(), began, display };
+        let mut transfer = Transfer {
+            title: "import image a".to_owned(),
+            at_end: "read, being made an image",
+            began,
+            display,
+        };
         let mut show =
             |done, ms| transfer.show(done, 1000 * MIB, began + Duration::from_millis(ms));
         assert_eq!(show(0, 10).unwrap(), "import image a: 0 B of 1000 MiB (0%)");
@@ -127,7 +134,7 @@ mod tests {
     /// What a node fetches may have no length, or more than was said.
     #[test]
     fn odd_totals_are_shown_as_they_are() {
-        assert_eq!(text(3 * MIB, 0, Duration::from_secs(2)), "3 MiB, 1.5 MiB/s");
+        assert_eq!(text(3 * MIB, 0, Duration::from_secs(2), "read"), "3 MiB, 1.5 MiB/s");
         assert_eq!(percent(3 * MIB, 0), None);
         assert_eq!(percent(3 * MIB, MIB), Some(100));
         assert_eq!(percent(u64::MAX, 1), Some(100));

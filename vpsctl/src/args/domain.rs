@@ -3,9 +3,9 @@
 use std::{path::PathBuf, time::Duration};
 
 use clap::{ArgMatches, Args, FromArgMatches, Subcommand, ValueEnum};
-use drover_proto::v1::{Disk, NetworkInterface};
+use drover_proto::v1::{Disk, DiskResize, NetworkInterface};
 
-use super::{Detach, Limits};
+use super::{Detach, Limits, Yes};
 use crate::parse;
 
 #[derive(Debug, Subcommand)]
@@ -29,10 +29,13 @@ Examples:
     },
     /// Show one domain, and how its node was chosen
     Show(DomainName),
-    /// Start a stopped or failed domain
+    /// Start a stopped or failed domain; a saved one goes on where it was
     Start {
         #[command(flatten)]
         name: DomainName,
+        /// Delete what was saved, and boot
+        #[arg(long)]
+        discard_saved: bool,
         #[command(flatten)]
         detach: Detach,
     },
@@ -48,8 +51,59 @@ Examples:
         #[command(flatten)]
         detach: Detach,
     },
-    /// Move a running domain to another node, live, and report what it took
+    /// Move a domain to another node, a running one live, and report what it took
     Migrate(MigrateArgs),
+    /// Give a domain larger disks, other limits, vCPUs or memory
+    ///
+    /// Disks grow and get their limits at once, also while it runs; they never shrink. vCPUs and
+    /// memory change with its next start.
+    #[command(after_help = "\
+Examples:
+  vpsctl domain resize web1 --disk 0=20GiB
+  vpsctl domain resize web1 --vcpus 4 --memory 8GiB
+  vpsctl domain resize web1 --limit 0=iops=500,bps=100MiB --limit 1=none")]
+    Resize(ResizeArgs),
+    /// Put an image's content in place of a disk's; what the disk holds is lost
+    ///
+    /// The domain must be stopped, and stays so.
+    Reinstall(ReinstallArgs),
+    /// Boot a stopped domain from a rescue image, with its own disks behind it
+    #[command(after_help = "\
+Examples:
+  vpsctl domain rescue web1 --image rescue    start it from the image
+  vpsctl domain stop web1
+  vpsctl domain rescue web1 --end             its own disks boot again")]
+    Rescue(RescueArgs),
+    /// Write a running domain's memory to its node's disk, and end it
+    Save {
+        #[command(flatten)]
+        name: DomainName,
+        #[command(flatten)]
+        detach: Detach,
+    },
+    /// Go on with a saved domain where it was
+    Restore {
+        #[command(flatten)]
+        name: DomainName,
+        #[command(flatten)]
+        detach: Detach,
+    },
+    /// Show what the agent inside the guest says: its system, its addresses
+    Guest(DomainName),
+    /// Set a user's password inside the guest, through the agent there
+    ///
+    /// The password is asked for on a terminal, and otherwise read from the standard input, where
+    /// one line is expected. It is kept nowhere.
+    #[command(
+        after_help = "Example:\n  pwgen 20 1 | vpsctl domain set-password web1 --user debian"
+    )]
+    SetPassword {
+        #[command(flatten)]
+        name: DomainName,
+        /// The user inside the guest
+        #[arg(long, value_name = "USER", default_value = "root", value_parser = parse::user)]
+        user: String,
+    },
     /// Attach to the serial console: what was said before, then what comes
     ///
     /// On a terminal every key goes to the guest; Ctrl-] leaves. When the input is not a terminal
@@ -235,6 +289,59 @@ pub(crate) struct MigrateArgs {
     pub(crate) detach: Detach,
     #[command(flatten)]
     pub(crate) limits: Limits,
+}
+
+#[derive(Args, Debug)]
+#[command(group = clap::ArgGroup::new("change")
+    .args(["vcpus", "memory", "disk", "limit"]).required(true).multiple(true))]
+pub(crate) struct ResizeArgs {
+    #[command(flatten)]
+    pub(crate) name: DomainName,
+    /// Virtual CPUs, 1 to 8
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..))]
+    pub(crate) vcpus: Option<u32>,
+    /// Memory, a multiple of 1 MiB, at least 32MiB
+    #[arg(long, value_name = "SIZE", value_parser = parse::size)]
+    pub(crate) memory: Option<u64>,
+    /// A disk's new size; the disks are counted from 0
+    #[arg(long, value_name = "N=SIZE", value_parser = parse::disk_size)]
+    pub(crate) disk: Vec<DiskResize>,
+    /// A disk's new limits: N=iops=…,bps=… with one or both, or N=none
+    #[arg(long, value_name = "N=LIMITS", value_parser = parse::disk_limits)]
+    pub(crate) limit: Vec<DiskResize>,
+    #[command(flatten)]
+    pub(crate) detach: Detach,
+}
+
+#[derive(Args, Debug)]
+pub(crate) struct ReinstallArgs {
+    #[command(flatten)]
+    pub(crate) name: DomainName,
+    /// Which disk, counted from 0
+    #[arg(long, value_name = "N", default_value_t = 0)]
+    pub(crate) disk: u32,
+    /// The image [default: the one that the disk was made of]
+    #[arg(long, value_name = "IMAGE", value_parser = parse::image)]
+    pub(crate) image: Option<String>,
+    #[command(flatten)]
+    pub(crate) yes: Yes,
+    #[command(flatten)]
+    pub(crate) detach: Detach,
+}
+
+#[derive(Args, Debug)]
+#[command(group = clap::ArgGroup::new("what").args(["image", "end"]).required(true))]
+pub(crate) struct RescueArgs {
+    #[command(flatten)]
+    pub(crate) name: DomainName,
+    /// The rescue image
+    #[arg(long, value_name = "IMAGE", value_parser = parse::image)]
+    pub(crate) image: Option<String>,
+    /// Remove the rescue disk of a stopped domain: its own disks boot again
+    #[arg(long)]
+    pub(crate) end: bool,
+    #[command(flatten)]
+    pub(crate) detach: Detach,
 }
 
 #[derive(Args, Debug)]

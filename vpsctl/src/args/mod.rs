@@ -1,6 +1,7 @@
 //! Every command and flag, each defined once, with the text of its help; one module for the nouns
 //! that belong together.
 
+mod backup;
 mod cluster;
 mod domain;
 mod network;
@@ -13,11 +14,18 @@ use clap::{Args, Parser, Subcommand, ValueEnum};
 use drover_proto::v1::MigrationLimits;
 
 pub(crate) use self::{
+    backup::{BackupCommand, CreateBackupArgs, RestoreBackupArgs},
     cluster::{BalanceArgs, ClusterCommand, EventsArgs, OperationCommand},
-    domain::{ConsoleArgs, CreateArgs, DomainCommand, OnDrain, Restart, SeedArgs},
+    domain::{
+        ConsoleArgs, CreateArgs, DomainCommand, OnDrain, ReinstallArgs, RescueArgs, ResizeArgs,
+        Restart, SeedArgs,
+    },
     network::{CreateNetworkArgs, NetworkCommand},
     node::{DrainArgs, NodeCommand},
-    storage::{Format, ImageCommand, ImportArgs, PoolCommand, VolumeCommand},
+    storage::{
+        CreateVolumeArgs, Format, ImageCommand, ImportArgs, PoolCommand, SnapshotCommand,
+        VolumeCommand,
+    },
 };
 use crate::parse;
 
@@ -29,10 +37,10 @@ Exit codes:
   3    what was named does not exist
   4    conflict: it exists already, is busy, or its state forbids this
   5    no node has the room
-  6    --timeout has passed; what was started goes on, but for an import
+  6    --timeout has passed; what was started goes on, but for imports and backups
   7    the plan has blockers, or the drain left domains where they were
   8    unavailable: no controller answers, or none leads
-  130  interrupted by Ctrl-C; what was started goes on, but for an import
+  130  interrupted by Ctrl-C; what was started goes on, but for imports and backups
 
 Examples:
   vpsctl cluster status
@@ -91,15 +99,21 @@ pub(crate) enum Command {
     /// Hosts that run domains: look, cordon, drain
     #[command(subcommand)]
     Node(NodeCommand),
-    /// Virtual machines: create, look, start, stop, move, attach
+    /// Virtual machines: create, look, start, stop, move, resize, rescue, save
     #[command(subcommand)]
     Domain(DomainCommand),
     /// What volumes are made of: import, look, delete
     #[command(subcommand)]
     Image(ImageCommand),
-    /// The disks of domains: look
+    /// The disks of domains: create, look, attach, detach
     #[command(subcommand)]
     Volume(VolumeCommand),
+    /// What a domain's disks held at one moment: create, look, restore
+    #[command(subcommand)]
+    Snapshot(SnapshotCommand),
+    /// Domains' disks in a directory here: create, list, restore, verify
+    #[command(subcommand)]
+    Backup(BackupCommand),
     /// Where nodes keep volumes: look
     #[command(subcommand)]
     Pool(PoolCommand),
@@ -127,6 +141,13 @@ pub(crate) struct Detach {
     /// Do not wait: print the operation's name
     #[arg(long)]
     pub(crate) detach: bool,
+}
+
+#[derive(Args, Clone, Copy, Debug)]
+pub(crate) struct Yes {
+    /// Do not ask; needed where there is no terminal
+    #[arg(long)]
+    pub(crate) yes: bool,
 }
 
 #[derive(Args, Debug)]

@@ -1,9 +1,10 @@
-//! `vpsctl pool`, `vpsctl volume` and `vpsctl image`.
+//! `vpsctl pool`, `vpsctl volume`, `vpsctl snapshot` and `vpsctl image`.
 
 use std::path::PathBuf;
 
 use clap::{Args, Subcommand, ValueEnum};
 
+use super::{Detach, Yes, domain::DomainName};
 use crate::parse;
 
 #[derive(Debug, Subcommand)]
@@ -25,11 +26,104 @@ pub(crate) enum VolumeCommand {
         domain: Option<String>,
     },
     /// Show one volume
-    Show {
-        /// The volume, such as web1-0 or volumes/web1-0
-        #[arg(value_name = "VOLUME", value_parser = parse::volume)]
-        volume: String,
+    Show(VolumeName),
+    /// Make a volume that no domain has
+    #[command(after_help = "\
+Examples:
+  vpsctl volume create archive --size 100GiB --node host1
+  vpsctl volume attach archive web1")]
+    Create(CreateVolumeArgs),
+    /// Delete a volume that no domain has, for ever
+    Delete(VolumeName),
+    /// Give a volume to a stopped domain of its node, as its last disk
+    Attach {
+        #[command(flatten)]
+        name: VolumeName,
+        #[command(flatten)]
+        domain: DomainName,
+        /// The guest may not write to it
+        #[arg(long)]
+        read_only: bool,
     },
+    /// Take a volume from its domain, which must be stopped; it stays on the node
+    Detach(VolumeName),
+}
+
+#[derive(Args, Debug)]
+pub(crate) struct VolumeName {
+    /// The volume, such as web1-0 or volumes/web1-0
+    #[arg(value_name = "VOLUME", value_parser = parse::volume)]
+    pub(crate) volume: String,
+}
+
+#[derive(Args, Debug)]
+#[command(group = clap::ArgGroup::new("content")
+    .args(["size", "image"]).required(true).multiple(true))]
+pub(crate) struct CreateVolumeArgs {
+    #[command(flatten)]
+    pub(crate) name: VolumeName,
+    /// Its size, a multiple of 1 MiB [default: the image's]
+    #[arg(long, value_name = "SIZE", value_parser = parse::size)]
+    pub(crate) size: Option<u64>,
+    /// The image that fills it [default: it is blank]
+    #[arg(long, value_name = "IMAGE", value_parser = parse::image)]
+    pub(crate) image: Option<String>,
+    /// On this node [default: the one with most room]
+    #[arg(long, value_name = "NODE", value_parser = parse::node)]
+    pub(crate) node: Option<String>,
+    /// In this pool of the node [default: its first]
+    #[arg(long, value_name = "POOL", value_parser = parse::pool)]
+    pub(crate) pool: Option<String>,
+    #[command(flatten)]
+    pub(crate) detach: Detach,
+}
+
+#[derive(Debug, Subcommand)]
+pub(crate) enum SnapshotCommand {
+    /// Keep what all of a domain's disks hold now
+    ///
+    /// A running guest's filesystems are frozen meanwhile, if its agent answers; the disks are as
+    /// after a power cut otherwise, and the snapshot says so. A snapshot lies on the domain's node,
+    /// does not move with it, and goes when the domain is deleted.
+    Create {
+        #[command(flatten)]
+        domain: DomainName,
+        #[command(flatten)]
+        name: SnapshotName,
+        #[command(flatten)]
+        detach: Detach,
+    },
+    /// List the snapshots, whose they are and where they lie
+    List {
+        /// Only those of this domain
+        #[arg(long, value_name = "DOMAIN", value_parser = parse::domain)]
+        domain: Option<String>,
+    },
+    /// Show one snapshot
+    Show(SnapshotName),
+    /// Put a stopped domain's disks back; what they hold now is lost, the snapshot stays
+    Restore {
+        #[command(flatten)]
+        name: SnapshotName,
+        #[command(flatten)]
+        yes: Yes,
+        #[command(flatten)]
+        detach: Detach,
+    },
+    /// Delete a snapshot; the domain's disks stay as they are
+    Delete {
+        #[command(flatten)]
+        name: SnapshotName,
+        #[command(flatten)]
+        yes: Yes,
+    },
+}
+
+#[derive(Args, Debug)]
+pub(crate) struct SnapshotName {
+    /// The snapshot, such as before-upgrade or snapshots/before-upgrade
+    #[arg(value_name = "SNAPSHOT", value_parser = parse::snapshot)]
+    pub(crate) snapshot: String,
 }
 
 #[derive(Debug, Subcommand)]

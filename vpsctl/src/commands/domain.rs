@@ -9,7 +9,7 @@ use drover_proto::v1::{
     domain_service_client::DomainServiceClient,
 };
 
-use super::{Context, all_pages, call, console, files, operation::ended, request_id};
+use super::{Context, all_pages, call, console, files, lifecycle, operation::ended, request_id};
 use crate::{
     args::{CreateArgs, Detach, DomainCommand, OnDrain, Restart, SeedArgs, proto_duration},
     error::Error,
@@ -37,8 +37,9 @@ pub(super) async fn run(context: &Context, command: DomainCommand) -> Result<(),
             let domain = get(context, &name.domain).await?;
             context.answer(|| json::object(&domain), || pages::domain(&domain, SystemTime::now()))
         }
-        DomainCommand::Start { name, detach } => {
-            let request = StartDomainRequest { name: name.domain, request_id: request_id() };
+        DomainCommand::Start { name, discard_saved, detach } => {
+            let request =
+                StartDomainRequest { name: name.domain, request_id: request_id(), discard_saved };
             let operation = call!(context, DomainServiceClient::start_domain, request)?;
             follow(context, operation, &detach).await
         }
@@ -72,6 +73,19 @@ pub(super) async fn run(context: &Context, command: DomainCommand) -> Result<(),
             let operation = call!(context, DomainServiceClient::migrate_domain, request)?;
             follow(context, operation, &args.detach).await
         }
+        DomainCommand::Resize(args) => lifecycle::resize(context, args).await,
+        DomainCommand::Reinstall(args) => lifecycle::reinstall(context, args).await,
+        DomainCommand::Rescue(args) => lifecycle::rescue(context, args).await,
+        DomainCommand::Save { name, detach } => {
+            lifecycle::save(context, name.domain, &detach).await
+        }
+        DomainCommand::Restore { name, detach } => {
+            lifecycle::restore(context, name.domain, &detach).await
+        }
+        DomainCommand::Guest(name) => lifecycle::guest(context, name.domain).await,
+        DomainCommand::SetPassword { name, user } => {
+            lifecycle::set_password(context, name.domain, user).await
+        }
         DomainCommand::Console(args) => console::run(context, args).await,
     }
 }
@@ -81,7 +95,11 @@ pub(super) async fn get(context: &Context, name: &str) -> Result<Domain, Error> 
     call!(context, DomainServiceClient::get_domain, request)
 }
 
-async fn follow(context: &Context, operation: Operation, detach: &Detach) -> Result<(), Error> {
+pub(super) async fn follow(
+    context: &Context,
+    operation: Operation,
+    detach: &Detach,
+) -> Result<(), Error> {
     let done = wait::accepted(&context.cluster, operation, detach, context.json).await?;
     done.map_or(Ok(()), |operation| ended(context, operation))
 }

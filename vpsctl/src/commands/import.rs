@@ -39,11 +39,10 @@ pub(super) async fn run(context: &Context, args: ImportArgs) -> Result<(), Error
     let spec = spec(&args, file.as_deref());
     let started = Instant::now();
     let mut interrupt = interrupts()?;
-    let (failed, mut failure) = mpsc::channel(1);
+    let title = format!("import image {}", short(&spec.name));
     let image = tokio::select! {
         biased;
-        image = carried(context, &spec, file, failed) => image?,
-        Some(error) = failure.recv() => return Err(error),
+        image = sent(context, &spec, file, title) => image?,
         _ = interrupt.recv() => return Err(ended(&spec, ImportEnd::Interrupted)),
         () = context.cluster.deadline_passed() => {
             return Err(ended(&spec, ImportEnd::Timeout(time(started.elapsed()))));
@@ -73,12 +72,44 @@ fn ended(spec: &ImportImageSpec, how: ImportEnd) -> Error {
     Error::ImportEnded { image: short(&spec.name).to_owned(), how }
 }
 
-/// Sends the file and shows what the controller says of it, up to the image.
-async fn carried(
+/// What is sent: something of a length that is known, which is read in chunks.
+pub(super) trait Source: Send + Sync + 'static {
+    /// Its length.
+    fn bytes(&self) -> u64;
+    /// The bytes at an offset below the length: some, at most `CHUNK_BYTES`. May wait for a disk.
+    fn chunk(&self, offset: u64) -> Result<Vec<u8>, Error>;
+}
+
+impl Source for ImageFile {
+    fn bytes(&self) -> u64 {
+        self.bytes
+    }
+    fn chunk(&self, offset: u64) -> Result<Vec<u8>, Error> {
+        Self::chunk(self, offset)
+    }
+}
+
+/// Sends what an import needs and shows what the controller says of it, up to the image.
+pub(super) async fn sent<S: Source>(
     context: &Context,
     spec: &ImportImageSpec,
-    file: Option<Arc<ImageFile>>,
+    source: Option<Arc<S>>,
+    title: String,
+) -> Result<Image, Error> {
+    let (failed, mut failure) = mpsc::channel(1);
+    tokio::select! {
+        biased;
+        image = carried(context, spec, source, failed, title) => image,
+        Some(error) = failure.recv() => Err(error),
+    }
+}
+
+async fn carried<S: Source>(
+    context: &Context,
+    spec: &ImportImageSpec,
+    file: Option<Arc<S>>,
     failed: mpsc::Sender<Error>,
+    title: String,
 ) -> Result<Image, Error> {
     // A member that cannot be reached has taken nothing: the next gets the file from its start.
     let mut answers = context
@@ -91,7 +122,7 @@ async fn carried(
             }
         })
         .await?;
-    let mut progress = Transfer::new(format!("import image {}", short(&spec.name)));
+    let mut progress = Transfer::new(title, "read, being made an image");
     loop {
         match timeout(SILENCE_MAX, answers.message()).await {
             Ok(Ok(Some(ImportImageResponse { image: Some(image), .. }))) => return Ok(image),
@@ -118,16 +149,16 @@ async fn carried(
 }
 
 /// The spec, then the file. Ends only behind the file's last byte; an error goes to `failed`.
-fn messages(
+fn messages<S: Source>(
     spec: ImportImageSpec,
-    file: Option<Arc<ImageFile>>,
+    file: Option<Arc<S>>,
     failed: mpsc::Sender<Error>,
 ) -> impl Stream<Item = ImportImageRequest> + Send + 'static {
     let message = |message| ImportImageRequest { message: Some(message) };
     let data = stream::unfold(0, move |offset: u64| {
         let (file, failed) = (file.clone(), failed.clone());
         async move {
-            let file = file.filter(|file| offset < file.bytes)?;
+            let file = file.filter(|file| offset < file.bytes())?;
             let read = tokio::task::spawn_blocking(move || file.chunk(offset)).await;
             match read.unwrap_or_else(|e| Err(Error::Local(format!("reading the file: {e}")))) {
                 Ok(data) => {

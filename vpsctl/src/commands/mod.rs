@@ -1,5 +1,7 @@
 //! The commands, one module a noun.
 
+mod ask;
+mod backup;
 mod cluster;
 mod console;
 mod domain;
@@ -7,9 +9,11 @@ mod events;
 mod files;
 mod image;
 mod import;
+mod lifecycle;
 mod network;
 mod node;
 mod operation;
+mod snapshot;
 mod storage;
 
 use crate::{
@@ -97,6 +101,8 @@ pub(crate) async fn run(cli: Cli) -> Result<(), Error> {
         Command::Domain(command) => domain::run(&context, command).await,
         Command::Image(command) => image::run(&context, command).await,
         Command::Volume(command) => storage::volume(&context, command).await,
+        Command::Snapshot(command) => snapshot::run(&context, command).await,
+        Command::Backup(command) => backup::run(&context, command).await,
         Command::Pool(command) => storage::pool(&context, command).await,
         Command::Network(command) => network::run(&context, command).await,
         Command::Operation(command) => operation::run(&context, command).await,

@@ -114,6 +114,15 @@ pub(crate) fn operation_title(operation: &Operation) -> String {
         OperationKind::DeleteDomain => format!("delete domain {target}"),
         OperationKind::MigrateDomain => format!("migrate domain {target}"),
         OperationKind::DrainNode => format!("drain node {target}"),
+        OperationKind::ResizeDomain => format!("resize domain {target}"),
+        OperationKind::ReinstallDomain => format!("reinstall domain {target}"),
+        OperationKind::RescueDomain => format!("rescue domain {target}"),
+        OperationKind::EndRescue => format!("end rescue of domain {target}"),
+        OperationKind::SaveDomain => format!("save domain {target}"),
+        // Their target is the domain whose disks they work on, or the snapshot itself.
+        OperationKind::CreateSnapshot => format!("snapshot {target}"),
+        OperationKind::RestoreSnapshot => format!("restore snapshot of {target}"),
+        OperationKind::CreateVolume => format!("create volume {target}"),
         OperationKind::BalanceCluster => "balance cluster".to_owned(),
     }
 }

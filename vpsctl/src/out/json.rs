@@ -34,11 +34,13 @@ view!(
     Domain,
     DrainPlan,
     Event,
+    Guest,
     Image,
     Network,
     Node,
     Operation,
     Pool,
+    Snapshot,
     Volume
 );
 
@@ -55,6 +57,11 @@ pub(crate) fn object<M: View>(message: &M) -> Result<String, Error> {
 pub(crate) fn array<M: View>(messages: &[M]) -> Result<String, Error> {
     let values: Result<Vec<_>, _> = messages.iter().map(view).collect();
     Ok(format!("{:#}\n", Value::Array(values?)))
+}
+
+/// Values that are no messages of the API, as one array.
+pub(crate) fn values(values: Vec<Value>) -> String {
+    format!("{:#}\n", Value::Array(values))
 }
 
 /// One object on one line, with a newline.

@@ -10,7 +10,7 @@ use std::{
 
 use tonic::transport::Uri;
 
-pub(crate) use self::settings::{disk, interface, interface_in, label};
+pub(crate) use self::settings::{disk, disk_limits, disk_size, interface, interface_in, label};
 
 const SIZE_UNITS: [(&str, u64); 5] =
     [("B", 1), ("KiB", 1 << 10), ("MiB", 1 << 20), ("GiB", 1 << 30), ("TiB", 1 << 40)];
@@ -102,6 +102,11 @@ pub(crate) fn volume(text: &str) -> Result<String, String> {
     resource("volumes", "web1-0", text)
 }
 
+/// `snapshots/{id}`, from `{id}` or `snapshots/{id}`.
+pub(crate) fn snapshot(text: &str) -> Result<String, String> {
+    resource("snapshots", "before-upgrade", text)
+}
+
 /// `networks/{id}`, from `{id}` or `networks/{id}`.
 pub(crate) fn network(text: &str) -> Result<String, String> {
     resource("networks", "lan", text)
@@ -118,7 +123,8 @@ pub(crate) fn pool(text: &str) -> Result<String, String> {
     }
 }
 
-const COLLECTIONS: [&str; 6] = ["nodes", "domains", "operations", "images", "volumes", "networks"];
+const COLLECTIONS: [&str; 7] =
+    ["nodes", "domains", "operations", "images", "volumes", "snapshots", "networks"];
 
 /// The id's own form is checked by the controller, the only place that knows it.
 fn resource(collection: &str, example: &str, text: &str) -> Result<String, String> {
@@ -189,6 +195,40 @@ pub(crate) fn sha256(text: &str) -> Result<String, String> {
         return Ok(text.to_ascii_lowercase());
     }
     Err(format!("{DIGITS} hexadecimal digits are expected, as sha256sum prints them"))
+}
+
+/// A backup's name: a file of it is called so.
+pub(crate) fn backup(text: &str) -> Result<String, String> {
+    const LENGTH_MAX: usize = 100;
+    let plain = |c: char| c.is_ascii_alphanumeric() || "-_.".contains(c);
+    let begins = text.chars().next().is_some_and(|c| c.is_ascii_alphanumeric());
+    if begins && text.len() <= LENGTH_MAX && text.chars().all(plain) {
+        return Ok(text.to_owned());
+    }
+    Err(format!(
+        "1 to {LENGTH_MAX} of a-z, A-Z, 0-9, '-', '_' and '.' are expected, beginning with a letter \
+         or digit"
+    ))
+}
+
+/// A directory's path.
+pub(crate) fn directory(text: &str) -> Result<PathBuf, String> {
+    match text {
+        "" => Err("is empty: a directory's path is expected".to_owned()),
+        path => Ok(path.into()),
+    }
+}
+
+/// A user inside a guest; what it may be called there is the guest's to say.
+pub(crate) fn user(text: &str) -> Result<String, String> {
+    const LENGTH_MAX: usize = 32;
+    let odd = |c: char| c.is_control() || c.is_whitespace() || c == ':';
+    if text.is_empty() || text.chars().count() > LENGTH_MAX || text.chars().any(odd) {
+        return Err(format!(
+            "a user's name is expected, 1 to {LENGTH_MAX} characters without blanks and ':'"
+        ));
+    }
+    Ok(text.to_owned())
 }
 
 /// A file with an end: its length is said before its bytes.
@@ -314,6 +354,21 @@ mod tests {
         assert_eq!(image_file("./x"), Ok("./x".into()));
         assert!(image_file("-").unwrap_err().contains("standard input"));
         assert!(image_file("").is_err());
+    }
+
+    #[test]
+    fn what_backups_and_passwords_are_given() {
+        assert_eq!(snapshot("a"), Ok("snapshots/a".to_owned()));
+        assert!(snapshot("volumes/a").unwrap_err().starts_with("is one of volumes"));
+        assert_eq!(backup("web1-20261123-011600"), Ok("web1-20261123-011600".to_owned()));
+        for bad in ["", ".", "..", ".x", "a/b", "-a", "a b", "é", &"a".repeat(101)] {
+            assert!(backup(bad).unwrap_err().starts_with("1 to 100 of a-z"), "{bad}");
+        }
+        assert!(directory("").is_err());
+        assert_eq!(user("www-data"), Ok("www-data".to_owned()));
+        for bad in ["", "a b", "a:b", "a\n", &"a".repeat(33)] {
+            assert!(user(bad).unwrap_err().starts_with("a user's name is expected"), "{bad}");
+        }
     }
 
     #[test]

@@ -1,6 +1,6 @@
 //! What is typed as settings joined by commas: interfaces and disks; and labels.
 
-use drover_proto::v1::{Disk, DiskLimits, NetworkInterface};
+use drover_proto::v1::{Disk, DiskLimits, DiskResize, NetworkInterface};
 
 use super::{image, network, pool, size};
 
@@ -90,6 +90,44 @@ pub(crate) fn disk(text: &str) -> Result<Disk, String> {
     Ok(disk)
 }
 
+/// A disk's new size, from `N=SIZE`.
+pub(crate) fn disk_size(text: &str) -> Result<DiskResize, String> {
+    let (disk, value) = place(text, "0=20GiB")?;
+    let size_bytes = above_zero(size(value))?;
+    Ok(DiskResize { disk, size_bytes, limits: None })
+}
+
+/// A disk's new limits, from `N=none` or `N=iops=…,bps=…`; what is not given is no limit.
+pub(crate) fn disk_limits(text: &str) -> Result<DiskResize, String> {
+    const EXAMPLE: &str = "0=iops=500,bps=100MiB or 0=none";
+    let (disk, value) = place(text, EXAMPLE)?;
+    let mut limits = DiskLimits::default();
+    if value != "none" {
+        for part in value.split(',') {
+            let field = match part.split_once('=') {
+                Some(("iops", n)) => (&mut limits.requests_per_second, of_key("iops", whole(n))),
+                Some(("bps", n)) => (&mut limits.bytes_per_second, of_key("bps", size(n))),
+                _ => {
+                    return Err(format!(
+                        "\"{part}\" is not known: iops= and bps= are, or none, such as {EXAMPLE}"
+                    ));
+                }
+            };
+            if *field.0 > 0 {
+                return Err(format!("\"{part}\" is given twice: once is expected"));
+            }
+            *field.0 = above_zero(field.1)?;
+        }
+    }
+    Ok(DiskResize { disk, size_bytes: 0, limits: Some(limits) })
+}
+
+/// `N=…`: a disk's place, from 0, and what follows.
+fn place<'a>(text: &'a str, example: &str) -> Result<(u32, &'a str), String> {
+    let parts = text.split_once('=').and_then(|(n, rest)| Some((n.parse().ok()?, rest)));
+    parts.ok_or_else(|| format!("a disk's number from 0 and '=' are expected, such as {example}"))
+}
+
 fn of_key<T>(key: &str, value: Result<T, String>) -> Result<T, String> {
     value.map_err(|e| format!("{key}: {e}"))
 }
@@ -148,6 +186,40 @@ mod tests {
         assert_eq!(full, expected);
         let blank = Disk { size_bytes: 5 << 30, ..Disk::default() };
         assert_eq!(disk("size=5GiB"), Ok(blank), "no limits are none, not zeros");
+    }
+
+    #[test]
+    fn disks_that_change() {
+        let grown = DiskResize { disk: 1, size_bytes: 20 << 30, limits: None };
+        assert_eq!(disk_size("1=20GiB"), Ok(grown));
+        let limits = DiskLimits { requests_per_second: 500, ..DiskLimits::default() };
+        let limited = DiskResize { disk: 0, size_bytes: 0, limits: Some(limits) };
+        assert_eq!(disk_limits("0=iops=500"), Ok(limited));
+        let lifted = DiskResize { limits: Some(DiskLimits::default()), ..limited };
+        assert_eq!(disk_limits("0=none"), Ok(lifted), "zeros, not nothing");
+        assert_eq!(
+            disk_limits("0=bps=1MiB,iops=5").unwrap().limits.unwrap().bytes_per_second,
+            1 << 20
+        );
+        for (text, expected) in [
+            ("20GiB", "a disk's number from 0 and '=' are expected, such as 0=20GiB"),
+            ("a=20GiB", "a disk's number"),
+            ("-1=20GiB", "a disk's number"),
+            ("0=20G", "use a number with KiB"),
+            ("0=0", "more than 0 is expected"),
+        ] {
+            assert!(disk_size(text).unwrap_err().starts_with(expected), "{text}");
+        }
+        for (text, expected) in [
+            ("none", "a disk's number"),
+            ("0=", "\"\" is not known: iops= and bps= are, or none"),
+            ("0=cache=1", "\"cache=1\" is not known"),
+            ("0=iops=0", "more than 0 is expected"),
+            ("0=iops=1,iops=2", "\"iops=2\" is given twice"),
+            ("0=bps=x", "bps: use a number"),
+        ] {
+            assert!(disk_limits(text).unwrap_err().starts_with(expected), "{text}");
+        }
     }
 
     /// Each key that is wrong is named, with what it takes.

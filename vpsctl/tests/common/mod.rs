@@ -53,6 +53,17 @@ impl Ended {
     }
 }
 
+/// The same with something on its standard input.
+pub(crate) fn run_with_input(server: &str, args: &[&str], input: &[u8]) -> Ended {
+    let mut command = vpsctl(server, args);
+    command.stdin(Stdio::piped()).stdout(Stdio::piped()).stderr(Stdio::piped());
+    let mut child = command.spawn().unwrap();
+    // It may refuse before it has read all.
+    let _ = child.stdin.take().unwrap().write_all(input);
+    let id = child.id();
+    within(&format!("vpsctl {args:?}"), id, move || Ended::new(child.wait_with_output().unwrap()))
+}
+
 /// Runs a command to its end.
 pub(crate) fn run(server: &str, args: &[&str]) -> Ended {
     let mut command = vpsctl(server, args);

@@ -7,13 +7,16 @@
 
 #![expect(clippy::unwrap_used, reason = "a test")]
 
+mod backup;
 #[path = "../common/mod.rs"]
 mod common;
 mod create;
+mod disks;
 mod import;
 mod member;
 mod storage;
 mod stored;
+mod verbs;
 
 use common::{Running, run};
 use drover_proto::v1::{

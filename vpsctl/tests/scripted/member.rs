@@ -16,6 +16,7 @@ use drover_proto::v1::{
     node_service_server::{NodeService, NodeServiceServer},
     operation_service_server::{OperationService, OperationServiceServer},
     pool_service_server::PoolServiceServer,
+    snapshot_service_server::SnapshotServiceServer,
     volume_service_server::VolumeServiceServer,
     *,
 };
@@ -23,7 +24,10 @@ use futures::{Stream, StreamExt, stream};
 use tokio_stream::wrappers::TcpListenerStream;
 use tonic::{Request, Response, Status, Streaming, transport::Server};
 
-use crate::stored::{ImportScript, Imported};
+use crate::{
+    disks::Content,
+    stored::{ImportScript, Imported},
+};
 
 /// What a member says.
 #[derive(Clone, Default)]
@@ -46,6 +50,10 @@ pub(crate) struct Script {
     pub(crate) networks: Vec<Network>,
     /// What an import is answered.
     pub(crate) import: ImportScript,
+    /// What the node behind it holds at the beginning.
+    pub(crate) node: Content,
+    /// What the guest's agent says.
+    pub(crate) guest: Guest,
 }
 
 /// What a member was asked.
@@ -55,6 +63,9 @@ pub(crate) struct Asked {
     pub(crate) networks: Vec<Network>,
     /// The names of what was to be deleted, and the filters of lists.
     pub(crate) names: Vec<String>,
+    pub(crate) resizes: Vec<ResizeDomainRequest>,
+    /// What else it was to do, a line each, in that order.
+    pub(crate) did: Vec<String>,
 }
 
 /// A running member; dead when killed or dropped, with all its connections.
@@ -63,6 +74,7 @@ pub(crate) struct Member {
     runtime: Option<tokio::runtime::Runtime>,
     consoles: Receiver<()>,
     imports: Receiver<Imported>,
+    pauses: Receiver<()>,
     scripted: Scripted,
 }
 
@@ -75,7 +87,10 @@ impl Member {
         let address = listener.local_addr().unwrap().to_string();
         let (attached, consoles) = sync_channel(16);
         let (imported, imports) = sync_channel(16);
+        let (paused, pauses) = sync_channel(16);
         let scripted = Scripted {
+            node: Arc::new(Mutex::new(script.node.clone())),
+            paused,
             script: Arc::new(script),
             attached,
             imported,
@@ -90,10 +105,11 @@ impl Member {
             .add_service(PoolServiceServer::new(scripted.clone()))
             .add_service(VolumeServiceServer::new(scripted.clone()))
             .add_service(ImageServiceServer::new(scripted.clone()))
+            .add_service(SnapshotServiceServer::new(scripted.clone()))
             .add_service(NetworkServiceServer::new(scripted.clone()))
             .serve_with_incoming(TcpListenerStream::new(listener));
         runtime.spawn(server);
-        Self { address, runtime: Some(runtime), consoles, imports, scripted }
+        Self { address, runtime: Some(runtime), consoles, imports, pauses, scripted }
     }
 
     pub(crate) fn address(&self) -> &str {
@@ -110,7 +126,17 @@ impl Member {
         self.imports.recv_timeout(crate::common::WAIT_MAX).unwrap()
     }
 
-    /// Ends an import's pause.
+    /// Waits until the reading of a snapshot has come to its pause.
+    pub(crate) fn wait_for_a_pause(&self) {
+        self.pauses.recv_timeout(crate::common::WAIT_MAX).unwrap();
+    }
+
+    /// What the node behind it holds now.
+    pub(crate) fn node(&self) -> std::sync::MutexGuard<'_, Content> {
+        self.scripted.node.lock().unwrap()
+    }
+
+    /// Ends an import's pause, or a snapshot's.
     pub(crate) fn go_on(&self) {
         self.scripted.go_on.notify_one();
     }
@@ -139,6 +165,8 @@ pub(crate) struct Scripted {
     pub(crate) script: Arc<Script>,
     attached: SyncSender<()>,
     pub(crate) imported: SyncSender<Imported>,
+    pub(crate) paused: SyncSender<()>,
+    pub(crate) node: Arc<Mutex<Content>>,
     pub(crate) asked: Arc<Mutex<Asked>>,
     pub(crate) go_on: Arc<tokio::sync::Notify>,
 }
@@ -152,7 +180,11 @@ fn then_silence<T: Send + 'static>(items: Vec<T>) -> Flow<T> {
 }
 
 impl Scripted {
-    fn accepted(&self) -> Answer<Operation> {
+    pub(crate) fn did(&self, what: String) {
+        self.asked.lock().unwrap().did.push(what);
+    }
+
+    pub(crate) fn accepted(&self) -> Answer<Operation> {
         let script = &self.script;
         let first = match script.accepted.name.as_str() {
             "" => script.watch.first().cloned(),
@@ -188,7 +220,11 @@ impl OperationService for Scripted {
     async fn get_operation(&self, _: Request<GetOperationRequest>) -> Answer<Operation> {
         self.accepted()
     }
-    async fn cancel_operation(&self, _: Request<CancelOperationRequest>) -> Answer<Operation> {
+    async fn cancel_operation(
+        &self,
+        request: Request<CancelOperationRequest>,
+    ) -> Answer<Operation> {
+        self.did(format!("cancel {}", request.get_ref().name));
         self.accepted()
     }
     not_scripted! {
@@ -258,10 +294,59 @@ impl DomainService for Scripted {
     async fn get_domain(&self, _: Request<GetDomainRequest>) -> Answer<Domain> {
         Ok(Response::new(self.script.domain.clone()))
     }
+    async fn start_domain(&self, request: Request<StartDomainRequest>) -> Answer<Operation> {
+        let request = request.into_inner();
+        let how = if request.discard_saved { ", discarding what was saved" } else { "" };
+        self.did(format!("start {}{how}", request.name));
+        self.accepted()
+    }
+    async fn resize_domain(&self, request: Request<ResizeDomainRequest>) -> Answer<Operation> {
+        self.asked.lock().unwrap().resizes.push(request.into_inner());
+        self.accepted()
+    }
+    async fn reinstall_domain(
+        &self,
+        request: Request<ReinstallDomainRequest>,
+    ) -> Answer<Operation> {
+        let ReinstallDomainRequest { name, disk, image, .. } = request.into_inner();
+        self.did(format!("reinstall disk {disk} of {name} from \"{image}\""));
+        let mut node = self.node.lock().unwrap();
+        if let Some(content) = node.images.get(&image).cloned() {
+            let disk = &mut node.disks[disk as usize];
+            // The rest of a larger disk is blank.
+            let length = disk.len();
+            *disk = content;
+            disk.resize(length, 0);
+        }
+        self.accepted()
+    }
+    async fn rescue_domain(&self, request: Request<RescueDomainRequest>) -> Answer<Operation> {
+        let RescueDomainRequest { name, image, .. } = request.into_inner();
+        self.did(format!("rescue {name} with {image}"));
+        self.accepted()
+    }
+    async fn end_rescue(&self, request: Request<EndRescueRequest>) -> Answer<Operation> {
+        self.did(format!("end rescue of {}", request.get_ref().name));
+        self.accepted()
+    }
+    async fn save_domain(&self, request: Request<SaveDomainRequest>) -> Answer<Operation> {
+        self.did(format!("save {}", request.get_ref().name));
+        self.accepted()
+    }
+    async fn get_guest(&self, _: Request<GetGuestRequest>) -> Answer<Guest> {
+        Ok(Response::new(self.script.guest.clone()))
+    }
+    async fn set_guest_password(
+        &self,
+        request: Request<SetGuestPasswordRequest>,
+    ) -> Answer<SetGuestPasswordResponse> {
+        let SetGuestPasswordRequest { name, user, password } = request.into_inner();
+        self.did(format!("password of {user} in {name}: {password}"));
+        Ok(Response::new(SetGuestPasswordResponse {}))
+    }
     not_scripted! {
         list_domains: ListDomainsRequest => ListDomainsResponse,
         delete_domain: DeleteDomainRequest => Operation,
-        start_domain: StartDomainRequest => Operation,
         stop_domain: StopDomainRequest => Operation,
         migrate_domain: MigrateDomainRequest => Operation,
     }

@@ -11,6 +11,7 @@ use tonic::{Request, Response, Status, Streaming};
 
 use crate::{
     common::WAIT_MAX,
+    disks::image_digest,
     member::{Answer, Flow, Scripted},
 };
 
@@ -88,11 +89,30 @@ impl Scripted {
                 let _ = tokio::time::timeout(WAIT_MAX, self.go_on.notified()).await;
             }
         };
-        let image = Some(script.image.clone()).filter(|image| !image.name.is_empty());
+        let mut image = Some(script.image.clone()).filter(|image| !image.name.is_empty());
+        if image.is_none() && seen.end == End::Whole {
+            image = self.kept(&seen);
+        }
         if seen.end == End::Whole && image.is_some() {
             let _ = answers.send(Ok(ImportImageResponse { image, ..Default::default() })).await;
         }
         let _ = self.imported.try_send(seen);
+    }
+
+    /// A node keeps what was imported, and says what that is.
+    fn kept(&self, seen: &Imported) -> Option<Image> {
+        let spec = seen.specs.first()?;
+        let mut node = self.node.lock().unwrap();
+        // Without a node that keeps content there is no image either.
+        let _ = node.disks.first()?;
+        node.images.insert(spec.name.clone(), seen.bytes.clone());
+        Some(Image {
+            name: spec.name.clone(),
+            digest: image_digest(&seen.bytes),
+            size_bytes: seen.bytes.len() as u64,
+            nodes: vec![spec.node.clone()],
+            ..Image::default()
+        })
     }
 
     fn noted(&self, name: &str) {
@@ -134,6 +154,39 @@ impl VolumeService for Scripted {
         let (volumes, next_page_token) = page(&self.script.volumes, &request.get_ref().page_token);
         Ok(Response::new(ListVolumesResponse { volumes, next_page_token }))
     }
+    async fn create_volume(&self, request: Request<CreateVolumeRequest>) -> Answer<Operation> {
+        let request = request.into_inner();
+        let volume = request.volume.unwrap_or_default();
+        self.did(format!(
+            "create {} of {} bytes from \"{}\" in \"{}\" on \"{}\"",
+            volume.name, volume.size_bytes, volume.image, volume.pool, request.node
+        ));
+        self.accepted()
+    }
+    async fn delete_volume(
+        &self,
+        request: Request<DeleteVolumeRequest>,
+    ) -> Answer<DeleteVolumeResponse> {
+        let name = &request.get_ref().name;
+        self.did(format!("delete {name}"));
+        let volume = found(&self.script.volumes, |volume| volume.name == *name, name)?;
+        match volume.get_ref().domain.as_str() {
+            "" => Ok(Response::new(DeleteVolumeResponse {})),
+            domain => Err(Status::failed_precondition(format!("{name} belongs to {domain}"))),
+        }
+    }
+    async fn attach_volume(&self, request: Request<AttachVolumeRequest>) -> Answer<Volume> {
+        let AttachVolumeRequest { name, domain, read_only, .. } = request.into_inner();
+        self.did(format!("attach {name} to {domain}, read-only {read_only}"));
+        let volume = found(&self.script.volumes, |volume| volume.name == name, &name)?;
+        Ok(volume.map(|volume| Volume { domain, ..volume }))
+    }
+    async fn detach_volume(&self, request: Request<DetachVolumeRequest>) -> Answer<Volume> {
+        let name = &request.get_ref().name;
+        self.did(format!("detach {name}"));
+        let volume = found(&self.script.volumes, |volume| volume.name == *name, name)?;
+        Ok(volume.map(|volume| Volume { domain: String::new(), ..volume }))
+    }
 }
 
 #[tonic::async_trait]
@@ -165,6 +218,9 @@ impl ImageService for Scripted {
     ) -> Answer<DeleteImageResponse> {
         let name = &request.get_ref().name;
         self.noted(name);
+        if self.node.lock().unwrap().images.remove(name).is_some() {
+            return Ok(Response::new(DeleteImageResponse {}));
+        }
         found(&self.script.images, |image| image.name == *name, name)?;
         Ok(Response::new(DeleteImageResponse {}))
     }

@@ -2,7 +2,7 @@
 
 use std::time::SystemTime;
 
-use drover_proto::v1::{CloudInit, Disk, Domain, NetworkInterface};
+use drover_proto::v1::{CloudInit, Disk, Domain, DomainSpec, Guest, NetworkInterface};
 
 use super::{Page, cores, with_reason};
 use crate::out::{
@@ -18,7 +18,7 @@ pub(crate) fn domains(domains: &[Domain], now: SystemTime) -> String {
         let spec = domain.spec.clone().unwrap_or_default();
         table.row(vec![
             short(&domain.name).to_owned(),
-            enum_name(domain.state().as_str_name(), "DOMAIN_STATE_"),
+            state_text(domain),
             short_or_dash(&domain.node),
             spec.vcpus.to_string(),
             size(spec.memory_bytes),
@@ -36,11 +36,12 @@ pub(crate) fn domain(domain: &Domain, now: SystemTime) -> String {
     let boot = spec.boot.clone().unwrap_or_default();
     let mut page = Page::default();
     page.line("domain", short(&domain.name));
-    let state = enum_name(domain.state().as_str_name(), "DOMAIN_STATE_");
-    page.line("state", &with_reason(&state, &domain.state_reason));
+    page.line("state", &with_reason(&state_text(domain), &domain.state_reason));
+    page.line("rescue", &rescue_text(domain));
     page.line("node", &format!("{}, epoch {}", short_or_dash(&domain.node), domain.epoch));
     page.line("wanted", &enum_name(domain.desired_power().as_str_name(), "POWER_STATE_"));
     page.line("size", &format!("{} vCPU, {}", spec.vcpus, size(spec.memory_bytes)));
+    page.line("next start", &next_text(domain, &spec));
     page.line("addresses", &domain.addresses.join(" "));
     for disk in &spec.disks {
         page.line("disk", &disk_text(disk));
@@ -66,6 +67,7 @@ pub(crate) fn domain(domain: &Domain, now: SystemTime) -> String {
     page.line("operation", short(&domain.operation));
     page.line("created", &format!("{} ago", age(domain.create_time.as_ref(), now)));
     page.line("uid", &domain.uid);
+    page.line("generation", &domain.generation_id);
     if let Some(placement) = &domain.placement {
         let when = age(placement.time.as_ref(), now);
         let chosen = short_or_dash(&placement.node);
@@ -73,6 +75,50 @@ pub(crate) fn domain(domain: &Domain, now: SystemTime) -> String {
         for rejected in &placement.rejected {
             page.line("not", &format!("{}: {}", short(&rejected.node), rejected.reason));
         }
+    }
+    page.text
+}
+
+/// `running`, or `running (rescue)`.
+fn state_text(domain: &Domain) -> String {
+    let state = enum_name(domain.state().as_str_name(), "DOMAIN_STATE_");
+    if domain.rescue_image.is_empty() { state } else { format!("{state} (rescue)") }
+}
+
+fn rescue_text(domain: &Domain) -> String {
+    match short(&domain.rescue_image) {
+        "" => String::new(),
+        image => format!("boots {image}, its own disks behind it"),
+    }
+}
+
+/// `4 vCPU, 8 GiB`, where that is another size than now.
+fn next_text(domain: &Domain, spec: &DomainSpec) -> String {
+    let or = |next, now| if next == 0 { now } else { next };
+    let vcpus = or(domain.next_vcpus, spec.vcpus);
+    let memory = match domain.next_memory_bytes {
+        0 => spec.memory_bytes,
+        next => next,
+    };
+    match (vcpus, memory) == (spec.vcpus, spec.memory_bytes) {
+        true => String::new(),
+        false => format!("{vcpus} vCPU, {}", size(memory)),
+    }
+}
+
+/// What a guest says of itself. Its words may hold anything: what would move the cursor is left
+/// out.
+pub(crate) fn guest(domain: &str, guest: &Guest) -> String {
+    let plain = |text: &str| text.chars().filter(|c| !c.is_control()).collect::<String>();
+    let mut page = Page::default();
+    page.line("domain", short(domain));
+    page.line("host name", &plain(&guest.host_name));
+    page.line("system", &plain(&guest.operating_system));
+    page.line("kernel", &plain(&guest.kernel));
+    for interface in &guest.interfaces {
+        let mac = if interface.mac.is_empty() { "" } else { &format!(" {}", interface.mac) };
+        let text = format!("{}{mac}", interface.name);
+        page.line("interface", &plain(&with_reason(&text, &interface.addresses.join(", "))));
     }
     page.text
 }
@@ -139,7 +185,55 @@ fn seed_text(seed: &CloudInit) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use drover_proto::v1::{DiskLimits, DomainSpec};
+    use drover_proto::v1::{DiskLimits, DomainState, GuestInterface};
+
+    /// What differs from a plain domain is seen, and only then.
+    #[test]
+    fn a_domain_shows_rescue_and_its_next_size() {
+        let spec = DomainSpec { vcpus: 2, memory_bytes: 1 << 30, ..DomainSpec::default() };
+        let mut plain =
+            Domain { name: "domains/web1".to_owned(), spec: Some(spec), ..Domain::default() };
+        plain.set_state(DomainState::Saved);
+        let text = domain(&plain, SystemTime::UNIX_EPOCH);
+        assert!(text.contains("state         saved\n"), "{text}");
+        assert!(!text.contains("rescue") && !text.contains("next start"), "{text}");
+        let mut changed = Domain {
+            rescue_image: "images/rescue".to_owned(),
+            next_memory_bytes: 4 << 30,
+            ..plain.clone()
+        };
+        changed.set_state(DomainState::Running);
+        let text = domain(&changed, SystemTime::UNIX_EPOCH);
+        for line in [
+            "state         running (rescue)",
+            "rescue        boots rescue, its own disks behind it",
+            "next start    2 vCPU, 4 GiB",
+        ] {
+            assert!(text.lines().any(|l| l == line), "no \"{line}\" in\n{text}");
+        }
+        assert!(domains(&[changed], SystemTime::UNIX_EPOCH).contains("running (rescue)"));
+    }
+
+    /// A guest cannot write to the operator's terminal.
+    #[test]
+    fn a_guests_words_are_made_plain() {
+        let interface = GuestInterface {
+            name: "ens3".to_owned(),
+            mac: "52:54:00:00:00:01".to_owned(),
+            addresses: vec!["10.0.0.5/24".to_owned(), "fe80::1/64".to_owned()],
+        };
+        let said = Guest {
+            host_name: "web\u{1b}[2J1\n".to_owned(),
+            interfaces: vec![interface],
+            ..Guest::default()
+        };
+        let text = guest("domains/web1", &said);
+        assert_eq!(
+            text,
+            "domain        web1\nhost name     web[2J1\n\
+             interface     ens3 52:54:00:00:00:01: 10.0.0.5/24, fe80::1/64\n"
+        );
+    }
 
     /// A page as an operator reads it: where each disk lies, and each address.
     #[test]

@@ -1,23 +1,27 @@
 //! What each answer looks like to a person: lists as tables, one object as a page, plans and
 //! reports as text around a table.
 
+mod backup;
 mod cluster;
 mod domain;
 mod moves;
 mod network;
 mod node;
 mod operation;
+mod snapshot;
 mod storage;
 
 use std::fmt::Write;
 
 pub(crate) use self::{
+    backup::{Verified, backed_up, backups, verified},
     cluster::{cluster, event},
-    domain::{domain, domains},
+    domain::{domain, domains, guest},
     moves::{balance_plan, blocked, drain_plan, left, moves_done},
     network::{network, networks},
     node::{node, nodes},
     operation::{done, migration, operation, operations},
+    snapshot::{snapshot, snapshots},
     storage::{image, images, imported, pools, volume, volumes},
 };
 

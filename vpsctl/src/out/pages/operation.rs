@@ -97,6 +97,7 @@ pub(crate) fn migration(domain: &str, report: &MigrationReport) -> String {
     let rate =
         format!("{}/s, pre-copy ended: {}", size(report.rate_bytes_per_second), or_dash(&why));
     page.line("rate", &rate);
+    page.line("disks", &disks_text(report));
     page.line("pause", &time_us(report.pause_us));
     for (part, us) in [
         ("stop the vCPUs and devices", report.pause_stop_us),
@@ -109,6 +110,23 @@ pub(crate) fn migration(domain: &str, report: &MigrationReport) -> String {
     page.text
 }
 
+/// `3.2 GiB of 10 GiB in 4 passes, 7 GiB of zeros left out`; empty where no disk was copied.
+fn disks_text(report: &MigrationReport) -> String {
+    if report.disk_bytes_total == 0 {
+        return String::new();
+    }
+    let passes = match report.disk_rounds {
+        1 => "1 pass".to_owned(),
+        number => format!("{number} passes"),
+    };
+    format!(
+        "{} of {} in {passes}, {} of zeros left out",
+        size(report.disk_bytes_sent),
+        size(report.disk_bytes_total),
+        size(report.disk_zero_bytes),
+    )
+}
+
 /// One sentence on what an operation that succeeded has done.
 pub(crate) fn done(operation: &Operation, now: SystemTime) -> String {
     let target = short(&operation.target);
@@ -117,9 +135,26 @@ pub(crate) fn done(operation: &Operation, now: SystemTime) -> String {
         OperationKind::StopDomain => format!("{target} is stopped"),
         OperationKind::DeleteDomain => format!("{target} is deleted"),
         OperationKind::MigrateDomain => {
-            let to = operation.migration.as_ref().map_or("", |report| short(&report.to_node));
-            format!("{target} is on {to} now; it does not run, so nothing was copied")
+            let report = operation.migration.clone().unwrap_or_default();
+            let to = short(&report.to_node);
+            match report.disk_bytes_total {
+                0 => format!("{target} is on {to} now; it does not run"),
+                _ => {
+                    let sent = size(report.disk_bytes_sent);
+                    format!(
+                        "{target} is on {to} now; it does not run: {sent} of its disks went over"
+                    )
+                }
+            }
         }
+        OperationKind::ResizeDomain => format!("{target} is resized"),
+        OperationKind::ReinstallDomain => format!("{target} has a new disk, and is stopped"),
+        OperationKind::RescueDomain => format!("{target} runs from its rescue disk"),
+        OperationKind::EndRescue => format!("{target} starts from its own disks again"),
+        OperationKind::SaveDomain => format!("{target} is saved"),
+        OperationKind::CreateSnapshot => format!("the snapshot of {target} is taken"),
+        OperationKind::RestoreSnapshot => format!("the disks of {target} are put back"),
+        OperationKind::CreateVolume => format!("{target} is created"),
         OperationKind::BalanceCluster if operation.moves.is_empty() => {
             return "nothing to move\n".to_owned();
         }
@@ -154,6 +189,10 @@ mod tests {
             pause_state_us: 10_000,
             pause_commit_us: 7_000,
             stop_reason: "CONVERGED".to_owned(),
+            disk_bytes_total: 10 << 30,
+            disk_bytes_sent: 3 << 30,
+            disk_zero_bytes: 7 << 30,
+            disk_rounds: 4,
             ..MigrationReport::default()
         };
         report.set_phase(drover_proto::v1::MigrationPhase::Done);
@@ -163,6 +202,7 @@ mod tests {
             "total time    1.8 s",
             "sent          140 MiB of 128 MiB in 3 rounds: 35,840 pages, 12,000 zero pages left out",
             "rate          100 MiB/s, pre-copy ended: converged",
+            "disks         3 GiB of 10 GiB in 4 passes, 7 GiB of zeros left out",
             "pause         30.0 ms",
             "                12.0 ms  last pages",
         ] {

@@ -1,0 +1,551 @@
+//! `vpsctl backup create`.
+//!
+//! The order is what makes it safe: a snapshot; its blocks, each durable before it counts; the
+//! manifest, which names them; then the snapshot goes. Whatever ends this before, the snapshot goes
+//! too, and the directory holds blocks that nobody names.
+
+use std::{
+    cell::{Cell, RefCell},
+    collections::VecDeque,
+    sync::Arc,
+    time::{Duration, SystemTime},
+};
+
+use drover_proto::v1::{
+    CancelOperationRequest, CreateSnapshotRequest, Domain, KnownBlocks, ReadSnapshotRequest,
+    ReadSnapshotResponse, ReadSnapshotSpec, Snapshot, SnapshotDisk, SnapshotState,
+    operation_service_client::OperationServiceClient, read_snapshot_request::Message,
+    snapshot_service_client::SnapshotServiceClient,
+};
+use futures::{Stream, stream};
+use tokio::{
+    task::JoinHandle,
+    time::{Instant, sleep, timeout},
+};
+use tonic::Code;
+
+use super::{Context, blocking, until_stopped};
+use crate::{
+    args::CreateBackupArgs,
+    backup::{BLOCK_BYTES, Digest, Directory, Manifest, ManifestDisk},
+    client::{MESSAGE_BYTES_MAX, root_cause},
+    commands::{call, domain::get, request_id, snapshot},
+    error::{Broken, Error},
+    out::{
+        human::{short, time},
+        pages,
+    },
+    transfer::Transfer,
+    wait,
+};
+
+/// Half of what the API takes in one message.
+const KNOWN_MAX: usize = 16_384;
+/// So many blocks are packed and written at once, each on a thread of its own.
+const WRITERS_MAX: usize = 4;
+/// A controller that says nothing for so long is given up. Between two blocks of a large disk
+/// there may be terabytes of zeros that its node reads.
+const SILENCE_MAX: Duration = Duration::from_secs(600);
+/// A disk's stream may break so often. What had come over by then does not come again.
+const BREAKS_MAX: u32 = 10;
+const BREAK_PAUSE: Duration = Duration::from_secs(1);
+/// The disk of a snapshot that claims more is not believed.
+const DISK_BYTES_MAX: u64 = 64 << 40;
+/// So long the snapshot's end is tried: longer than an election and than taking it may last.
+const CLEAN_UP_TIME_MAX: Duration = Duration::from_secs(60);
+const CLEAN_UP_PAUSE: Duration = Duration::from_millis(500);
+
+pub(super) async fn run(context: &Context, args: CreateBackupArgs) -> Result<(), Error> {
+    let domain = get(context, &args.domain.domain).await?;
+    let id = short(&domain.name);
+    if domain.spec.as_ref().is_none_or(|spec| spec.disks.is_empty()) {
+        return Err(Error::Conflict(format!("{id} has no disks: there is nothing to back up")));
+    }
+    let directory = Directory::make(&args.directory.directory)?;
+    if let Some(name) = &args.name
+        && directory.names()?.contains(name)
+    {
+        return Err(Error::Conflict(format!("backup {name} exists already")));
+    }
+    let temporary = Temporary::new();
+    let work = Work {
+        context,
+        domain: &domain,
+        directory: &directory,
+        snapshot: &temporary,
+        received_bytes: Cell::new(0),
+        added_blocks: Cell::new(0),
+    };
+    let made = until_stopped(context, &format!("the backup of {id}"), work.run(args.name)).await;
+    let gone = temporary.end(context).await;
+    let manifest = match (made, gone) {
+        (Ok(manifest), gone) => {
+            work.answer(&manifest)?;
+            return gone;
+        }
+        (Err(error), Ok(())) => return Err(error),
+        (Err(error), Err(left)) => {
+            eprintln!("error: {left}");
+            error
+        }
+    };
+    Err(manifest)
+}
+
+/// The snapshot that is taken to be read. It has a name that nobody else chooses.
+struct Temporary {
+    name: String,
+    asked: Cell<bool>,
+    /// What takes it, while it may be under way.
+    operation: RefCell<String>,
+}
+
+impl Temporary {
+    fn new() -> Self {
+        let name = format!("snapshots/backup-{}", uuid::Uuid::new_v4().simple());
+        Self { name, asked: Cell::new(false), operation: RefCell::default() }
+    }
+
+    async fn take(&self, context: &Context, domain: &str) -> Result<Snapshot, Error> {
+        let request = CreateSnapshotRequest {
+            name: self.name.clone(),
+            domain: domain.to_owned(),
+            request_id: request_id(),
+        };
+        // Before it is asked for: an answer may be lost.
+        self.asked.set(true);
+        let operation = call!(context, SnapshotServiceClient::create_snapshot, request)?;
+        self.operation.replace(operation.name.clone());
+        wait::succeeded(wait::finished(&context.cluster, operation).await?)?;
+        self.operation.take();
+        let taken = snapshot::get(context, &self.name).await?;
+        match taken.state() {
+            SnapshotState::Ready => Ok(taken),
+            _ => Err(Error::Local(format!(
+                "snapshot {} cannot be read: {}",
+                short(&self.name),
+                taken.state_reason
+            ))),
+        }
+    }
+
+    /// Deletes it, also when it is still being taken, and whatever has ended the backup.
+    async fn end(&self, context: &Context) -> Result<(), Error> {
+        if !self.asked.get() {
+            return Ok(());
+        }
+        let context =
+            Context { cluster: context.cluster.for_clean_up(CLEAN_UP_TIME_MAX), json: false };
+        let until = Instant::now() + CLEAN_UP_TIME_MAX;
+        let operation = self.operation.take();
+        if !operation.is_empty() {
+            let request = CancelOperationRequest { name: operation };
+            // One that cannot be cancelled will be done soon.
+            let _ = call!(context, OperationServiceClient::cancel_operation, request);
+        }
+        loop {
+            let error = match snapshot::delete(&context, &self.name).await {
+                Ok(()) => return Ok(()),
+                Err(Error::Refused(status)) if status.code() == Code::NotFound => return Ok(()),
+                Err(error) => error,
+            };
+            let busy = matches!(&error, Error::Refused(status)
+                if matches!(status.code(), Code::FailedPrecondition | Code::Aborted));
+            if !busy || Instant::now() >= until {
+                let id = short(&self.name);
+                return Err(Error::Local(format!(
+                    "the backup's snapshot could not be deleted: {error}\n\
+                     hint: vpsctl snapshot delete {id} --yes"
+                )));
+            }
+            sleep(CLEAN_UP_PAUSE).await;
+        }
+    }
+}
+
+struct Work<'a> {
+    context: &'a Context,
+    domain: &'a Domain,
+    directory: &'a Directory,
+    snapshot: &'a Temporary,
+    /// Of blocks' data that came over.
+    received_bytes: Cell<u64>,
+    /// That the directory did not have.
+    added_blocks: Cell<u64>,
+}
+
+impl Work<'_> {
+    async fn run(&self, name: Option<String>) -> Result<Manifest, Error> {
+        let before = self.newest()?;
+        let snapshot = self.snapshot.take(self.context, &self.domain.name).await?;
+        let taken = snapshot.create_time.unwrap_or_else(|| SystemTime::now().into());
+        let mut manifest = Manifest::new(
+            name.unwrap_or_else(|| name_of(&self.domain.name, &taken)),
+            self.domain,
+            &taken,
+            snapshot.quiesced,
+        );
+        let total = snapshot.disks.iter().map(|disk| disk.size_bytes).sum();
+        let title = format!("backup {}", short(&self.domain.name));
+        let mut shown = Shown { progress: Transfer::new(title, "read"), before: 0, total };
+        for (place, disk) in snapshot.disks.iter().enumerate() {
+            let known = self.known(before.as_ref(), disk).await?;
+            let disk = self.disk(place, disk, known, &mut shown).await?;
+            shown.before += disk.size_bytes;
+            manifest.disks.push(disk);
+        }
+        self.directory.add(&manifest)?;
+        Ok(manifest)
+    }
+
+    /// The domain's newest backup here: most of its blocks will be the same.
+    fn newest(&self) -> Result<Option<Manifest>, Error> {
+        let (mut manifests, broken) = self.directory.manifests()?;
+        for error in broken {
+            eprintln!("not used: {error}");
+        }
+        manifests.retain(|manifest| manifest.domain == self.domain.name);
+        Ok(manifests.pop())
+    }
+
+    /// What a disk held at the newest backup, as far as its blocks are still there.
+    async fn known(
+        &self,
+        before: Option<&Manifest>,
+        disk: &SnapshotDisk,
+    ) -> Result<Vec<Option<Digest>>, Error> {
+        let same = |old: &&ManifestDisk| old.volume == disk.volume;
+        let old = before.and_then(|manifest| manifest.disks.iter().find(same));
+        let mut known = old.map(ManifestDisk::blocks).unwrap_or_default();
+        let blocks = self.directory.blocks.clone();
+        blocking(move || {
+            for digest in &mut known {
+                *digest = digest.filter(|digest| blocks.has(digest));
+            }
+            Ok(known)
+        })
+        .await
+    }
+
+    /// One disk, through as many streams as it takes.
+    async fn disk(
+        &self,
+        place: usize,
+        disk: &SnapshotDisk,
+        mut known: Vec<Option<Digest>>,
+        shown: &mut Shown,
+    ) -> Result<ManifestDisk, Error> {
+        let mut breaks = 0;
+        loop {
+            match self.stream(place, &mut known, shown).await? {
+                Ended::Whole { size_bytes, blocks } => {
+                    return Ok(ManifestDisk::new(&disk.volume, &disk.pool, size_bytes, &blocks));
+                }
+                Ended::Broken(how) if breaks == BREAKS_MAX => {
+                    let what = format!("the backup of {}", short(&self.domain.name));
+                    return Err(Error::Broken { what, how: Broken::Lost(how) });
+                }
+                Ended::Broken(how) => {
+                    eprintln!("disk {place}: the stream broke ({how}): going on");
+                    breaks += 1;
+                    sleep(BREAK_PAUSE).await;
+                }
+            }
+        }
+    }
+
+    /// One stream. What it brings is known to the next.
+    async fn stream(
+        &self,
+        place: usize,
+        known: &mut Vec<Option<Digest>>,
+        shown: &mut Shown,
+    ) -> Result<Ended, Error> {
+        let said = Arc::new(known.clone());
+        let open = |rpc| {
+            let messages = messages(&self.snapshot.name, place, said.clone());
+            async move {
+                let client = SnapshotServiceClient::new(rpc);
+                client.max_decoding_message_size(MESSAGE_BYTES_MAX).read_snapshot(messages).await
+            }
+        };
+        let mut answers = self.context.cluster.call_again(open).await?;
+        let mut reader = Reader { place, said: &said, size_bytes: None, next: 0 };
+        let mut blocks = Vec::new();
+        let mut writers = VecDeque::new();
+        let end = loop {
+            let answer = match timeout(SILENCE_MAX, answers.message()).await {
+                Ok(Ok(Some(answer))) => answer,
+                Ok(Ok(None)) => break None,
+                Ok(Err(status)) if self.context.cluster.turn_after(&status) => {
+                    break Some(root_cause(&status));
+                }
+                Ok(Err(status)) => return Err(status.into()),
+                Err(_) => break Some(format!("{} without a word", time(SILENCE_MAX))),
+            };
+            let Some(block) = reader.take(answer).map_err(Error::Local)? else {
+                let count = reader.block_total();
+                blocks = vec![None; count];
+                known.resize(count, None);
+                continue;
+            };
+            blocks[block.index] = Some(block.digest);
+            shown.at(((block.index + 1) * BLOCK_BYTES) as u64);
+            if block.data.is_empty() {
+                continue;
+            }
+            self.received_bytes.set(self.received_bytes.get() + block.data.len() as u64);
+            if writers.len() == WRITERS_MAX {
+                self.written(&mut writers, known).await?;
+            }
+            let (index, digest) = (block.index, block.digest);
+            let directory = self.directory.blocks.clone();
+            let task = tokio::task::spawn_blocking(move || {
+                directory.put(&block.digest, &block.whole(place)?)
+            });
+            writers.push_back(Writer { index, digest, task });
+        };
+        while !writers.is_empty() {
+            self.written(&mut writers, known).await?;
+        }
+        Ok(match (end, reader.size_bytes) {
+            (Some(how), _) => Ended::Broken(how),
+            (None, Some(size_bytes)) => Ended::Whole { size_bytes, blocks },
+            (None, None) => {
+                let text = format!("disk {place}: the controller ended its stream without a word");
+                return Err(Error::Local(text));
+            }
+        })
+    }
+
+    /// Waits for the block that was given to a thread first.
+    async fn written(
+        &self,
+        writers: &mut VecDeque<Writer>,
+        known: &mut [Option<Digest>],
+    ) -> Result<(), Error> {
+        let Some(writer) = writers.pop_front() else { return Ok(()) };
+        let added = writer
+            .task
+            .await
+            .unwrap_or_else(|e| Err(Error::Local(format!("writing a block: {e}"))))?;
+        known[writer.index] = Some(writer.digest);
+        self.added_blocks.set(self.added_blocks.get() + u64::from(added));
+        Ok(())
+    }
+
+    fn answer(&self, manifest: &Manifest) -> Result<(), Error> {
+        let (received, added) = (self.received_bytes.get(), self.added_blocks.get());
+        let json = || {
+            let mut view = manifest.view();
+            view["received_bytes"] = received.into();
+            view["added_blocks"] = added.into();
+            Ok(format!("{view:#}\n"))
+        };
+        self.context.answer(json, || pages::backed_up(manifest, received, added))
+    }
+}
+
+/// How a disk's stream ended.
+enum Ended {
+    Whole { size_bytes: u64, blocks: Vec<Option<Digest>> },
+    Broken(String),
+}
+
+/// A block on its way to its file.
+struct Writer {
+    index: usize,
+    digest: Digest,
+    task: JoinHandle<Result<bool, Error>>,
+}
+
+/// How far all disks are.
+struct Shown {
+    progress: Transfer,
+    /// Of the disks that are done.
+    before: u64,
+    total: u64,
+}
+
+impl Shown {
+    fn at(&mut self, bytes: u64) {
+        self.progress.update((self.before + bytes).min(self.total), self.total);
+    }
+}
+
+/// `web1-20261123-011600`.
+fn name_of(domain: &str, taken: &prost_types::Timestamp) -> String {
+    let digits: String = taken.to_string().chars().filter(char::is_ascii_digit).take(14).collect();
+    let (day, time) = digits.split_at(digits.len().min(8));
+    format!("{}-{day}-{time}", short(domain))
+}
+
+/// The spec, then what is known.
+fn messages(
+    snapshot: &str,
+    place: usize,
+    known: Arc<Vec<Option<Digest>>>,
+) -> impl Stream<Item = ReadSnapshotRequest> + Send + 'static {
+    let message = |message| ReadSnapshotRequest { message: Some(message) };
+    let disk = u32::try_from(place).unwrap_or(u32::MAX);
+    let spec = Message::Spec(ReadSnapshotSpec { name: snapshot.to_owned(), disk });
+    let parts = (0..known.len()).step_by(KNOWN_MAX).filter_map(move |first| {
+        let part = &known[first..known.len().min(first + KNOWN_MAX)];
+        // Zeros stand for none.
+        let bytes = |digest: &Option<Digest>| digest.map_or([0; 32], |digest| digest.0);
+        part.iter().any(Option::is_some).then(|| {
+            let digests: Vec<u8> = part.iter().flat_map(bytes).collect();
+            Message::Known(KnownBlocks { first_block: first as u64, digests: digests.into() })
+        })
+    });
+    stream::iter(std::iter::once(spec).chain(parts).map(message))
+}
+
+/// A block as it came.
+#[derive(Debug)]
+struct Block {
+    index: usize,
+    digest: Digest,
+    /// Empty when it is known.
+    data: prost::bytes::Bytes,
+}
+
+impl Block {
+    /// With the zeros behind the disk's end, and compared with its digest.
+    fn whole(&self, place: usize) -> Result<Vec<u8>, Error> {
+        let mut data = self.data.to_vec();
+        data.resize(BLOCK_BYTES, 0);
+        if Digest::of(&data) == self.digest {
+            return Ok(data);
+        }
+        let text = format!("disk {place}: block {} is not what its digest says", self.index);
+        Err(Error::Local(text))
+    }
+}
+
+/// Checks a stream's messages: nothing is computed with that was not looked at.
+struct Reader<'a> {
+    place: usize,
+    said: &'a [Option<Digest>],
+    size_bytes: Option<u64>,
+    /// The first block that may come.
+    next: u64,
+}
+
+impl Reader<'_> {
+    fn block_total(&self) -> usize {
+        usize::try_from(self.size_bytes.unwrap_or(0).div_ceil(BLOCK_BYTES as u64)).unwrap_or(0)
+    }
+
+    /// The block of a message; none of the first message, which says the size.
+    fn take(&mut self, answer: ReadSnapshotResponse) -> Result<Option<Block>, String> {
+        const STEP: u64 = BLOCK_BYTES as u64;
+        let place = self.place;
+        let Some(size_bytes) = self.size_bytes else {
+            if answer.size_bytes == 0 || answer.size_bytes > DISK_BYTES_MAX {
+                return Err(format!("disk {place}: a size of {} bytes", answer.size_bytes));
+            }
+            self.size_bytes = Some(answer.size_bytes);
+            return Ok(None);
+        };
+        let offset = answer.offset;
+        let index = offset / STEP;
+        if offset % STEP != 0 || offset >= size_bytes || index < self.next {
+            return Err(format!(
+                "disk {place}: a block at {offset}, out of order or no place of one"
+            ));
+        }
+        self.next = index + 1;
+        let index = usize::try_from(index).map_err(|e| e.to_string())?;
+        let digest: [u8; 32] = answer.digest[..]
+            .try_into()
+            .map_err(|_| format!("disk {place}: block {index} has no SHA-256"))?;
+        let digest = Digest(digest);
+        let length = (size_bytes - offset).min(STEP) as usize;
+        let known = self.said.get(index).copied().flatten() == Some(digest);
+        match answer.data.len() {
+            0 if known => {}
+            n if n == length => {}
+            n => return Err(format!("disk {place}: block {index} has {n} bytes of {length}")),
+        }
+        Ok(Some(Block { index, digest, data: answer.data }))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use futures::StreamExt;
+
+    fn answer(offset: u64, digest: Digest, data: &[u8]) -> ReadSnapshotResponse {
+        let digest = digest.0.to_vec().into();
+        ReadSnapshotResponse { size_bytes: 0, offset, digest, data: data.to_vec().into() }
+    }
+
+    /// A stream from a node that has gone wrong is refused, not computed with.
+    #[test]
+    fn a_stream_is_checked() {
+        const MIB: u64 = 1 << 20;
+        let known = Digest([1; 32]);
+        let said = [Some(known), None];
+        let reader = || {
+            let mut reader = Reader { place: 0, said: &said, size_bytes: None, next: 0 };
+            let first = ReadSnapshotResponse { size_bytes: MIB + 512, ..Default::default() };
+            assert!(reader.take(first).unwrap().is_none());
+            assert_eq!(reader.block_total(), 2);
+            reader
+        };
+        assert!(reader().take(answer(0, known, &[])).unwrap().unwrap().data.is_empty());
+        let mut tail = vec![5; 512];
+        let padded = [&tail[..], &vec![0; BLOCK_BYTES - 512]].concat();
+        let mut reader_at_end = reader();
+        let last = reader_at_end.take(answer(MIB, Digest::of(&padded), &tail)).unwrap().unwrap();
+        assert!(last.whole(0).unwrap() == padded);
+        assert!(reader_at_end.take(answer(0, known, &[])).is_err(), "out of order");
+        tail[0] = 6;
+        let other = Block { data: tail.clone().into(), ..last };
+        assert!(other.whole(0).unwrap_err().to_string().contains("block 1 is not what its digest"));
+        for (offset, digest, data) in [
+            (512, known, &[][..]),
+            (2 * MIB, known, &[]),
+            (u64::MAX, known, &[]),
+            (MIB, known, &[]),
+            (0, Digest([2; 32]), &[]),
+            (MIB, known, &tail[1..]),
+        ] {
+            assert!(reader().take(answer(offset, digest, data)).is_err(), "{offset}");
+        }
+        let odd = ReadSnapshotResponse { digest: vec![1; 31].into(), ..Default::default() };
+        assert!(reader().take(odd).unwrap_err().contains("no SHA-256"));
+        for size_bytes in [0, u64::MAX] {
+            let mut reader = Reader { place: 0, said: &[], size_bytes: None, next: 0 };
+            assert!(
+                reader.take(ReadSnapshotResponse { size_bytes, ..Default::default() }).is_err()
+            );
+        }
+    }
+
+    /// What is known is said in messages that the API takes; where nothing is, nothing.
+    #[tokio::test]
+    async fn what_is_known_is_said_in_parts() {
+        let mut known = vec![None; 3 * KNOWN_MAX + 1];
+        known[5] = Some(Digest([5; 32]));
+        known[3 * KNOWN_MAX] = Some(Digest([9; 32]));
+        let sent: Vec<_> = messages("snapshots/a", 1, Arc::new(known)).collect().await;
+        let mut sent = sent.into_iter().map(|request| request.message.unwrap());
+        let spec = ReadSnapshotSpec { name: "snapshots/a".to_owned(), disk: 1 };
+        assert_eq!(sent.next(), Some(Message::Spec(spec)));
+        let Some(Message::Known(first)) = sent.next() else { panic!("nothing known") };
+        assert_eq!((first.first_block, first.digests.len()), (0, 32 * KNOWN_MAX));
+        assert!(first.digests[5 * 32..6 * 32] == [5; 32] && first.digests[..5 * 32] == [0; 160]);
+        let last = KnownBlocks { first_block: 3 * KNOWN_MAX as u64, digests: vec![9; 32].into() };
+        assert_eq!(sent.next(), Some(Message::Known(last)));
+        assert_eq!(sent.next(), None);
+    }
+
+    #[test]
+    fn a_backup_is_called_after_its_moment() {
+        let taken = prost_types::Timestamp { seconds: 1_700_000_000, nanos: 500_000_000 };
+        assert_eq!(name_of("domains/web1", &taken), "web1-20231114-221320");
+    }
+}
