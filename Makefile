@@ -10,7 +10,7 @@ BIN := $(CARGO_TARGET_DIR)/debug
 LAB := $(BIN)/drover-lab
 
 .DEFAULT_GOAL := help
-.PHONY: help setup build image test demo bench-migration bench-boot lab-up lab-down lint fmt
+.PHONY: help setup build image test demo bench-migration bench-disk bench-boot lab-up lab-down lint fmt
 
 help: ## List the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-16s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -32,8 +32,11 @@ test: setup ## All tests: format, lints, licences, unit tests, simulation, chart
 demo: build ## Drain a node under load, kill the leader, count what the clients saw (KEEP=1 leaves it running)
 	$(LAB) --name demo demo $(if $(KEEP),--keep)
 
-bench-migration: build ## Move a busy guest with Drover and with QEMU in turn: time, pause, ratios (RUNS=10)
+bench-migration: build ## Move a busy guest, without a disk and with one, with Drover and with QEMU in turn (RUNS=10)
 	$(LAB) --name bench bench migration $(if $(RUNS),--runs $(RUNS))
+
+bench-disk: build ## fio in a guest on a thin volume with Drover and with QEMU in turn: ratios (RUNS=10)
+	$(LAB) --name bench bench disk $(if $(RUNS),--runs $(RUNS))
 
 bench-boot: build ## Boot a guest with Drover and with QEMU's microvm in turn: time, memory, ratios (RUNS=10)
 	$(LAB) --name bench bench boot $(if $(RUNS),--runs $(RUNS))

@@ -72,6 +72,13 @@ impl GuestImage {
     }
 }
 
+/// Debian's fio with its libraries as an archive that goes over an initramfs, made by
+/// `e2e/image/build-fio`.
+pub fn ensure_fio() -> Result<PathBuf> {
+    let file = "fio.cpio";
+    Ok(ensure_built("fio", "build-fio", &["build-fio"], file)?.join(file))
+}
+
 /// The folder of what `e2e/image/{program}` builds, in the cache under a hash of its recipe. The
 /// file `last` is there when it is complete.
 fn ensure_built(name: &str, program: &str, recipe: &[&str], last: &str) -> Result<PathBuf> {

@@ -1,4 +1,5 @@
-//! A page with the counter, and the buttons: `/`, `/check`, `/poweroff`, `/reboot`, `/panic`.
+//! A page with the counter, and the buttons: `/`, `/check`, `/poweroff`, `/reboot`, `/panic`;
+//! and `/fio?--name=a&--rw=read…`, which runs fio with these arguments and answers what it says.
 
 use std::io::{Read, Write};
 use std::net::{TcpListener, TcpStream};
@@ -12,6 +13,8 @@ use crate::sys::{self, End};
 /// Each answers one connection at a time.
 const WORKERS: usize = 4;
 const REQUEST_BYTES_MAX: usize = 2048;
+/// There when the initramfs has it.
+const FIO: &str = "/usr/bin/fio";
 const PATIENCE: Duration = Duration::from_secs(10);
 
 /// Serves on port 80. The threads are there beforehand: one that had to be made while the guest's
@@ -40,6 +43,12 @@ fn answer(mut stream: TcpStream, shared: &Shared, fill: &Fill) -> std::io::Resul
         return respond(&mut stream, "400 Bad Request", "expected GET /path\n");
     };
     let word = path.trim_start_matches('/');
+    if let Some(arguments) = word.strip_prefix("fio?") {
+        return match sys::run_program(FIO, arguments.split('&')) {
+            Ok(output) => respond(&mut stream, "200 OK", &output),
+            Err(error) => respond(&mut stream, "500 Internal Server Error", &error),
+        };
+    }
     match (word, End::from_word(word)) {
         ("", _) => respond(&mut stream, "200 OK", &page(shared)),
         ("check", _) => {
@@ -57,13 +66,13 @@ fn answer(mut stream: TcpStream, shared: &Shared, fill: &Fill) -> std::io::Resul
         _ => respond(
             &mut stream,
             "404 Not Found",
-            "there are /, /check, /poweroff, /reboot and /panic\n",
+            "there are /, /check, /fio, /poweroff, /reboot and /panic\n",
         ),
     }
 }
 
 fn page(shared: &Shared) -> String {
-    format!(
+    let memory = format!(
         "counter {}\nuptime {}\nboot_id {}\ndirty_passes {}\ncorrupt {}\nclock_back {}\nrealtime_ns {}\n",
         shared.count(1),
         sys::uptime_seconds(),
@@ -72,7 +81,9 @@ fn page(shared: &Shared) -> String {
         shared.corrupt().load(Relaxed),
         shared.clock_back().load(Relaxed),
         sys::clock_ns(libc::CLOCK_REALTIME),
-    )
+    );
+    let (writes, wrong) = (shared.disk_writes().load(Relaxed), shared.disk_wrong().load(Relaxed));
+    format!("{memory}disk_writes {writes}\ndisk_wrong {wrong}\n")
 }
 
 fn read_path(stream: &mut TcpStream) -> std::io::Result<Option<String>> {

@@ -12,7 +12,7 @@ const WORDS_PER_PAGE: usize = PAGE / 8;
 
 /// Counters in memory that this process and the one that dirties memory share.
 pub(crate) struct Shared {
-    counters: *const [AtomicU64; 4],
+    counters: *const [AtomicU64; 6],
 }
 
 // SAFETY: the pointer is to atomics in a mapping that is never unmapped.
@@ -26,7 +26,7 @@ impl Shared {
         Ok(Self { counters: counters.cast() })
     }
 
-    fn counters(&self) -> &[AtomicU64; 4] {
+    fn counters(&self) -> &[AtomicU64; 6] {
         // SAFETY: a page that is mapped for ever, zeroed, and only used as these atomics.
         unsafe { &*self.counters }
     }
@@ -47,9 +47,18 @@ impl Shared {
     pub(crate) fn clock_back(&self) -> &AtomicU64 {
         &self.counters()[3]
     }
+    /// Blocks that were written to a disk and flushed.
+    pub(crate) fn disk_writes(&self) -> &AtomicU64 {
+        &self.counters()[4]
+    }
+    /// Blocks that could not be written, or were not as written.
+    pub(crate) fn disk_wrong(&self) -> &AtomicU64 {
+        &self.counters()[5]
+    }
 }
 
-fn map(size: usize, sharing: libc::c_int) -> io::Result<*mut u8> {
+/// Memory of its own, zeroed and never unmapped.
+pub(crate) fn map(size: usize, sharing: libc::c_int) -> io::Result<*mut u8> {
     // SAFETY: a new anonymous mapping wherever the kernel likes.
     let address = unsafe {
         libc::mmap(
@@ -77,16 +86,22 @@ pub(crate) fn start_dirtying(
     let words = mib * (1 << 20) / 8;
     let memory = map(words * 8, libc::MAP_PRIVATE)
         .map_err(|e| format!("drover.dirty_mib={mib}: cannot map so much: {e}"))?;
-    // SAFETY: no threads yet; the child only computes, sleeps and never returns.
+    // SAFETY: mapped above, `words` words long, and only this process's.
+    let memory = unsafe { std::slice::from_raw_parts_mut(memory.cast::<u64>(), words) };
+    spawn_background(|| dirty_for_ever(shared, memory, interval))
+}
+
+/// Does this in a process of its own. There may be no threads yet.
+pub(crate) fn spawn_background(work: impl FnOnce()) -> Result<(), String> {
+    // SAFETY: no threads yet; the child does its work and ends.
     match unsafe { libc::fork() } {
         -1 => Err(format!("fork: {}", io::Error::last_os_error())),
         0 => {
             // Work in the background, as a guest's batch job is: its server comes first.
             // SAFETY: plain values.
             unsafe { libc::setpriority(libc::PRIO_PROCESS, 0, 10) };
-            // SAFETY: mapped above, `words` words long, and only this process's.
-            let memory = unsafe { std::slice::from_raw_parts_mut(memory.cast::<u64>(), words) };
-            dirty_for_ever(shared, memory, interval)
+            work();
+            std::process::exit(1)
         }
         _ => Ok(()),
     }

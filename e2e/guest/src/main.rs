@@ -9,6 +9,8 @@
 //! | `drover.ip=10.78.0.11/24` | address of eth0 |
 //! | `drover.dirty_mib=2` | a process dirties so much memory, again and again, and checks what it wrote |
 //! | `drover.dirty_interval_ms=20` | its rest between two passes (0: none) |
+//! | `drover.disk=/dev/vda` | a process writes to this disk, on its last quarter, with flushes, and checks what it wrote |
+//! | `drover.disk_kib=2048` | so much a second |
 //! | `drover.fill_mib=16` | memory filled once with noise, checked by `GET /check` |
 //! | `drover.root=/dev/vda` | not a guest but a lab host: mount this as root, run its init |
 //!
@@ -16,6 +18,7 @@
 //! loaded before the disk can be mounted, and nothing else.
 
 mod control;
+mod disk;
 mod host;
 mod http;
 mod load;
@@ -51,6 +54,9 @@ fn run() -> Result<(), String> {
     }
     // Before the first thread: a child of a threaded process may not allocate.
     load::start_dirtying(&shared, options.dirty_mib, options.dirty_interval)?;
+    if let Some(device) = &options.disk {
+        disk::start_writing(&shared, device, options.disk_kib)?;
+    }
     let fill = Arc::new(load::Fill::new(options.fill_mib));
     control::watch_power_button();
     control::watch_console(Arc::clone(&shared));
@@ -84,6 +90,8 @@ struct Options {
     root: Option<String>,
     dirty_mib: usize,
     dirty_interval: Duration,
+    disk: Option<String>,
+    disk_kib: usize,
     fill_mib: usize,
 }
 
@@ -105,6 +113,8 @@ impl Options {
             root: value("drover.root").map(str::to_owned),
             dirty_mib: number("drover.dirty_mib", 0)?,
             dirty_interval: Duration::from_millis(number("drover.dirty_interval_ms", 20)? as u64),
+            disk: value("drover.disk").map(str::to_owned),
+            disk_kib: number("drover.disk_kib", 2048)?,
             fill_mib: number("drover.fill_mib", 0)?,
         })
     }

@@ -5,7 +5,8 @@ use std::fs::File;
 use std::io;
 use std::net::Ipv4Addr;
 use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
-use std::sync::OnceLock;
+use std::process::{Command, Stdio};
+use std::sync::{Mutex, OnceLock, PoisonError};
 
 /// Mounts /proc, /sys and /dev.
 pub(crate) fn mount_kernel_filesystems() -> Result<(), String> {
@@ -155,8 +156,29 @@ fn bring_up(socket: &OwnedFd, interface: &str) -> io::Result<()> {
     if result == 0 { Ok(()) } else { Err(io::Error::last_os_error()) }
 }
 
+/// Held while a program runs whose end somebody waits for.
+static WAITED_FOR: Mutex<()> = Mutex::new(());
+
+/// Runs a program to its end; its standard output, or what went wrong with what it said.
+pub(crate) fn run_program<'a>(
+    program: &str,
+    arguments: impl Iterator<Item = &'a str>,
+) -> Result<String, String> {
+    let _alone = WAITED_FOR.lock().unwrap_or_else(PoisonError::into_inner);
+    let output = Command::new(program).args(arguments).stdin(Stdio::null()).output();
+    let output = output.map_err(|e| format!("cannot run {program}: {e}\n"))?;
+    let text = String::from_utf8_lossy(&output.stdout).into_owned();
+    if output.status.success() {
+        return Ok(text);
+    }
+    let said = String::from_utf8_lossy(&output.stderr);
+    Err(format!("{program}: {}: {said}{text}\n", output.status))
+}
+
 /// Takes the exit status of every child that ended, as process 1 has to.
 pub(crate) fn reap_children() {
+    // Not the one of a program whose end somebody waits for.
+    let Ok(_alone) = WAITED_FOR.try_lock() else { return };
     loop {
         let mut status = 0;
         // SAFETY: `status` is a valid place for the result.

@@ -2,7 +2,7 @@
 
 use std::path::PathBuf;
 use std::process::{Command, Stdio};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use drover_proto::agent::v1::MigrationProgress;
 use drover_proto::v1::{ConsoleInput, ConsoleOutput, MigrationLimits};
@@ -19,7 +19,7 @@ use tonic::transport::{Channel, Endpoint};
 
 use super::child::Owned;
 use super::migration::{DOWNTIME, Moved, Mover};
-use super::stage::{GUEST_MEMORY_MIB, Stage, Who};
+use super::stage::{Stage, Who};
 use crate::{Error, Result};
 
 const WHO: Who = Who::Drover;
@@ -44,7 +44,7 @@ impl Vmm {
     ) -> Result<Self> {
         let path = |kind: &str| stage.path(&format!("drover{end}.{kind}"));
         let (config, socket, state_dir) = (path("json"), path("sock"), path("state"));
-        write_config(stage, end, epoch, &config)?;
+        write_config(stage, end, epoch, incoming, &config)?;
         // Of the process that was here before.
         let _ = std::fs::remove_dir_all(&state_dir);
         let _ = std::fs::remove_file(&socket);
@@ -99,18 +99,28 @@ async fn connect(socket: &std::path::Path) -> Result<VmmServiceClient<Channel>> 
     Ok(VmmServiceClient::new(channel))
 }
 
-fn write_config(stage: &Stage, end: usize, epoch: u64, path: &PathBuf) -> Result<()> {
-    let config = json!({
+fn write_config(
+    stage: &Stage,
+    end: usize,
+    epoch: u64,
+    incoming: bool,
+    path: &PathBuf,
+) -> Result<()> {
+    let mut config = json!({
         "uid": "b0000000-0000-4000-8000-000000000001",
         "name": "domains/bench",
         "epoch": epoch,
         "vcpus": 1,
-        "memory_bytes": GUEST_MEMORY_MIB << 20,
+        "memory_bytes": stage.guest.memory_mib << 20,
         "kernel": stage.kernel,
         "initramfs": stage.initramfs,
         "command_line": stage.command_line(WHO),
         "interfaces": [{ "mac": WHO.mac(), "tap": WHO.tap(end), "addresses": [WHO.address()] }],
     });
+    if let Some(disk) = stage.guest.disk(WHO, end) {
+        // A destination's is a blank one, made for the move.
+        config["disks"] = json!([{ "path": disk, "zeroed": incoming }]);
+    }
     std::fs::write(path, config.to_string()).map_err(Error::io("cannot write", path))
 }
 
@@ -179,6 +189,7 @@ async fn migrate(stage: &Stage, from: &mut Vmm, end: usize, epoch: u64) -> Resul
     let migration_id = format!("b0000000-0000-4000-8000-{epoch:012x}");
     let token = format!("bench-{}-{epoch}", std::process::id());
     let mut to = Vmm::start(stage, end, epoch, true).await?;
+    let begin = Instant::now();
     let prepare = PrepareIncomingRequest {
         migration_id: migration_id.clone(),
         token: token.clone(),
@@ -203,7 +214,8 @@ async fn migrate(stage: &Stage, from: &mut Vmm, end: usize, epoch: u64) -> Resul
     let status = within("the migration", MOVE_PATIENCE, wait_moved(watch, &migration_id)).await??;
     let watch = to.client.watch_status(GetStatusRequest {}).await.map_err(refused)?.into_inner();
     within("the destination to say that it runs", CALL_PATIENCE, wait_running(watch)).await??;
-    Ok((to, moved(&status)?))
+    let wall_ms = begin.elapsed().as_secs_f64() * 1000.0;
+    Ok((to, moved(&status, wall_ms)?))
 }
 
 /// Follows the source until it says how it ended.
@@ -232,20 +244,27 @@ async fn wait_running(mut watch: Streaming<VmmStatus>) -> Result<()> {
     Err(Error::other("the destination ended before it said that it runs"))
 }
 
-fn moved(status: &VmmStatus) -> Result<Moved> {
+fn moved(status: &VmmStatus, wall_ms: f64) -> Result<Moved> {
     let report = status
         .migration
         .as_ref()
         .and_then(|m| m.report.as_ref())
         .ok_or_else(|| Error::other("drover-vmm's status has no report"))?;
     let ms = |us: u64| us as f64 / 1000.0;
+    let mib = |bytes: u64| bytes as f64 / f64::from(1 << 20);
+    let disk = if report.disk_bytes_total == 0 {
+        String::new()
+    } else {
+        format!("; disk {} passes, {:.1} MiB", report.disk_rounds, mib(report.disk_bytes_sent))
+    };
     Ok(Moved {
+        wall_ms,
         total_ms: ms(report.total_us),
         pause_ms: ms(report.pause_us),
         detail: format!(
-            "{} passes, {:.1} MiB at {:.0} MB/s; stop {:.1} memory {:.1} state {:.1} commit {:.1} ms",
+            "{} passes, {:.1} MiB at {:.0} MB/s; stop {:.1} memory {:.1} state {:.1} commit {:.1} ms{disk}",
             report.rounds,
-            report.bytes_sent as f64 / f64::from(1 << 20),
+            mib(report.bytes_sent),
             report.rate_bytes_per_second as f64 / 1e6,
             ms(report.pause_stop_us),
             ms(report.pause_memory_us),

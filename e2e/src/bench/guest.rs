@@ -3,6 +3,7 @@
 use std::net::Ipv4Addr;
 use std::time::Duration;
 
+use super::stage::{Stage, Who};
 use crate::client::fetch_path;
 use crate::process::wait_for;
 use crate::{Error, Result};
@@ -10,6 +11,9 @@ use crate::{Error, Result};
 const ALIVE_PATIENCE: Duration = Duration::from_secs(120);
 /// A guest is at work when it has dirtied its memory so many times since it was looked at.
 const PASSES_AT_WORK: u64 = 10;
+/// And, where it writes to a disk, when it has written and flushed so many blocks: of more than one
+/// flush.
+const DISK_WRITES_AT_WORK: u64 = 16;
 
 /// What the page says.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -19,6 +23,8 @@ pub(super) struct Page {
     dirty_passes: u64,
     corrupt: u64,
     clock_back: u64,
+    disk_writes: u64,
+    disk_wrong: u64,
 }
 
 impl Page {
@@ -33,6 +39,8 @@ impl Page {
             dirty_passes: number("dirty_passes")?,
             corrupt: number("corrupt")?,
             clock_back: number("clock_back")?,
+            disk_writes: number("disk_writes")?,
+            disk_wrong: number("disk_wrong")?,
         })
     }
 
@@ -48,6 +56,9 @@ impl Page {
         if now.corrupt != 0 {
             return wrong("the guest's memory is corrupt");
         }
+        if now.disk_wrong != 0 {
+            return wrong("the guest's disk has failed or lost a write");
+        }
         if now.clock_back != self.clock_back {
             return wrong("the guest's clock went back");
         }
@@ -62,13 +73,17 @@ pub(super) fn page(address: Ipv4Addr) -> Result<Page> {
     })
 }
 
-/// Waits until the guest dirties its memory, from now on.
-pub(super) fn wait_at_work(address: Ipv4Addr) -> Result<Page> {
+/// Waits until the guest dirties its memory, from now on, and writes to the disk that it has.
+pub(super) fn wait_at_work(stage: &Stage, who: Who) -> Result<Page> {
+    let address = who.address();
     let first = page(address)?;
-    wait_for(&format!("the guest at {address} to dirty its memory"), ALIVE_PATIENCE, || {
+    let writes = if stage.guest.disk(who, 0).is_some() { DISK_WRITES_AT_WORK } else { 0 };
+    wait_for(&format!("the guest at {address} to be at work"), ALIVE_PATIENCE, || {
         let now = page(address)?;
         first.check_goes_on(&now)?;
-        Ok((now.dirty_passes >= first.dirty_passes + PASSES_AT_WORK).then_some(now))
+        let is_at_work = now.dirty_passes >= first.dirty_passes + PASSES_AT_WORK
+            && now.disk_writes >= first.disk_writes + writes;
+        Ok(is_at_work.then_some(now))
     })
 }
 
@@ -77,7 +92,8 @@ mod tests {
     use super::*;
 
     const TEXT: &str = "counter 7\nuptime 1.5\nboot_id abc\n\
-                        dirty_passes 3\ncorrupt 0\nclock_back 0\nrealtime_ns 1\n";
+                        dirty_passes 3\ncorrupt 0\nclock_back 0\nrealtime_ns 1\n\
+                        disk_writes 5\ndisk_wrong 0\n";
 
     /// A guest that was restarted, stands still or was damaged is never measured.
     #[test]
@@ -89,6 +105,7 @@ mod tests {
             Page { counter: 7, ..after.clone() },
             Page { boot_id: "abd".into(), ..after.clone() },
             Page { corrupt: 1, ..after.clone() },
+            Page { disk_wrong: 1, ..after.clone() },
             Page { clock_back: 1, ..after },
         ] {
             before.check_goes_on(&bad).unwrap_err();

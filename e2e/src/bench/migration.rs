@@ -8,7 +8,7 @@
 
 use std::time::Duration;
 
-use serde_json::json;
+use serde_json::{Map, Value};
 
 use super::drover::Drover;
 use super::guest;
@@ -23,6 +23,8 @@ pub(super) const DOWNTIME: Duration = Duration::from_millis(100);
 
 /// What a contestant says of one move.
 pub(super) struct Moved {
+    /// From the first command until the new process says that the guest runs.
+    pub(super) wall_ms: f64,
     pub(super) total_ms: f64,
     pub(super) pause_ms: f64,
     /// More of it, for people.
@@ -46,8 +48,13 @@ pub(super) struct Options {
     pub(super) probe: bool,
 }
 
-/// Measures and prints.
-pub(super) fn measure(stage: &Stage, runs: u32, warm_up: u32, options: Options) -> Result<()> {
+/// Measures and prints; what of it belongs into the last line.
+pub(super) fn measure(
+    stage: &Stage,
+    runs: u32,
+    warm_up: u32,
+    options: Options,
+) -> Result<Map<String, Value>> {
     println!(
         "guest: {GUEST_MEMORY_MIB} MiB, 1 vCPU, {GUEST_DIRTY_MIB} MiB dirtied all the time; \
          moved over TCP on loopback; both aim at a pause of at most {} ms, else with their defaults",
@@ -60,33 +67,33 @@ pub(super) fn measure(stage: &Stage, runs: u32, warm_up: u32, options: Options) 
         if options.vhost { "on" } else { "off" }
     );
     let mut qemu = Qemu::boot(stage, options.vhost)?;
-    guest::wait_at_work(Who::Qemu.address())?;
+    guest::wait_at_work(stage, Who::Qemu)?;
     qemu.pause()?;
     let mut drover = Drover::boot(stage)?;
-    guest::wait_at_work(Who::Drover.address())?;
+    guest::wait_at_work(stage, Who::Drover)?;
     drover.pause()?;
 
     let mut pairs = Vec::new();
     for run in 1..=warm_up + runs {
         let counted = run > warm_up;
         let label = if counted { format!("{}", run - warm_up) } else { "warm-up".to_owned() };
-        let pair = [one(&mut drover, &label, options)?, one(&mut qemu, &label, options)?];
+        let pair =
+            [one(stage, &mut drover, &label, options)?, one(stage, &mut qemu, &label, options)?];
         if counted {
             pairs.push(pair);
         }
     }
-    summary(&pairs, options);
-    Ok(())
+    Ok(summary(&pairs, options))
 }
 
 /// One move, between two looks at the guest.
-fn one(mover: &mut dyn Mover, label: &str, options: Options) -> Result<[f64; 3]> {
+fn one(stage: &Stage, mover: &mut dyn Mover, label: &str, options: Options) -> Result<[f64; 3]> {
     let who = mover.who();
     mover.resume()?;
-    let before = guest::wait_at_work(who.address())?;
+    let before = guest::wait_at_work(stage, who)?;
     let probe = options.probe.then(|| Probe::start(who.address()));
     let moved = mover.migrate()?;
-    let after = guest::wait_at_work(who.address())?;
+    let after = guest::wait_at_work(stage, who)?;
     before.check_goes_on(&after)?;
     let silence = probe.map(Probe::finish).transpose()?;
     mover.pause()?;
@@ -102,7 +109,7 @@ fn one(mover: &mut dyn Mover, label: &str, options: Options) -> Result<[f64; 3]>
     Ok([moved.total_ms, moved.pause_ms, silence_ms])
 }
 
-fn summary(pairs: &[[[f64; 3]; 2]], options: Options) {
+fn summary(pairs: &[[[f64; 3]; 2]], options: Options) -> Map<String, Value> {
     let of = |who: usize, what: usize| Spread::of(pairs.iter().map(|pair| pair[who][what]));
     let ratio = |what: usize| Spread::of(pairs.iter().map(|p| p[0][what] / p[1][what]));
     println!("{}", heading());
@@ -112,24 +119,23 @@ fn summary(pairs: &[[[f64; 3]; 2]], options: Options) {
     println!("{}", row("qemu   pause (ms)", &of(1, 1)));
     println!("{}", row("total, drover / qemu", &ratio(0)));
     println!("{}", row("pause, drover / qemu", &ratio(1)));
-    let mut line = json!({
-        "bench": "migration",
-        "runs": pairs.len(),
-        "pause_ratio_p50": rounded(ratio(1).p50),
-        "total_ratio_p50": rounded(ratio(0).p50),
-        "pause_ratio": ratio(1).json(),
-        "total_ratio": ratio(0).json(),
-        "drover_pause_ms_p50": rounded(of(0, 1).p50),
-        "qemu_pause_ms_p50": rounded(of(1, 1).p50),
-        "drover_total_ms_p50": rounded(of(0, 0).p50),
-        "qemu_total_ms_p50": rounded(of(1, 0).p50),
-        "qemu_vhost": options.vhost,
-    });
+    let mut line = Map::new();
+    let mut put = |key: &str, value: Value| drop(line.insert(key.to_owned(), value));
+    put("runs", pairs.len().into());
+    put("pause_ratio_p50", rounded(ratio(1).p50).into());
+    put("total_ratio_p50", rounded(ratio(0).p50).into());
+    put("pause_ratio", ratio(1).json());
+    put("total_ratio", ratio(0).json());
+    put("drover_pause_ms_p50", rounded(of(0, 1).p50).into());
+    put("qemu_pause_ms_p50", rounded(of(1, 1).p50).into());
+    put("drover_total_ms_p50", rounded(of(0, 0).p50).into());
+    put("qemu_total_ms_p50", rounded(of(1, 0).p50).into());
+    put("qemu_vhost", options.vhost.into());
     if options.probe {
         println!("{}", row("drover silence (ms)", &of(0, 2)));
         println!("{}", row("qemu   silence (ms)", &of(1, 2)));
         println!("{}", row("silence, drover / qemu", &ratio(2)));
-        line["silence_ratio_p50"] = rounded(ratio(2).p50).into();
+        put("silence_ratio_p50", rounded(ratio(2).p50).into());
     }
-    println!("{line}");
+    line
 }

@@ -11,24 +11,31 @@
 //!            └─ qemu-system  (QMP on its socket)    [qemu]
 //! ```
 //!
-//! Start reading at [`migration`] and [`boot`]. Every guest that is measured is asked over HTTP
+//! Start reading at [`migration`], [`migration_disk`], [`disk`] and [`boot`]. Every guest that is measured is asked over HTTP
 //! whether it lives, is still the same and has lost nothing ([`guest`]).
 
 mod boot;
 mod child;
+mod disk;
 mod drover;
 mod guest;
 mod migration;
+mod migration_disk;
 mod probe;
 mod qemu;
 mod stage;
 mod stats;
+mod volume;
 
 use std::path::PathBuf;
 use std::process::{Command, ExitCode, Stdio};
 
-use clap::{Args, Subcommand};
+use clap::{Args, Subcommand, ValueEnum};
+use serde_json::{Map, Value};
 
+use stage::{Guest, Stage};
+
+use crate::image::ensure_fio;
 use crate::lab::{Lab, LabOptions};
 use crate::process::run;
 use crate::{Error, Result, paths};
@@ -36,6 +43,7 @@ use crate::{Error, Result, paths};
 /// Where the programs are on a host.
 const REMOTE_LAB: &str = "/usr/local/bin/drover-lab";
 const REMOTE_VMM: &str = "/usr/local/bin/drover-vmm";
+const REMOTE_FIO: &str = "/usr/local/share/drover-fio.cpio";
 const HOST: &str = "host1";
 const RUNS_MAX: u32 = 1000;
 
@@ -62,11 +70,15 @@ pub struct BenchArgs {
     /// With --here: the folder of the guest's vmlinuz and initramfs.img.
     #[arg(long, global = true, default_value = "/var/lib/drover/boot")]
     boot_dir: PathBuf,
+    /// With --here: the archive that puts fio into a guest's initramfs.
+    #[arg(long, global = true, default_value = REMOTE_FIO)]
+    fio: PathBuf,
 }
 
 #[derive(Debug, Clone, Copy, Subcommand)]
 enum What {
-    /// Move a busy guest between two VMMs of one host: total time and pause.
+    /// Move a busy guest between two VMMs of one host, without a disk and with one: total time,
+    /// pause, bytes.
     Migration {
         /// QEMU's network device handled in the host's kernel (vhost).
         #[arg(long)]
@@ -74,9 +86,33 @@ enum What {
         /// Also ping the guest every 10 ms while it moves, and show the longest silence.
         #[arg(long)]
         probe: bool,
+        /// Only one of the two guests.
+        #[arg(long)]
+        only: Option<Part>,
+        /// QEMU's mirror sends a disk's zeros as bytes (no detect-zeroes).
+        #[arg(long)]
+        qemu_zeros: bool,
+    },
+    /// fio in a guest on a thin volume: requests a second, MiB a second, fsync.
+    Disk {
+        /// Empty the host's page cache before each measurement.
+        #[arg(long)]
+        cold: bool,
+        /// QEMU goes past the host's page cache (cache=none).
+        #[arg(long)]
+        qemu_direct: bool,
     },
     /// From starting a VMM to the guest's init, and the VMM's own memory.
     Boot,
+}
+
+/// The guests of the migration benchmark.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+enum Part {
+    /// The one without a disk.
+    Memory,
+    /// The one with a disk.
+    Disk,
 }
 
 /// Runs a benchmark in the lab of that name, or on this machine.
@@ -91,13 +127,28 @@ pub fn main(lab: &str, args: &BenchArgs) -> Result<ExitCode> {
 }
 
 fn measure(args: &BenchArgs) -> Result<()> {
-    let stage = stage::Stage::build(&args.vmm, &args.boot_dir)?;
+    let stage = |guest| Stage::build(&args.vmm, &args.boot_dir, guest);
+    let (runs, warm_up) = (args.runs, args.warm_up);
     match args.what {
-        What::Migration { vhost, probe } => {
-            let options = migration::Options { vhost, probe };
-            migration::measure(&stage, args.runs, args.warm_up, options)
+        What::Migration { vhost, probe, only, qemu_zeros } => {
+            let mut line = Map::from_iter([("bench".to_owned(), "migration".into())]);
+            if only != Some(Part::Disk) {
+                let options = migration::Options { vhost, probe };
+                let stage = stage(Guest::small())?;
+                line.append(&mut migration::measure(&stage, runs, warm_up, options)?);
+            }
+            if only != Some(Part::Memory) {
+                let stage = stage(migration_disk::guest(qemu_zeros))?;
+                line.append(&mut migration_disk::measure(&stage, runs, warm_up)?);
+            }
+            println!("{}", Value::from(line));
+            Ok(())
         }
-        What::Boot => boot::measure(&stage, args.runs, args.warm_up),
+        What::Disk { cold, qemu_direct } => {
+            let options = disk::Options { is_cold: cold, is_qemu_direct: qemu_direct };
+            disk::measure(&stage(disk::guest(&args.fio, options)?)?, runs, warm_up, options)
+        }
+        What::Boot => boot::measure(&stage(Guest::small())?, runs, warm_up),
     }
 }
 
@@ -133,6 +184,9 @@ fn on_host(lab: &Lab, args: &BenchArgs) -> Result<ExitCode> {
             .arg(paths::program(name)))?;
         ssh.push(&stripped, to)?;
     }
+    if matches!(args.what, What::Disk { .. }) {
+        ssh.push(&ensure_fio()?, REMOTE_FIO)?;
+    }
     let mut words = vec![REMOTE_LAB.to_owned(), "bench".to_owned()];
     words.extend(args.words());
     words.push("--here".to_owned());
@@ -147,15 +201,26 @@ fn on_host(lab: &Lab, args: &BenchArgs) -> Result<ExitCode> {
 impl BenchArgs {
     /// As they are typed.
     fn words(&self) -> Vec<String> {
+        let mut flags = Vec::new();
+        let mut flag = |name: &str, is_set: bool| flags.extend(is_set.then(|| name.to_owned()));
         let mut words = Vec::new();
         match self.what {
-            What::Migration { vhost, probe } => {
+            What::Migration { vhost, probe, only, qemu_zeros } => {
                 words.push("migration".to_owned());
-                words.extend(vhost.then(|| "--vhost".to_owned()));
-                words.extend(probe.then(|| "--probe".to_owned()));
+                flag("--vhost", vhost);
+                flag("--probe", probe);
+                flag("--only=memory", only == Some(Part::Memory));
+                flag("--only=disk", only == Some(Part::Disk));
+                flag("--qemu-zeros", qemu_zeros);
+            }
+            What::Disk { cold, qemu_direct } => {
+                words.push("disk".to_owned());
+                flag("--cold", cold);
+                flag("--qemu-direct", qemu_direct);
             }
             What::Boot => words.push("boot".to_owned()),
         }
+        words.append(&mut flags);
         words.push(format!("--runs={}", self.runs));
         words.push(format!("--warm-up={}", self.warm_up));
         words

@@ -4,6 +4,7 @@ use std::net::Ipv4Addr;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
+use super::volume;
 use crate::process::run;
 use crate::{Error, Result};
 
@@ -12,10 +13,45 @@ const BRIDGE: &str = "dbench0";
 /// memory would hide what that costs.
 const FOLDER: &str = "/var/tmp";
 const GATEWAY: &str = "10.79.0.1/24";
-/// Memory of every guest that is measured.
+/// Memory of the small guests.
 pub(super) const GUEST_MEMORY_MIB: u64 = 128;
-/// What a process in it keeps dirtying.
+/// What a process in them keeps dirtying.
 pub(super) const GUEST_DIRTY_MIB: u64 = 2;
+
+/// The guest that is measured, the same under both.
+pub(super) struct Guest {
+    pub(super) memory_mib: u64,
+    /// More of its command line.
+    pub(super) words: String,
+    /// An archive that is unpacked over its initramfs.
+    pub(super) more: Option<PathBuf>,
+    /// The volume that is its disk at one end of a move.
+    pub(super) volume: Option<fn(Who, usize) -> String>,
+    /// QEMU's disk goes past the host's page cache, which Drover's does not.
+    pub(super) is_qemu_direct: bool,
+    /// QEMU's mirror sends zeros as bytes.
+    pub(super) is_qemu_zero_blind: bool,
+}
+
+impl Guest {
+    /// One process that keeps dirtying memory, no disk.
+    pub(super) fn small() -> Self {
+        let words = format!("drover.dirty_mib={GUEST_DIRTY_MIB}");
+        Self {
+            memory_mib: GUEST_MEMORY_MIB,
+            words,
+            more: None,
+            volume: None,
+            is_qemu_direct: false,
+            is_qemu_zero_blind: false,
+        }
+    }
+
+    /// Its disk.
+    pub(super) fn disk(&self, who: Who, end: usize) -> Option<PathBuf> {
+        self.volume.map(|name| volume::path_of(&name(who, end)))
+    }
+}
 
 /// Removed when dropped.
 pub(super) struct Stage {
@@ -24,6 +60,7 @@ pub(super) struct Stage {
     pub(super) initramfs: PathBuf,
     /// Sockets and logs.
     pub(super) dir: PathBuf,
+    pub(super) guest: Guest,
 }
 
 /// One of the two guests.
@@ -60,7 +97,7 @@ impl Who {
 
 impl Stage {
     /// Makes it.
-    pub(super) fn build(vmm: &Path, boot_dir: &Path) -> Result<Self> {
+    pub(super) fn build(vmm: &Path, boot_dir: &Path, guest: Guest) -> Result<Self> {
         let (kernel, initramfs) = (boot_dir.join("vmlinuz"), boot_dir.join("initramfs.img"));
         for file in [vmm, &kernel, &initramfs, Path::new("/dev/kvm")] {
             if !file.exists() {
@@ -69,7 +106,8 @@ impl Stage {
         }
         let dir = Path::new(FOLDER).join(format!("drover-bench-{}", std::process::id()));
         std::fs::create_dir_all(&dir).map_err(Error::io("cannot create", &dir))?;
-        let stage = Self { vmm: vmm.to_owned(), kernel, initramfs, dir };
+        let mut stage = Self { vmm: vmm.to_owned(), kernel, initramfs, dir, guest };
+        stage.add_to_initramfs()?;
         // What a run that was killed left behind.
         remove_network();
         ip(&[
@@ -94,12 +132,19 @@ impl Stage {
         Ok(stage)
     }
 
+    /// The kernel unpacks one archive after the other.
+    fn add_to_initramfs(&mut self) -> Result<()> {
+        let Some(more) = &self.guest.more else { return Ok(()) };
+        let read = |path: &Path| std::fs::read(path).map_err(Error::io("cannot read", path));
+        let all = [read(&self.initramfs)?, read(more)?].concat();
+        self.initramfs = self.path("initramfs.img");
+        std::fs::write(&self.initramfs, all).map_err(Error::io("cannot write", &self.initramfs))
+    }
+
     /// The kernel command line, the same for both.
     pub(super) fn command_line(&self, who: Who) -> String {
-        format!(
-            "console=ttyS0 quiet panic=-1 drover.ip={}/24 drover.dirty_mib={GUEST_DIRTY_MIB}",
-            who.address()
-        )
+        let words = &self.guest.words;
+        format!("console=ttyS0 quiet panic=-1 drover.ip={}/24 {words}", who.address())
     }
 
     pub(super) fn path(&self, name: &str) -> PathBuf {

@@ -12,7 +12,7 @@ use std::sync::atomic::{AtomicBool, Ordering::Relaxed};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
-pub use page::{Page, PageStats, fetch, fetch_path};
+pub use page::{Page, PageStats, fetch, fetch_path, fetch_slow};
 pub use ping::{Gap, PingStats};
 
 use crate::netns::Netns;

@@ -114,10 +114,15 @@ pub fn fetch(address: Ipv4Addr) -> Result<Page> {
 
 /// The body of any of a guest's pages.
 pub fn fetch_path(address: Ipv4Addr, path: &str) -> Result<String> {
+    fetch_slow(address, path, PATIENCE)
+}
+
+/// The same, of one that the guest has to work for.
+pub fn fetch_slow(address: Ipv4Addr, path: &str, patience: Duration) -> Result<String> {
     let failed = |e: std::io::Error| Error::other(format!("http://{address}{path}: {e}"));
     let target = SocketAddr::from((address, 80));
     let mut stream = TcpStream::connect_timeout(&target, PATIENCE).map_err(failed)?;
-    stream.set_read_timeout(Some(PATIENCE)).map_err(failed)?;
+    stream.set_read_timeout(Some(patience)).map_err(failed)?;
     stream.set_write_timeout(Some(PATIENCE)).map_err(failed)?;
     stream
         .write_all(format!("GET {path} HTTP/1.1\r\nHost: {address}\r\n\r\n").as_bytes())
@@ -128,7 +133,7 @@ pub fn fetch_path(address: Ipv4Addr, path: &str) -> Result<String> {
         .split_once("\r\n\r\n")
         .ok_or_else(|| Error::other(format!("http://{address}{path}: no answer: {text:?}")))?;
     if !head.starts_with("HTTP/1.1 2") {
-        return Err(Error::other(format!("http://{address}{path}: {head}")));
+        return Err(Error::other(format!("http://{address}{path}: {head}: {}", body.trim_end())));
     }
     Ok(body.to_owned())
 }
