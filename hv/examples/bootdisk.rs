@@ -22,7 +22,7 @@ fn run() -> Result<(), Box<dyn std::error::Error>> {
     let limits =
         Limits { kernel_bytes_max: KERNEL_FILE_BYTES_MAX, initrd_bytes_max: DISK_INITRD_BYTES_MAX };
     let disk = DiskFile::open(disk.as_ref())?;
-    let boot = find(Box::new(disk), limits, &command_line.join(" "))?;
+    let boot = find(Box::new(disk), limits, &command_line.join(" "), None)?;
     println!("{}", boot.description);
     println!("kernel: {} bytes", boot.kernel.len());
     match &boot.initrd {

@@ -155,6 +155,10 @@ pub struct DomainConfig {
 pub struct BootDiskConfig {
     /// A raw image or a block device.
     pub path: PathBuf,
+    /// The entry's root is on this disk, whatever other disks hold: a `root=` by UUID or label is
+    /// looked up here and becomes the disk's device. It must be one of `disks`.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub own_root: bool,
 }
 
 /// One network interface.
@@ -267,6 +271,14 @@ impl DomainConfig {
         self.generation_id.as_deref().map(parse_generation).transpose()
     }
 
+    /// What the guest calls the disk that its root must be on (`vda` is the first), if it must.
+    pub fn own_root(&self) -> Option<String> {
+        let disk = self.boot_disk.as_ref().filter(|disk| disk.own_root)?;
+        let names = ('a'..='z').map(|letter| format!("vd{letter}"));
+        let mut named = self.disks.iter().zip(names);
+        named.find(|(other, _)| other.path == disk.path).map(|(_, name)| name)
+    }
+
     /// Exactly one source of the kernel.
     fn validate_boot(&self) -> Result<(), FieldError> {
         match (&self.kernel, &self.boot_disk) {
@@ -282,7 +294,12 @@ impl DomainConfig {
                         "none with boot_disk: the disk has its own",
                     ));
                 }
-                validate_path("boot_disk.path", &disk.path)
+                validate_path("boot_disk.path", &disk.path)?;
+                if disk.own_root && self.own_root().is_none() {
+                    let accepted = "true when boot_disk.path is one of disks";
+                    return Err(FieldError::new("boot_disk.own_root", true, accepted));
+                }
+                Ok(())
             }
             (Some(_), Some(_)) => Err(FieldError::new(
                 "boot_disk",
@@ -470,6 +487,10 @@ mod tests {
         }
     }
 
+    fn root_disk(path: &str) -> BootDiskConfig {
+        BootDiskConfig { path: path.into(), own_root: false }
+    }
+
     /// Each bad value is refused with the name of its field; nothing else is complained about.
     #[test]
     fn errors_name_the_field() {
@@ -489,14 +510,18 @@ mod tests {
             ("memory_bytes", |c| c.memory_bytes = 1 << 40),
             ("kernel", |c| c.kernel = Some("vmlinuz".into())),
             ("kernel", |c| c.kernel = None),
-            ("boot_disk", |c| c.boot_disk = Some(BootDiskConfig { path: "/dev/vg/root".into() })),
+            ("boot_disk", |c| c.boot_disk = Some(root_disk("/dev/vg/root"))),
             ("initramfs", |c| {
                 c.kernel = None;
-                c.boot_disk = Some(BootDiskConfig { path: "/dev/vg/root".into() });
+                c.boot_disk = Some(root_disk("/dev/vg/root"));
             }),
             ("boot_disk.path", |c| {
                 (c.kernel, c.initramfs) = (None, None);
-                c.boot_disk = Some(BootDiskConfig { path: "root.img".into() });
+                c.boot_disk = Some(root_disk("root.img"));
+            }),
+            ("boot_disk.own_root", |c| {
+                (c.kernel, c.initramfs) = (None, None);
+                c.boot_disk = Some(BootDiskConfig { own_root: true, ..root_disk("/other") });
             }),
             ("initramfs", |c| c.initramfs = Some("".into())),
             ("command_line", |c| c.command_line = "x".repeat(2048)),
@@ -557,11 +582,11 @@ mod tests {
         let from_disk = minimal.replace(r#""kernel":"/k""#, r#""boot_disk":{"path":"/d"}"#);
         let config: DomainConfig = serde_json::from_str(&from_disk).unwrap();
         config.validate().unwrap();
-        assert_eq!(config.boot_disk, Some(BootDiskConfig { path: "/d".into() }));
+        assert_eq!(config.boot_disk, Some(root_disk("/d")));
         // A VMM from before there were disks reads what needs none.
         let text = serde_json::to_string(&config).unwrap();
         assert!(!text.contains("disks") && !text.contains("guest_agent"));
-        assert!(!text.contains("generation"));
+        assert!(!text.contains("generation") && !text.contains("own_root"));
         let disk = minimal.replace("\"epoch\"", "\"disks\":[{\"path\":\"/d\"}],\"epoch\"");
         let config: DomainConfig = serde_json::from_str(&disk).unwrap();
         assert_eq!((config.disks[0].read_only, config.disks[0].serial.as_str()), (false, ""));
@@ -570,6 +595,20 @@ mod tests {
         let unknown = minimal.replace("\"epoch\"", "\"cpu\":1,\"epoch\"");
         let error = serde_json::from_str::<DomainConfig>(&unknown).unwrap_err();
         assert!(error.to_string().contains("cpu"), "{error}");
+    }
+
+    /// A rescue disk before the domain's own is `vda`; behind them it would be another one.
+    #[test]
+    fn the_disk_of_the_root_has_the_guests_name() {
+        let disks = r#"{"uid":"u","name":"domains/a","epoch":1,"vcpus":1,"memory_bytes":134217728,
+            "boot_disk":{"path":"/b","own_root":true},"disks":[{"path":"/a"},{"path":"/b"}]}"#;
+        let mut config: DomainConfig = serde_json::from_str(disks).unwrap();
+        config.validate().unwrap();
+        assert_eq!(config.own_root().as_deref(), Some("vdb"));
+        config.disks.swap(0, 1);
+        assert_eq!(config.own_root().as_deref(), Some("vda"));
+        config.boot_disk = Some(root_disk("/b"));
+        assert_eq!(config.own_root(), None);
     }
 
     #[test]

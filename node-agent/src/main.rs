@@ -8,6 +8,7 @@ use std::time::Duration;
 use clap::Parser;
 use drover_agent::cli::Options;
 use drover_agent::console::Console;
+use drover_agent::domain::guest::Guests;
 use drover_agent::domain::quiesce::Quiescer;
 use drover_agent::domain::{STARTS_AT_ONCE_MAX, Shared};
 use drover_agent::error::Error;
@@ -103,12 +104,16 @@ async fn run(options: Options) -> Result<(), Error> {
         changed,
     });
     let node = node::start(shared, home).await?;
+    let service = Service {
+        console: Console::new(places.clone(), options.node.clone()),
+        guests: Guests::new(places, options.node),
+        images,
+        volumes,
+    };
     let server = Server::builder()
         .http2_keepalive_interval(Some(KEEP_ALIVE))
         .http2_keepalive_timeout(Some(KEEP_ALIVE))
-        .add_service(
-            Service { console: Console::new(places, options.node), images, volumes }.server(),
-        )
+        .add_service(service.server())
         .serve_with_incoming(TcpListenerStream::new(listener));
     tokio::select! {
         error = session::run(options.controllers, hello, node) => Err(error),

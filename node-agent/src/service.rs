@@ -2,18 +2,23 @@
 //! module's; this one only says whose.
 
 use drover_proto::agent::v1::agent_service_server::{AgentService, AgentServiceServer};
-use drover_proto::agent::v1::{ReadImageRequest, ReadVolumeRequest};
+use drover_proto::agent::v1::{
+    CallGuestRequest, CallGuestResponse, ReadImageRequest, ReadVolumeRequest,
+};
 use drover_proto::v1::{ConsoleInput, ImportImageRequest};
 use tonic::{Request, Response, Status, Streaming};
 
 use crate::console::{Console, ConsoleAnswers};
+use crate::domain::guest::Guests;
 use crate::storage::{Images, ImportAnswers, ReadAnswers, VolumeAnswers, Volumes};
 
-/// The node's consoles and images.
+/// The node's consoles, guests, volumes and images.
 #[derive(Debug, Clone)]
 pub struct Service {
     /// Of the domains that run here.
     pub console: Console,
+    /// The agents inside them.
+    pub guests: Guests,
     /// In the node's pools.
     pub images: Images,
     /// Volumes and snapshots in them.
@@ -64,8 +69,8 @@ impl AgentService for Service {
 
     async fn call_guest(
         &self,
-        _: Request<drover_proto::agent::v1::CallGuestRequest>,
-    ) -> Result<Response<drover_proto::agent::v1::CallGuestResponse>, Status> {
-        Err(Status::unimplemented("not yet"))
+        request: Request<CallGuestRequest>,
+    ) -> Result<Response<CallGuestResponse>, Status> {
+        self.guests.call(request.into_inner()).await.map(Response::new)
     }
 }

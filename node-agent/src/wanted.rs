@@ -2,6 +2,7 @@
 
 use std::time::Duration;
 
+use drover_hv::config::SERIAL_BYTES_MAX;
 use drover_proto::agent::v1 as pb;
 use drover_proto::v1::{DiskLimits, DomainSpec, MigrationLimits, PowerState};
 
@@ -33,8 +34,13 @@ pub struct Assigned {
     pub spec: DomainSpec,
     /// What this node is to it.
     pub role: Role,
-    /// Its disks, in the order in which the guest finds them.
+    /// Its disks, in the order in which the guest finds them: the rescue disk, if any, and the
+    /// specification's.
     pub disks: Vec<Disk>,
+    /// The first disk is a rescue disk, and is booted.
+    pub rescue: bool,
+    /// What the guest sees as its generation, a UUID.
+    pub generation_id: Option<String>,
 }
 
 /// A disk of a domain: a volume of this node.
@@ -48,6 +54,8 @@ pub struct Disk {
     pub read_only: bool,
     /// What the guest may ask of it.
     pub limits: DiskLimits,
+    /// What the guest finds as its serial number, whatever its content.
+    pub serial: String,
 }
 
 /// What the node is to a domain.
@@ -131,7 +139,8 @@ impl Wanted {
 }
 
 fn parse(assignment: pb::Assignment) -> Result<Assigned, String> {
-    let pb::Assignment { uid: _, name, epoch, spec, role, outgoing, disks, .. } = assignment;
+    let pb::Assignment { name, epoch, spec, role, outgoing, disks, .. } = assignment;
+    let (rescue, generation_id) = (assignment.rescue, assignment.generation_id);
     let spec = spec.ok_or("the assignment has no spec")?;
     if epoch == 0 {
         return Err("the assignment's epoch is 0; epochs begin at 1".into());
@@ -167,16 +176,18 @@ fn parse(assignment: pb::Assignment) -> Result<Assigned, String> {
         }
     };
     // The spec says what shall be, `disks` what is: the volumes that the controller chose.
-    if disks.len() != spec.disks.len() {
+    if disks.len() != spec.disks.len() + usize::from(rescue) {
         return Err(format!(
-            "the assignment has {} disks, and its spec {}",
+            "the assignment has {} disks{}, and its spec {}",
             disks.len(),
+            if rescue { ", the rescue disk among them" } else { "" },
             spec.disks.len()
         ));
     }
     let disks = disks.into_iter().enumerate().map(|(index, disk)| parse_disk(index, disk));
     let disks = disks.collect::<Result<_, _>>()?;
-    Ok(Assigned { name, epoch, spec, role, disks })
+    let generation_id = Some(generation_id).filter(|id| !id.is_empty());
+    Ok(Assigned { name, epoch, spec, role, disks, rescue, generation_id })
 }
 
 fn parse_disk(index: usize, disk: pb::AssignedDisk) -> Result<Disk, String> {
@@ -186,12 +197,22 @@ fn parse_disk(index: usize, disk: pb::AssignedDisk) -> Result<Disk, String> {
             disk.volume_uid
         ));
     }
+    let serial = match disk.serial.is_empty() {
+        true => serial_of(&disk.volume_uid),
+        false => disk.serial,
+    };
     Ok(Disk {
+        serial,
         volume: disk.volume_uid,
         pool: disk.pool,
         read_only: disk.read_only,
         limits: disk.limits.unwrap_or_default(),
     })
+}
+
+/// As much of a volume's uid as a serial number holds.
+fn serial_of(volume: &str) -> String {
+    volume.chars().filter(|c| *c != '-').take(SERIAL_BYTES_MAX).collect()
 }
 
 fn duration(value: Option<prost_types::Duration>) -> Duration {
@@ -242,6 +263,10 @@ mod tests {
             (
                 pb::Assignment { disks: vec![pb::AssignedDisk::default()], ..good.clone() },
                 "1 disks, and its spec 0",
+            ),
+            (
+                pb::Assignment { rescue: true, ..good.clone() },
+                "0 disks, the rescue disk among them, and its spec 0",
             ),
             (
                 pb::Assignment {

@@ -7,7 +7,8 @@
 //!        └ filesystem   ext4 (crate ext4-view), fat; chosen by magic
 //!            ├ bls          entries of the Boot Loader Specification
 //!            ├ grub, menu   grub.cfg: parsed, then run as far as it chooses a kernel
-//!            └ /vmlinuz     the links that Debian keeps
+//!            ├ /vmlinuz     the links that Debian keeps
+//!            └ root         where the entry's root is, when it must be this very disk
 //! ```
 //!
 //! What is on the disk is the guest's: this is the place where Xen's pygrub was broken. So it is
@@ -26,6 +27,7 @@ mod grub;
 mod menu;
 mod partitions;
 mod read;
+mod root;
 #[cfg(test)]
 mod tests;
 
@@ -119,6 +121,14 @@ pub enum BootDiskError {
         /// What is wrong with it.
         what: String,
     },
+    /// The root must be on this disk, and is not.
+    #[error("boot entry '{entry}' has its root at {root}, which is not on this disk")]
+    Root {
+        /// The entry's title.
+        entry: String,
+        /// What it says.
+        root: String,
+    },
     /// Too long, or not text.
     #[error("the command line of boot entry '{entry}' {what}")]
     CommandLine {
@@ -156,7 +166,8 @@ struct Choice {
 }
 
 /// Finds what the disk boots and reads it. `command_line` goes behind the entry's own, where it
-/// wins.
+/// wins. With `own_root`, the name by which the guest knows this disk (`vda`), a root that the
+/// entry names by UUID or label is looked up on this disk and becomes its device.
 ///
 /// # Errors
 /// When the disk makes no sense; the text says where.
@@ -164,10 +175,18 @@ pub fn find(
     disk: Box<dyn ReadAt>,
     limits: Limits,
     command_line: &str,
+    own_root: Option<&str>,
 ) -> Result<Boot, BootDiskError> {
-    let Mounted { volumes, others, problem } = mount(&Window::whole(disk))?;
+    let disk = Window::whole(disk);
+    let Mounted { volumes, table, others, problem } = mount(&disk)?;
     match choose(&volumes) {
-        Ok(Some(choice)) => load(&volumes, &choice, limits, command_line),
+        Ok(Some(mut choice)) => {
+            if let Some(device) = own_root {
+                let (entry, line) = (&choice.entry, &choice.command_line);
+                choice.command_line = root::replace(entry, line, &disk, table.as_deref(), device)?;
+            }
+            load(&volumes, &choice, limits, command_line)
+        }
         // A damaged filesystem is the likeliest reason why no entry was found.
         Ok(None) => Err(problem.unwrap_or_else(|| {
             let places: Vec<String> = volumes.iter().map(Volume::to_string).collect();
@@ -184,6 +203,7 @@ pub fn find(
 /// What lies on a disk.
 struct Mounted {
     volumes: Vec<Volume>,
+    table: Option<Vec<partitions::Partition>>,
     /// What is known but cannot be read, and where, for people.
     others: Vec<String>,
     /// Why the first filesystem that should have been read was not.
@@ -224,7 +244,7 @@ fn mount(disk: &Window) -> Result<Mounted, BootDiskError> {
             (None, _) => BootDiskError::NoFilesystem(others.join(", ")),
         });
     }
-    Ok(Mounted { volumes, others, problem })
+    Ok(Mounted { volumes, table, others, problem })
 }
 
 /// What GRUB's configuration on a volume says.

@@ -3,6 +3,7 @@
 use std::io;
 
 use super::read::{Fields, Window};
+use super::root;
 
 /// Most partitions that are looked at.
 pub(super) const PARTITIONS_MAX: usize = 128;
@@ -18,6 +19,7 @@ const SECTORS_BYTES: [u64; 2] = [512, 4096];
 
 const MBR_SECTOR_BYTES: u64 = 512;
 const MBR_MAGIC: [u8; 2] = [0x55, 0xaa];
+const MBR_SIGNATURE: usize = 440;
 const MBR_TABLE: usize = 446;
 const MBR_ENTRY_BYTES: usize = 16;
 const MBR_GPT: u8 = 0xee;
@@ -34,6 +36,10 @@ pub(super) struct Partition {
     pub(super) number: u32,
     pub(super) start: u64,
     pub(super) length: u64,
+    /// As in `/dev/disk/by-partuuid`.
+    pub(super) uuid: String,
+    /// Only a GPT has them.
+    pub(super) label: String,
 }
 
 /// Why a partition table was not understood.
@@ -117,7 +123,8 @@ fn gpt(disk: &Window, sector: u64, lba: u64) -> Option<Vec<Partition>> {
         };
         let length = (last - first).saturating_add(1).saturating_mul(sector);
         let length = length.min(disk.size() - start);
-        partitions.push(Partition { number: index as u32 + 1, start, length });
+        let (uuid, label) = root::gpt_names(entry);
+        partitions.push(Partition { number: index as u32 + 1, start, length, uuid, label });
     }
     Some(partitions)
 }
@@ -125,6 +132,8 @@ fn gpt(disk: &Window, sector: u64, lba: u64) -> Option<Vec<Partition>> {
 /// An MBR, or one of the sectors of the same form that list logical partitions.
 struct Mbr {
     entries: [MbrEntry; 4],
+    /// Of the disk; the other sectors have none.
+    signature: u32,
 }
 
 #[derive(Clone, Copy)]
@@ -145,11 +154,12 @@ impl MbrEntry {
         MBR_EXTENDED.contains(&self.kind)
     }
 
-    fn partition(self, number: u32, base: u64, disk: &Window) -> Option<Partition> {
+    fn partition(self, number: u32, base: u64, disk: &Window, signature: u32) -> Option<Partition> {
         let start = base.checked_add(u64::from(self.start) * MBR_SECTOR_BYTES)?;
         let room = disk.size().checked_sub(start).filter(|room| *room > 0)?;
         let length = (u64::from(self.sectors) * MBR_SECTOR_BYTES).min(room);
-        (start > 0).then_some(Partition { number, start, length })
+        let (uuid, label) = (root::mbr_uuid(signature, number), String::new());
+        (start > 0).then_some(Partition { number, start, length, uuid, label })
     }
 }
 
@@ -164,7 +174,8 @@ impl Mbr {
             let (active, kind) = (fields.u8(0), fields.u8(4));
             MbrEntry { active, kind, start: fields.u32(8), sectors: fields.u32(12) }
         };
-        Ok(Some(Self { entries: [entry(0), entry(1), entry(2), entry(3)] }))
+        let signature = Fields(&sector).u32(MBR_SIGNATURE);
+        Ok(Some(Self { entries: [entry(0), entry(1), entry(2), entry(3)], signature }))
     }
 
     /// `None` when this is no partition table but, say, the first sector of a filesystem.
@@ -175,9 +186,12 @@ impl Mbr {
         let mut partitions = Vec::new();
         let mut logical_number = LOGICAL_FIRST;
         for (index, entry) in self.entries.iter().enumerate().filter(|(_, e)| e.is_used()) {
-            let Some(partition) = entry.partition(index as u32 + 1, 0, disk) else { continue };
+            let signature = self.signature;
+            let partition = entry.partition(index as u32 + 1, 0, disk, signature);
+            let Some(partition) = partition else { continue };
             if entry.is_extended() {
-                logical(disk, partition.start, &mut logical_number, &mut partitions);
+                let number = &mut logical_number;
+                logical(disk, partition.start, signature, number, &mut partitions);
             } else {
                 partitions.push(partition);
             }
@@ -188,13 +202,19 @@ impl Mbr {
 }
 
 /// Follows the chain of an extended partition. A damaged link ends it: what came before counts.
-fn logical(disk: &Window, base: u64, number: &mut u32, partitions: &mut Vec<Partition>) {
+fn logical(
+    disk: &Window,
+    base: u64,
+    signature: u32,
+    number: &mut u32,
+    partitions: &mut Vec<Partition>,
+) {
     let mut at = base;
     while *number < LOGICAL_FIRST + LOGICAL_MAX {
         let Ok(Some(link)) = Mbr::read(disk, at) else { return };
         let [own, next, ..] = link.entries;
         if own.is_used() && !own.is_extended() {
-            partitions.extend(own.partition(*number, at, disk));
+            partitions.extend(own.partition(*number, at, disk, signature));
             *number += 1;
         }
         if !next.is_used() || !next.is_extended() || next.start == 0 {

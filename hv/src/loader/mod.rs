@@ -27,7 +27,7 @@ use std::time::Duration;
 use vm_memory::{Bytes, GuestAddress, GuestMemoryBackend};
 
 use crate::bootdisk::{self, Boot, BootDiskError, DiskFile, Limits};
-use crate::config::{DomainConfig, FieldError};
+use crate::config::{BootDiskConfig, DomainConfig, FieldError};
 use crate::memory::{GuestMemory, LOW_RAM_END, PAGE_BYTES};
 
 /// Largest kernel file, bytes; Debian's cloud kernels have 12 MiB.
@@ -77,8 +77,9 @@ pub fn load(
                 initramfs.map(|path| load_initramfs(memory, path, loaded.end)).transpose()?;
             (loaded, initramfs, config.command_line.clone())
         }
-        Source::Disk(path) => {
-            let boot = read_disk(path, config)?;
+        Source::Disk(disk) => {
+            let path = &disk.path;
+            let boot = read_disk(disk, config)?;
             tracing::info!(disk = %path.display(), chosen = boot.description, "boots from disk");
             let wrong = |what: String| {
                 let chosen = &boot.description;
@@ -108,12 +109,12 @@ pub fn load(
 /// Where the kernel comes from.
 enum Source<'a> {
     Files { kernel: &'a Path, initramfs: Option<&'a Path> },
-    Disk(&'a Path),
+    Disk(&'a BootDiskConfig),
 }
 
 fn source(config: &DomainConfig) -> Result<Source<'_>, FieldError> {
     match (&config.kernel, &config.boot_disk) {
-        (_, Some(disk)) => Ok(Source::Disk(&disk.path)),
+        (_, Some(disk)) => Ok(Source::Disk(disk)),
         (Some(kernel), None) => {
             Ok(Source::Files { kernel, initramfs: config.initramfs.as_deref() })
         }
@@ -126,7 +127,8 @@ fn source(config: &DomainConfig) -> Result<Source<'_>, FieldError> {
 ///
 /// It is done by a thread of its own, so that a disk that is damaged on purpose can at most end
 /// this start of this domain, by an error.
-fn read_disk(path: &Path, config: &DomainConfig) -> Result<Boot, FieldError> {
+fn read_disk(disk: &BootDiskConfig, config: &DomainConfig) -> Result<Boot, FieldError> {
+    let path = &disk.path;
     let wrong = |what: String| {
         let value = format!("{}: {what}", path.display());
         FieldError::new("boot_disk", value, "a disk with a Linux system that boots")
@@ -136,13 +138,16 @@ fn read_disk(path: &Path, config: &DomainConfig) -> Result<Boot, FieldError> {
         initrd_bytes_max: DISK_INITRD_BYTES_MAX.min(config.memory_bytes),
     };
     let (send, receive) = sync_channel(1);
-    let (disk, command_line): (PathBuf, _) = (path.to_owned(), config.command_line.clone());
+    let (disk, command_line): (PathBuf, _) = (path.clone(), config.command_line.clone());
+    let own_root = config.own_root();
     let thread = std::thread::Builder::new().name("boot-disk".into()).stack_size(DISK_STACK_BYTES);
     thread
         .spawn(move || {
             let boot = DiskFile::open(&disk)
                 .map_err(|error| BootDiskError::Read(error.to_string()))
-                .and_then(|disk| bootdisk::find(Box::new(disk), limits, &command_line));
+                .and_then(|disk| {
+                    bootdisk::find(Box::new(disk), limits, &command_line, own_root.as_deref())
+                });
             // Whoever asked may have given up.
             let _ = send.send(boot);
         })

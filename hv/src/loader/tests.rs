@@ -216,7 +216,8 @@ fn a_disk_boots_its_own_kernel_and_is_read_anew() {
     let disk_file = disk(&bzimage(&zstd(&vmlinux())), b"initrd of the disk");
     let mut config = config(PathBuf::new(), None);
     let path = disk_file.path().to_owned();
-    (config.kernel, config.boot_disk) = (None, Some(BootDiskConfig { path: path.clone() }));
+    (config.kernel, config.boot_disk) =
+        (None, Some(BootDiskConfig { path: path.clone(), own_root: false }));
     let start = || {
         let memory = memory::create(64 << 20).unwrap();
         load(&memory, &config, GuestAddress(0xe0000)).map(|loaded| (memory, loaded))

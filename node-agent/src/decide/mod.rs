@@ -29,7 +29,7 @@ mod tests;
 use std::time::Duration;
 
 use drover_proto::agent::v1::{MigrationProgress, MigrationRole};
-use drover_proto::v1::RestartPolicy;
+use drover_proto::v1::{DiskLimits, RestartPolicy};
 use drover_proto::vmm::v1::VmmState;
 
 use crate::records::{DomainRecord, End, EndReason};
@@ -102,6 +102,17 @@ pub enum Disks {
     Failed(String),
 }
 
+/// What a VMM that runs is told of one of its disks.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct LiveDisk {
+    /// As the VMM knows it.
+    pub serial: String,
+    /// What the guest may ask of it.
+    pub limits: DiskLimits,
+    /// Its volume's size; 0 when that is not known.
+    pub size_bytes: u64,
+}
+
 /// What the agent has done so far and need not remember after its own death.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct Progress {
@@ -123,6 +134,8 @@ pub struct Progress {
     pub prepared: Option<String>,
     /// The incoming migration for which the VMM could not listen, and why.
     pub prepare_failed: Option<(String, String)>,
+    /// What the VMM was told of its disks; `None` when this agent has told it nothing.
+    pub told_disks: Option<Vec<LiveDisk>>,
 }
 
 /// What to do next.
@@ -152,6 +165,8 @@ pub enum Action {
     CancelMigration,
     /// Run the guest here, under the assignment's epoch.
     TakeOver,
+    /// Tell the VMM what its disks have become.
+    UpdateDisks,
     /// Press the power button.
     PowerButton,
     /// End the VMM.
@@ -175,6 +190,8 @@ pub struct Facts<'a> {
     pub progress: &'a Progress,
     /// The disks of the assignment.
     pub disks: &'a Disks,
+    /// What its VMM is told of them.
+    pub live_disks: &'a [LiveDisk],
     /// Now.
     pub now_ms: u64,
 }
@@ -252,7 +269,7 @@ fn decide_running(facts: Facts<'_>, owner: &Owner, migration: Option<&Migration>
     if facts.progress.button_ms.is_none() && record_generation != Some(owner.start_generation) {
         return Action::Adopt;
     }
-    let Some(outgoing) = &owner.outgoing else { return Action::Nothing };
+    let Some(outgoing) = &owner.outgoing else { return update_disks(facts, migration) };
     let begun =
         facts.has_begun(outgoing) || migration.is_some_and(|m| m.id == outgoing.migration_id);
     if outgoing.cancel {
@@ -263,6 +280,14 @@ fn decide_running(facts: Facts<'_>, owner: &Owner, migration: Option<&Migration>
         };
     }
     if begun { Action::Nothing } else { Action::StartMigration }
+}
+
+/// A volume that has grown, other limits. Nothing is missed: what was told is forgotten with the
+/// agent, and to be told twice changes nothing.
+fn update_disks(facts: Facts<'_>, migration: Option<&Migration>) -> Action {
+    let told = facts.progress.told_disks.as_deref();
+    let known = told == Some(facts.live_disks) || told.is_none() && facts.live_disks.is_empty();
+    if known || migration.is_some_and(is_leaving) { Action::Nothing } else { Action::UpdateDisks }
 }
 
 /// The guest runs here and shall end.
@@ -464,16 +489,17 @@ fn cancel(facts: Facts<'_>, outgoing: &Outgoing) -> Action {
 
 /// The migration goes on at the source and has not reached the hand-over.
 fn in_flight(migration: Option<&Migration>, outgoing: &Outgoing) -> bool {
-    migration.is_some_and(|m| {
-        m.id == outgoing.migration_id
-            && m.role == MigrationRole::Source
-            && !matches!(
-                m.progress,
-                MigrationProgress::HandedOver
-                    | MigrationProgress::Succeeded
-                    | MigrationProgress::Failed
-            )
-    })
+    migration.is_some_and(|m| m.id == outgoing.migration_id && is_leaving(m))
+}
+
+fn is_leaving(migration: &Migration) -> bool {
+    migration.role == MigrationRole::Source
+        && !matches!(
+            migration.progress,
+            MigrationProgress::HandedOver
+                | MigrationProgress::Succeeded
+                | MigrationProgress::Failed
+        )
 }
 
 fn is_ready(migration: Option<&Migration>) -> bool {

@@ -74,8 +74,9 @@ fn silent() -> Vmm {
 
 fn assigned(epoch: u64, role: Role) -> Wanted {
     let spec = DomainSpec::default();
-    let disks = Vec::new();
-    Wanted::Assigned(Box::new(Assigned { name: "domains/web".into(), epoch, spec, role, disks }))
+    let name = "domains/web".into();
+    let (disks, rescue, generation_id) = (Vec::new(), false, None);
+    Wanted::Assigned(Box::new(Assigned { name, epoch, spec, role, disks, rescue, generation_id }))
 }
 
 fn owner(running: bool) -> Owner {
@@ -144,7 +145,8 @@ fn ask_with(
     wanted: &Wanted,
     progress: &Progress,
 ) -> Action {
-    decide(Facts { record: record.as_ref(), vmm, wanted, progress, disks, now_ms: NOW })
+    let record = record.as_ref();
+    decide(Facts { record, vmm, wanted, progress, disks, live_disks: &[], now_ms: NOW })
 }
 
 type Row = (&'static str, Option<DomainRecord>, Vmm, Wanted, Action);

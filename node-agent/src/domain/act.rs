@@ -35,6 +35,7 @@ impl Domain {
             Action::StartMigration => self.start_migration().await,
             Action::CancelMigration => self.cancel_migration().await,
             Action::TakeOver => self.take_over().await,
+            Action::UpdateDisks => self.update_disks().await,
             Action::PowerButton => self.power_button().await,
             Action::Quit => self.quit().await,
             Action::Kill => self.kill(),
@@ -125,7 +126,8 @@ impl Domain {
             ran: false,
         });
         self.save(record.clone()).await?;
-        self.progress = Progress::default();
+        let told_disks = Some(self.live_disks.clone());
+        self.progress = Progress { told_disks, ..Progress::default() };
         if let Err(error) = self.spawn(config, incoming.is_some()).await {
             record.run = None;
             return self.could_not_start(record, &assigned, incoming, &error).await;
@@ -154,11 +156,17 @@ impl Domain {
     async fn open_disks(&self, assigned: &Assigned) -> Result<Vec<PathBuf>, Error> {
         let storage = self.storage.clone();
         let disks = assigned.disks.clone();
+        let rescue = assigned.rescue;
         blocking(move || {
             let activate = |(index, disk): (usize, &Disk)| {
+                let name = match (rescue, index) {
+                    (true, 0) => "the rescue disk".to_owned(),
+                    (true, index) => format!("disk {index}"),
+                    (false, index) => format!("disk {}", index + 1),
+                };
                 storage
                     .activate(&disk.pool, &disk.volume)
-                    .map_err(|err| Error::Domain(format!("disk {}: {err}", index + 1)))
+                    .map_err(|err| Error::Domain(format!("{name}: {err}")))
             };
             disks.iter().enumerate().map(activate).collect()
         })
@@ -439,6 +447,28 @@ impl Domain {
         // Its status says when it runs, and under which epoch; that is written down then.
         self.progress.taken_over = Some(assigned.epoch);
         self.learn().await;
+        Ok(())
+    }
+
+    /// Tells the VMM what it does not know of its disks. Whatever it was told before an error, it
+    /// is told again.
+    async fn update_disks(&mut self) -> Result<(), Error> {
+        let mut client = self.client()?;
+        let disks = self.live_disks.clone();
+        let told = self.progress.told_disks.take().unwrap_or_default();
+        for disk in &disks {
+            let before = told.iter().find(|before| before.serial == disk.serial);
+            if before.is_none_or(|before| before.limits != disk.limits) {
+                tracing::info!(uid = self.uid, ?disk, "tells the VMM of limits");
+                client.set_disk_limits(&disk.serial, disk.limits).await?;
+            }
+            let grown = before.is_none_or(|before| before.size_bytes != disk.size_bytes);
+            if grown && disk.size_bytes > 0 {
+                tracing::info!(uid = self.uid, ?disk, "tells the VMM of a size");
+                client.grow_disk(&disk.serial).await?;
+            }
+        }
+        self.progress.told_disks = Some(disks);
         Ok(())
     }
 

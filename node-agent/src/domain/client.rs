@@ -4,6 +4,7 @@ use std::future::Future;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
+use drover_proto::v1::DiskLimits;
 use drover_proto::vmm::v1 as pb;
 use drover_proto::vmm::v1::vmm_service_client::VmmServiceClient;
 use hyper_util::rt::TokioIo;
@@ -64,6 +65,26 @@ impl VmmClient {
         call("Resume", self.inner.resume(pb::ResumeRequest {})).await
     }
 
+    pub(crate) async fn set_disk_limits(
+        &mut self,
+        serial: &str,
+        limits: DiskLimits,
+    ) -> Result<(), Error> {
+        let limits = pb::DiskLimits {
+            iops: limits.requests_per_second,
+            iops_burst: limits.requests_burst,
+            bytes_per_second: limits.bytes_per_second,
+            bytes_burst: limits.bytes_burst,
+        };
+        let request = pb::SetDiskLimitsRequest { disk: disk(serial), limits: Some(limits) };
+        call("SetDiskLimits", self.inner.set_disk_limits(request)).await.map(drop)
+    }
+
+    pub(crate) async fn grow_disk(&mut self, serial: &str) -> Result<(), Error> {
+        let request = pb::GrowDiskRequest { disk: disk(serial) };
+        call("GrowDisk", self.inner.grow_disk(request)).await.map(drop)
+    }
+
     /// One command of the guest agent's protocol; answers its result, JSON. `timeout` is the
     /// guest's, and shorter than the VMM's own.
     pub(crate) async fn guest_agent_call(
@@ -111,6 +132,10 @@ impl VmmClient {
     pub(crate) async fn take_over(&mut self, epoch: u64) -> Result<pb::VmmStatus, Error> {
         call("TakeOver", self.inner.take_over(pb::TakeOverRequest { epoch })).await
     }
+}
+
+fn disk(serial: &str) -> Option<pb::Disk> {
+    Some(pb::Disk { which: Some(pb::disk::Which::Serial(serial.to_owned())) })
 }
 
 async fn call<T>(

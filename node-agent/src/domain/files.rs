@@ -7,7 +7,6 @@ use std::path::{Path, PathBuf};
 
 use drover_hv::config::{
     BootDiskConfig, DiskConfig, DiskLimits, DomainConfig, InterfaceConfig, OnReboot,
-    SERIAL_BYTES_MAX,
 };
 use drover_proto::v1::RestartPolicy;
 use serde::Deserialize;
@@ -86,7 +85,8 @@ pub(crate) fn domain_config(
     seed: Option<&Path>,
 ) -> Result<DomainConfig, Error> {
     let spec = &assigned.spec;
-    let boot = spec.boot.clone().unwrap_or_default();
+    // A rescue disk is booted as it is: what the domain asks for may be what keeps it from booting.
+    let boot = spec.boot.clone().filter(|_| !assigned.rescue).unwrap_or_default();
     let interfaces = spec.interfaces.iter().zip(taps).map(|(interface, tap)| InterfaceConfig {
         mac: interface.mac.clone(),
         tap: tap.clone(),
@@ -95,7 +95,7 @@ pub(crate) fn domain_config(
     let volumes = assigned.disks.iter().zip(disks).map(|(disk, path)| DiskConfig {
         path: path.clone(),
         read_only: disk.read_only,
-        serial: serial(&disk.volume),
+        serial: disk.serial.clone(),
         shared: false,
         // Made for this very migration: nobody is sent to a node that has a copy.
         zeroed: matches!(assigned.role, Role::Incoming { .. }),
@@ -116,7 +116,9 @@ pub(crate) fn domain_config(
     });
     // Without a kernel of the node's, the first disk brings its own.
     let boot_disk = match (boot.kernel.is_empty(), disks.first()) {
-        (true, Some(path)) => Some(BootDiskConfig { path: path.clone() }),
+        (true, Some(path)) => {
+            Some(BootDiskConfig { path: path.clone(), own_root: assigned.rescue })
+        }
         (true, None) => {
             return Err(Error::Domain(
                 "boot.kernel: is empty, and the domain has no disk to boot from; give it a \
@@ -141,7 +143,7 @@ pub(crate) fn domain_config(
         disks: volumes.chain(seed).collect(),
         // A guest that brings its own system may bring the agent for it, too.
         guest_agent: boots_from_disk,
-        generation_id: None,
+        generation_id: assigned.generation_id.clone(),
         on_reboot: match spec.on_reboot() {
             RestartPolicy::Stop => OnReboot::Stop,
             RestartPolicy::Restart | RestartPolicy::Unspecified => OnReboot::Restart,
@@ -151,24 +153,24 @@ pub(crate) fn domain_config(
     Ok(config)
 }
 
-/// What the guest sees of a volume's uid: as much as a serial number holds.
-fn serial(volume: &str) -> String {
-    volume.chars().filter(|c| *c != '-').take(SERIAL_BYTES_MAX).collect()
-}
-
 /// Replaces the paths of the domain's disks by words that mean something without the node.
 pub(crate) fn name_disks(text: String, config: &Path) -> String {
     if !text.contains('/') {
         return text;
     }
     let Some(config) = read_json::<DomainConfig>(config) else { return text };
+    let rescue = config.boot_disk.as_ref().filter(|disk| disk.own_root);
+    let is_rescue = |disk: &DiskConfig| rescue.is_some_and(|rescue| rescue.path == disk.path);
+    // Its own are counted as ever.
+    let first = if rescue.is_some() { 0 } else { 1 };
     let mut disks: Vec<_> = config.disks.iter().enumerate().collect();
     // A path may be the beginning of another.
     disks.sort_by_key(|(_, disk)| std::cmp::Reverse(disk.path.as_os_str().len()));
     disks.into_iter().fold(text, |text, (index, disk)| {
-        let name = match disk.serial == SEED_SERIAL {
-            true => "the seed".to_owned(),
-            false => format!("disk {}", index + 1),
+        let name = match disk.serial.as_str() {
+            SEED_SERIAL => "the seed".to_owned(),
+            _ if is_rescue(disk) => "the rescue disk".to_owned(),
+            _ => format!("disk {}", index + first),
         };
         text.replace(&disk.path.display().to_string(), &name)
     })
@@ -292,6 +294,13 @@ mod tests {
         assert_eq!(say("boot_disk: /dev/vg/a: is empty"), "boot_disk: disk 1: is empty");
         assert_eq!(say("/dev/vg/ab: is locked"), "disk 2: is locked");
         assert_eq!(say("/state/seed.img: is short"), "the seed: is short");
+        fs::write(
+            &path,
+            json.replace(r#""path":"/dev/vg/a"},"d"#, r#""path":"/dev/vg/a","own_root":true},"d"#),
+        )
+        .unwrap();
+        assert_eq!(say("boot_disk: /dev/vg/a: is empty"), "boot_disk: the rescue disk: is empty");
+        assert_eq!(say("/dev/vg/ab: is locked"), "disk 1: is locked");
     }
 
     /// "Cannot be read" is not "has not handed over".

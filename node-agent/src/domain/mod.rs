@@ -8,6 +8,7 @@
 mod act;
 pub(crate) mod client;
 mod files;
+pub mod guest;
 pub mod quiesce;
 mod seeding;
 mod vmm;
@@ -16,11 +17,11 @@ use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::Duration;
 
-use drover_proto::agent::v1::{ObservedDomain, ObservedState};
+use drover_proto::agent::v1::{ObservedDomain, ObservedState, ObservedVolume};
 use tokio::sync::{Semaphore, watch};
 use tokio::time::Instant;
 
-use crate::decide::{Action, Disks, Facts, Progress, decide};
+use crate::decide::{Action, Disks, Facts, LiveDisk, Progress, decide};
 use crate::error::{Error, blocking};
 use crate::observe::{differs, handed_over, observe, shorten};
 use crate::records::{DomainFiles, DomainRecord, Handover, Places};
@@ -90,6 +91,7 @@ pub(crate) struct Domain {
     wanted: Wanted,
     /// The disks of `wanted`, as they were seen last.
     disks: Disks,
+    live_disks: Vec<LiveDisk>,
     storage: StorageHandle,
     record: Option<DomainRecord>,
     /// Why the record cannot be used; then nothing is ever started. With the hand-over that is
@@ -123,6 +125,7 @@ impl Domain {
             view,
             wanted: Wanted::Unknown,
             disks: Disks::Ready,
+            live_disks: Vec::new(),
             record: None,
             record_damage: None,
             link: Link::gone(),
@@ -140,10 +143,7 @@ impl Domain {
         let mut in_a_row = 0;
         loop {
             self.wanted = self.wanted_source.borrow_and_update().clone();
-            self.disks = match self.wanted.assigned() {
-                Some(assigned) => self.storage.disks(&assigned.disks),
-                None => Disks::Ready,
-            };
+            self.look_at_disks();
             self.note_exit();
             let action = self.next_action();
             self.refused = match &action {
@@ -183,6 +183,23 @@ impl Domain {
         }
     }
 
+    fn look_at_disks(&mut self) {
+        let disks = self.wanted.assigned().map_or(&[][..], |assigned| &assigned.disks);
+        self.disks = self.storage.disks(disks);
+        let view = self.storage.view();
+        let live = disks.iter().map(|disk| {
+            let is_its =
+                |volume: &&ObservedVolume| volume.uid == disk.volume && volume.pool == disk.pool;
+            let volume = view.volumes.iter().find(is_its);
+            LiveDisk {
+                serial: disk.serial.clone(),
+                limits: disk.limits,
+                size_bytes: volume.map_or(0, |volume| volume.size_bytes),
+            }
+        });
+        self.live_disks = live.collect();
+    }
+
     fn next_action(&self) -> Action {
         if let Some((damage, _)) = &self.record_damage {
             return match self.wanted {
@@ -198,10 +215,10 @@ impl Domain {
         let tick = Instant::now() + if self.link.is_silent() { RECONNECT } else { TICK };
         let until = wake.map_or(tick, |wake| wake.min(tick));
         self.bound_log().await;
-        let waits_for_disks = self.disks != Disks::Ready;
+        let has_disks = !self.live_disks.is_empty();
         tokio::select! {
             changed = self.wanted_source.changed() => return changed.is_ok(),
-            () = self.storage.changed(), if waits_for_disks => {}
+            () = self.storage.changed(), if has_disks => {}
             event = self.link.event() => {
                 let now_ms = self.now_ms();
                 self.link.take(event, now_ms);
@@ -261,6 +278,7 @@ impl Domain {
             wanted: &self.wanted,
             progress: &self.progress,
             disks: &self.disks,
+            live_disks: &self.live_disks,
             now_ms: self.now_ms(),
         }
     }

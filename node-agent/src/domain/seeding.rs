@@ -26,8 +26,11 @@ pub(super) fn seed_bytes(uid: &str, assigned: &Assigned) -> Result<Option<Vec<u8
     let interfaces = interfaces.filter(|(_, interface)| !interface.network.is_empty());
     let interfaces: Result<Vec<Interface>, FieldError> =
         interfaces.map(|(index, interface)| configured(index, interface)).collect();
+    // Another system with another instance: it takes the keys and addresses anew, and the domain's
+    // own system does not take itself for a clone afterwards.
+    let instance_id = if assigned.rescue { format!("{uid}-rescue") } else { uid.to_owned() };
     let seed = Seed {
-        instance_id: uid.to_owned(),
+        instance_id,
         host_name: host_name.to_owned(),
         ssh_keys: cloud_init.ssh_authorized_keys.clone(),
         user_data: cloud_init.user_data.clone(),
@@ -113,7 +116,9 @@ mod tests {
             ..CloudInit::default()
         });
         let spec = DomainSpec { cloud_init, interfaces, ..DomainSpec::default() };
-        Assigned { name: "domains/web".into(), epoch, spec, role, disks: vec![] }
+        let name = "domains/web".into();
+        let (disks, rescue, generation_id) = (vec![], false, None);
+        Assigned { name, epoch, spec, role, disks, rescue, generation_id }
     }
 
     fn incoming() -> Role {

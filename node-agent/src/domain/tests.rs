@@ -2,6 +2,8 @@
 //! the real one needs KVM (the lab has it): this test binary, started again through a script, so
 //! that it is a process of its own with the domain's lock as its standard input.
 
+mod disks;
+mod guests;
 mod quiet;
 mod scripted;
 
@@ -158,6 +160,21 @@ impl Host {
             cancel,
         };
         Assignment { outgoing: Some(outgoing), ..self.run(epoch) }
+    }
+
+    /// The lines that the VMM has logged and that `says` picks, as soon as they fit.
+    fn until_told(&self, fits: impl Fn(&[String]) -> bool, says: &[&str]) -> Vec<String> {
+        let deadline = std::time::Instant::now() + LONG;
+        loop {
+            let log = std::fs::read_to_string(&self.files().log).unwrap_or_default();
+            let picked = |line: &&str| says.iter().any(|word| line.contains(word));
+            let told: Vec<String> = log.lines().filter(picked).map(str::to_owned).collect();
+            if fits(&told) {
+                return told;
+            }
+            assert!(std::time::Instant::now() < deadline, "{told:?}");
+            std::thread::sleep(Duration::from_millis(5));
+        }
     }
 
     fn next(&self) -> u64 {

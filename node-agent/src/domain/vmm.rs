@@ -130,6 +130,9 @@ impl Link {
 
     pub(super) fn set_status(&mut self, status: VmmStatus) {
         let Some(api) = &mut self.api else { return };
+        if is_older(&status, &api.status) {
+            return;
+        }
         let migration = status.migration.as_ref().map(|migration| Migration {
             id: migration.id.clone(),
             role: migration.role(),
@@ -155,6 +158,12 @@ impl Link {
         };
         followed.process.kill().map_err(|source| Error::Process { action: "kill it", source })
     }
+}
+
+/// The answer to a call and the stream may overtake each other. 0 is an old VMM, which does not
+/// count.
+fn is_older(status: &VmmStatus, than: &VmmStatus) -> bool {
+    status.sequence != 0 && status.sequence < than.sequence
 }
 
 /// In words, for an end without a word from the VMM itself.
@@ -392,6 +401,21 @@ fn spawn_vmm(
             let _ = child.kill();
             let _ = child.wait();
             Err(Error::Process { action: "follow it", source })
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// What a VMM said before it was called is not taken for news after the answer.
+    #[test]
+    fn the_later_status_counts() {
+        let status = |sequence| VmmStatus { sequence, ..VmmStatus::default() };
+        assert!(is_older(&status(4), &status(5)));
+        for (new, last) in [(5, 5), (6, 5), (0, 5), (5, 0), (0, 0)] {
+            assert!(!is_older(&status(new), &status(last)), "{new} after {last}");
         }
     }
 }

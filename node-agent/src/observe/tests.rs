@@ -28,7 +28,9 @@ fn owner(outgoing: Option<Outgoing>) -> Wanted {
 fn assigned(role: Role) -> Wanted {
     let spec = DomainSpec::default();
     let (name, disks) = ("domains/web".into(), Vec::new());
-    Wanted::Assigned(Box::new(Assigned { name, epoch: 6, spec, role, disks }))
+    let (rescue, generation_id) = (false, None);
+    let epoch = 6;
+    Wanted::Assigned(Box::new(Assigned { name, epoch, spec, role, disks, rescue, generation_id }))
 }
 
 fn send(cancel: bool) -> Wanted {
@@ -63,7 +65,8 @@ fn with_disks(
     wanted: &Wanted,
 ) -> ObservedDomain {
     let progress = &Progress::default();
-    let facts = Facts { record: Some(record), vmm: &vmm, wanted, progress, disks, now_ms: 0 };
+    let (record, vmm) = (Some(record), &vmm);
+    let facts = Facts { record, vmm, wanted, progress, disks, live_disks: &[], now_ms: 0 };
     observe(facts, status.as_ref(), None, None).unwrap()
 }
 

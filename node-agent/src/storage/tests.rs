@@ -79,7 +79,8 @@ async fn node_in(dir: tempfile::TempDir) -> Node {
     let spool = places.state.clone();
     std::fs::create_dir_all(&spool).unwrap();
     let service = Service {
-        console: Console::new(places, "host1".into()),
+        console: Console::new(places.clone(), "host1".into()),
+        guests: crate::domain::guest::Guests::new(places, "host1".into()),
         images: Images::new(handle.clone(), "host1".into(), spool),
         volumes: Volumes::new(handle.clone(), "host1".into()),
     };
@@ -210,6 +211,7 @@ async fn volumes_come_and_go_as_they_are_wanted() {
         volume: uid(n),
         pool: "main".into(),
         read_only: false,
+        serial: String::new(),
         limits: Default::default(),
     };
     node.until_ready(1).await;

@@ -175,6 +175,15 @@ pub(super) fn gpt(parts: &[Vec<u8>]) -> Vec<u8> {
     disk
 }
 
+/// The first table's checksums, after a change of its entries.
+pub(super) fn mend_gpt(disk: &mut [u8]) {
+    let entries = crc32fast::hash(&disk[2 * SECTOR..2 * SECTOR + 128 * 128]);
+    put(disk, SECTOR + 88, &entries.to_le_bytes());
+    put(disk, SECTOR + 16, &[0; 4]);
+    let header = crc32fast::hash(&disk[SECTOR..SECTOR + 92]);
+    put(disk, SECTOR + 16, &header.to_le_bytes());
+}
+
 /// The fourth and later ones are logical when there are more than four.
 pub(super) fn mbr(parts: &[Vec<u8>]) -> Vec<u8> {
     let (places, sectors) = places(parts);

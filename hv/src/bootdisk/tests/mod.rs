@@ -3,6 +3,7 @@
 
 mod corrupt;
 mod images;
+mod root;
 mod scripts;
 
 use super::*;
@@ -11,7 +12,7 @@ use images::{Ext4Image, ROOT_UUID, ext4, gpt, mbr, vfat, with_journalled_write};
 const LIMITS: Limits = Limits { kernel_bytes_max: 1 << 20, initrd_bytes_max: 1 << 20 };
 
 fn boot(disk: &[u8]) -> Result<Boot, BootDiskError> {
-    find(Box::new(disk.to_vec()), LIMITS, "console=ttyS0")
+    find(Box::new(disk.to_vec()), LIMITS, "console=ttyS0", None)
 }
 
 fn error(disk: &[u8]) -> String {

@@ -52,7 +52,10 @@ fn no_combination_breaks_the_rules() {
                 for progress in &progresses {
                     for disks in &[Disks::Ready, Disks::Waiting("w".into())] {
                         let record = record.as_ref();
-                        let facts = Facts { record, vmm, wanted, progress, disks, now_ms: NOW };
+                        let live_disks = &[];
+                        let now_ms = NOW;
+                        let facts =
+                            Facts { record, vmm, wanted, progress, disks, live_disks, now_ms };
                         hold_the_rules(facts, &decide(facts));
                         count += 1;
                     }
@@ -119,6 +122,7 @@ fn hold_the_rules(facts: Facts<'_>, action: &Action) {
         action,
         Action::Quit
             | Action::PowerButton
+            | Action::UpdateDisks
             | Action::TakeOver
             | Action::StartMigration
             | Action::CancelMigration

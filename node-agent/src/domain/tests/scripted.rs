@@ -22,6 +22,15 @@ pub(super) const ENV: &str = "DROVER_TEST_SCRIPTED_VMM";
 const FREEZE: &str = r#"{"execute":"guest-fsfreeze-freeze"}"#;
 const THAW: &str = r#"{"execute":"guest-fsfreeze-thaw"}"#;
 
+const NAME: &str = r#"{"execute":"guest-get-host-name"}"#;
+const SYSTEM: &str = r#"{"execute":"guest-get-osinfo"}"#;
+const INTERFACES: &str = r#"{"execute":"guest-network-get-interfaces"}"#;
+const INTERFACES_SAID: &str = r#"[{"name":"eth0","hardware-address":"52:54:00:00:00:01",
+    "statistics":{},"ip-addresses":[{"ip-address":"10.78.0.11","prefix":24,
+    "ip-address-type":"ipv4"}]},{"name":"tun0"}]"#;
+/// "secret" in base64.
+const PASSWORD: &str = "c2VjcmV0";
+
 /// Does nothing, unless it was started as a VMM.
 #[test]
 fn vmm() {
@@ -129,6 +138,13 @@ impl Vmm {
     }
 }
 
+fn serial(disk: Option<Disk>) -> String {
+    match disk.unwrap().which.unwrap() {
+        disk::Which::Serial(serial) => serial,
+        disk::Which::Index(index) => panic!("index {index}"),
+    }
+}
+
 type Answer<T> = Result<Response<T>, Status>;
 
 #[tonic::async_trait]
@@ -168,12 +184,15 @@ impl VmmService for Vmm {
         Err(Status::unimplemented(""))
     }
 
-    async fn set_disk_limits(&self, _: Request<SetDiskLimitsRequest>) -> Answer<VmmStatus> {
-        Err(Status::unimplemented(""))
+    async fn set_disk_limits(&self, request: Request<SetDiskLimitsRequest>) -> Answer<VmmStatus> {
+        let SetDiskLimitsRequest { disk, limits } = request.into_inner();
+        eprintln!("SetDiskLimits {} {}", serial(disk), limits.unwrap().iops);
+        Ok(self.change(|_| {}))
     }
 
-    async fn grow_disk(&self, _: Request<GrowDiskRequest>) -> Answer<GrowDiskResponse> {
-        Err(Status::unimplemented(""))
+    async fn grow_disk(&self, request: Request<GrowDiskRequest>) -> Answer<GrowDiskResponse> {
+        eprintln!("GrowDisk {}", serial(request.into_inner().disk));
+        Ok(Response::new(GrowDiskResponse::default()))
     }
 
     async fn set_generation(&self, _: Request<SetGenerationRequest>) -> Answer<VmmStatus> {
@@ -197,6 +216,15 @@ impl VmmService for Vmm {
             }
             // Frozen for good, until there is a file of that name.
             ("agent-stuck", FREEZE) => "1",
+            ("agent", NAME) => r#"{"host-name":"web\u0007-1"}"#,
+            ("agent", SYSTEM) => {
+                return Err(Status::failed_precondition("the guest's agent refused: not found"));
+            }
+            ("agent", INTERFACES) => INTERFACES_SAID,
+            ("agent-old", _) => {
+                return Err(Status::failed_precondition("the guest's agent refused: not found"));
+            }
+            ("agent", set) if set.contains(PASSWORD) => "{}",
             ("agent-stuck", THAW) if self.dir.join("thaw").exists() => "1",
             _ => return Err(Status::unavailable("the guest's agent does not run")),
         };
