@@ -12,7 +12,7 @@ use crate::console::{Console, ConsoleAnswers};
 use crate::domain::guest::Guests;
 use crate::storage::{Images, ImportAnswers, ReadAnswers, VolumeAnswers, Volumes};
 
-/// The node's consoles, guests and images.
+/// The node's consoles, guests, volumes and images.
 #[derive(Debug, Clone)]
 pub struct Service {
     /// Of the domains that run here.

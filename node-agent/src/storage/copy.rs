@@ -34,7 +34,8 @@ enum Piece {
     End,
 }
 
-/// Brings `volume`, of `bytes` or what it has at its source if that is more, into `pool`.
+/// Brings `volume`, of `bytes` or what it has at its source if that is more, into `pool`. When it
+/// is given up, this returns when nothing more can come of it.
 pub(super) async fn copy(
     pool: &Arc<NodePool>,
     volume: VolumeId,
@@ -42,6 +43,40 @@ pub(super) async fn copy(
     source: &str,
     progress: &Arc<Progress>,
 ) -> Result<VolumeInfo, Error> {
+    let mut writing = None;
+    let begin = |size: u64| {
+        progress.set(0, size);
+        let (pieces, received) = mpsc::channel(BLOCKS_MAX);
+        let (to, counter) = (Arc::clone(pool), Arc::clone(progress));
+        let bytes = bytes.max(size);
+        let write = move || write(&to, volume, bytes, size, received, &counter);
+        writing = Some(tokio::spawn(blocking(write)));
+        pieces
+    };
+    let received = tokio::select! {
+        received = receive(source, volume, begin) => received,
+        () = progress.given_up.notified() => Err(PoolError::Cancelled.into()),
+    };
+    let written = match writing {
+        Some(writing) => writing.await.unwrap_or(Err(Error::Ended("volume writer"))),
+        None => Err(Error::Ended("volume writer")),
+    };
+    match (received, written) {
+        // Whatever else there was.
+        (_, Ok(info)) => Ok(info),
+        (Err(error), _) => Err(error),
+        (Ok(()), Err(Error::Domain(reason))) => Err(Error::Domain(format!("{source}: {reason}"))),
+        (Ok(()), Err(error)) => Err(error),
+    }
+}
+
+/// Hands on what comes, to whoever `begin` finds for so many bytes, until all of it is there. A
+/// receiver that has gone is no error here: it says itself why.
+async fn receive(
+    source: &str,
+    volume: VolumeId,
+    begin: impl FnOnce(u64) -> mpsc::Sender<Piece>,
+) -> Result<(), Error> {
     let wrong = |reason: &str| Error::Domain(format!("{source}: {reason}"));
     let endpoint = Endpoint::from_shared(format!("http://{source}"))
         .map_err(|_| wrong("is no address such as 10.0.0.11:7401"))?
@@ -62,40 +97,22 @@ pub(super) async fn copy(
     let answer = timeout(ANSWER_TIMEOUT, client.read_volume(request)).await.map_err(silent)?;
     let mut stream = answer.map_err(said)?.into_inner();
     let first = timeout(ANSWER_TIMEOUT, stream.message()).await.map_err(silent)?.map_err(said)?;
-    let size = first.ok_or_else(|| wrong("sent nothing"))?.size_bytes;
-    progress.set(0, size);
-
-    let (pieces, received) = mpsc::channel(BLOCKS_MAX);
-    let (to, counter) = (Arc::clone(pool), Arc::clone(progress));
-    let bytes = bytes.max(size);
-    let writing =
-        tokio::spawn(blocking(move || write(&to, volume, bytes, size, received, &counter)));
-    // What the writer has against it, it says itself.
-    let broke = loop {
-        match timeout(SILENCE_MAX, stream.message()).await {
-            Ok(Ok(Some(block))) => {
-                if pieces.send(Piece::Block(block)).await.is_err() {
-                    break None;
-                }
-            }
-            // An end that nobody has confirmed is none: what has not come would be zeros.
-            Ok(Ok(None)) => match stream.trailers().await {
-                Ok(Some(_)) => {
-                    let _ = pieces.send(Piece::End).await;
-                    break None;
-                }
-                _ => break Some(wrong("the stream broke off")),
-            },
-            Ok(Err(status)) => break Some(said(status)),
-            Err(elapsed) => break Some(silent(elapsed)),
-        }
+    let pieces = begin(first.ok_or_else(|| wrong("sent nothing"))?.size_bytes);
+    let next = async |stream: &mut tonic::Streaming<_>| {
+        timeout(SILENCE_MAX, stream.message()).await.map_err(silent)?.map_err(said)
     };
-    drop(pieces);
-    let written = writing.await.unwrap_or(Err(Error::Ended("volume writer")));
-    match (broke, written) {
-        (Some(error), _) => Err(error),
-        (None, Err(Error::Domain(reason))) => Err(wrong(&reason)),
-        (None, written) => written,
+    while let Some(block) = next(&mut stream).await? {
+        if pieces.send(Piece::Block(block)).await.is_err() {
+            return Ok(());
+        }
+    }
+    // An end that nobody has confirmed is none: what has not come would be zeros.
+    match stream.trailers().await {
+        Ok(Some(_)) => {
+            let _ = pieces.send(Piece::End).await;
+            Ok(())
+        }
+        _ => Err(wrong("the stream broke off")),
     }
 }
 

@@ -40,9 +40,10 @@ pub(super) async fn take(
     // What waits in the page cache now is not waited for by the guest.
     let to_flush = Arc::clone(&parts);
     blocking(move || {
-        Ok(to_flush.iter().try_for_each(|(pool, part)| -> Result<(), Error> {
-            Ok(pool.pool()?.flush_volume(part.volume)?)
-        })?)
+        for (pool, part) in to_flush.iter() {
+            pool.pool()?.flush_volume(part.volume)?;
+        }
+        Ok(())
     })
     .await?;
 
@@ -59,7 +60,11 @@ pub(super) async fn take(
         Err(_) => {
             // Whatever comes of it is of more than one moment. It is removed on its thread.
             let late = drafting.await.map_err(|_| ended())?;
-            let _ = blocking(move || Ok(drop(late))).await;
+            let _ = blocking(move || {
+                drop(late);
+                Ok(())
+            })
+            .await;
             return Err(Error::Domain(format!(
                 "its disks were not kept within {} s, for which a guest may stand still",
                 DRAFTS_TIME_MAX.as_secs()

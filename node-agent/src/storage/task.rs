@@ -1,13 +1,15 @@
 //! The task that owns the pools: asks [`plan`](super::plan) what to do, does it on threads that
 //! may block, and shows the others how things stand.
 
+mod look;
+mod snapshots;
+
 use std::collections::{BTreeMap, BTreeSet};
 use std::sync::{Arc, OnceLock};
 use std::time::Duration;
 
 use drover_proto::agent::v1::ObservedPool;
 use drover_proto::v1::{PoolKind, PoolState};
-use drover_storage::PoolError;
 use drover_storage::pool::{
     Contents, ImageInfo, Level, PoolSpec, PoolUsage, SnapshotId, SnapshotInfo, Thresholds,
     VolumeId, VolumeInfo,
@@ -16,15 +18,14 @@ use tokio::sync::{mpsc, watch};
 use tokio::task::JoinSet;
 use tokio::time::Instant;
 
-use super::plan::{
-    Busy, Facts, Failure, Id, Inventory, PoolSeen, Take, Thing, WantedStorage, Work, plan,
-};
-use super::take::{Taken, take};
+use super::plan::{Busy, Facts, Failure, Id, PoolSeen, Take, Thing, WantedStorage, Work, plan};
+use super::take::Taken;
 use super::{
     Command, NodePool, NodePools, PoolFlag, Progress, StorageHandle, View, by_id, copy, fetch,
 };
 use crate::domain::quiesce::Quiescer;
 use crate::error::{Error, blocking};
+use look::Look;
 
 /// Calls that may be running on one pool, without the looks and without the fetches: the tools
 /// of LVM take turns anyway.
@@ -32,17 +33,6 @@ const JOBS_A_POOL_MAX: usize = 4;
 /// Images and copies of volumes that may be on their way into one pool: two, so that a small one
 /// is not behind a large.
 const FETCHES_A_POOL_MAX: usize = 2;
-/// Snapshots that are being taken, on the node.
-const TAKES_MAX: usize = 4;
-/// How often a pool is looked at, if all is well and if not.
-const LOOK_INTERVAL: Duration = Duration::from_secs(10);
-const LOOK_AGAIN: Duration = Duration::from_secs(1);
-/// A pool that takes longer to be looked at is not usable.
-const LOOK_TIMEOUT: Duration = Duration::from_secs(60);
-/// So many looks in a row must fail before the pool is called failed: a tool may have its moment.
-const LOOKS_FAILED_MAX: u32 = 2;
-/// When what a crash or a failure has left could not be removed, it is tried again after this.
-const CLEAN_AGAIN: Duration = Duration::from_secs(60);
 /// How long the agent's start waits for the first look.
 const FIRST_LOOK_TIMEOUT: Duration = Duration::from_secs(10);
 /// How often the progress of fetches is shown.
@@ -112,24 +102,6 @@ fn pools(flags: &[PoolFlag]) -> Result<Vec<Arc<NodePool>>, Error> {
     Ok(pools)
 }
 
-/// Looks at a pool, which is opened first when it could not be before.
-fn look_at(pool: &NodePool) -> Result<(Contents, PoolUsage), Error> {
-    if pool.opened.get().is_none() {
-        let opened = drover_storage::pool::open(&pool.spec)?;
-        // Only one look at a pool goes on at a time.
-        let _ = pool.opened.set(opened);
-    }
-    let pool = pool.pool()?;
-    Ok((pool.list()?, pool.usage()?))
-}
-
-fn clean_up(pool: &NodePool) -> Result<(), Error> {
-    for leftover in pool.pool()?.clean_up()? {
-        tracing::info!(pool = pool.id, leftover, "removed what was left unfinished");
-    }
-    Ok(())
-}
-
 /// How a job ended.
 enum Ended {
     Job { thing: Thing, result: Result<Made, Error> },
@@ -144,35 +116,6 @@ enum Made {
     Image(ImageInfo),
     Snapshot(SnapshotInfo),
     Gone,
-}
-
-/// The looks at one pool.
-struct Look {
-    /// When the one that goes on began.
-    since: Option<Instant>,
-    due: Instant,
-    failed: u32,
-    usage: Option<PoolUsage>,
-    /// What jobs have changed since it began: they know better.
-    touched: BTreeSet<Thing>,
-    /// When what is left unfinished is to be removed, if anything may be.
-    clean_due: Option<Instant>,
-    is_cleaning: bool,
-}
-
-impl Look {
-    fn new() -> Self {
-        let now = Instant::now();
-        Self {
-            since: None,
-            due: now,
-            failed: 0,
-            usage: None,
-            touched: BTreeSet::new(),
-            clean_due: Some(now),
-            is_cleaning: false,
-        }
-    }
 }
 
 struct Task {
@@ -321,13 +264,9 @@ impl Task {
                         .await
                         .map(Made::Image)
                 }
-                (Work::Copy { source, bytes }, Id::Volume(volume)) => tokio::select! {
-                    copied = copy::copy(&pool, volume, bytes, &source, &progress) => {
-                        copied.map(Made::Volume)
-                    }
-                    // What was written so far goes with it.
-                    () = progress.given_up.notified() => Err(PoolError::Cancelled.into()),
-                },
+                (Work::Copy { source, bytes }, Id::Volume(volume)) => {
+                    copy::copy(&pool, volume, bytes, &source, &progress).await.map(Made::Volume)
+                }
                 (Work::Delete, Id::Snapshot(id)) => {
                     on_thread(move || delete_snapshot(&pool, id, of)).await
                 }
@@ -335,148 +274,6 @@ impl Task {
             };
             Ended::Job { thing, result }
         });
-    }
-
-    fn take_snapshot(&mut self, what: Take) {
-        let takes = self
-            .busy
-            .iter()
-            .filter(|(thing, busy)| busy.work == Work::Take && matches!(thing.id, Id::Snapshot(_)));
-        if takes.count() >= TAKES_MAX {
-            return;
-        }
-        let parts = what.parts.iter().map(|part| {
-            let pool = self.pools.get(&part.pool)?;
-            Some((Arc::clone(pool), part.clone()))
-        });
-        let Some(parts) = parts.collect::<Option<Vec<_>>>() else { return };
-        for part in &what.parts {
-            for thing in [part.thing(), part.volume_thing()] {
-                let busy = Busy { work: Work::Take, progress: Arc::default() };
-                self.busy.insert(thing, busy);
-            }
-        }
-        tracing::info!(domain = what.domain, parts = parts.len(), "takes a snapshot");
-        let quiescer = self.quiescer.clone();
-        self.jobs.spawn(async move {
-            let result = take(&quiescer, &what.domain, parts).await;
-            Ended::Taken { take: what, result }
-        });
-    }
-
-    fn taken(&mut self, what: Take, result: Result<Taken, Error>) {
-        for part in &what.parts {
-            self.busy.remove(&part.thing());
-            self.busy.remove(&part.volume_thing());
-        }
-        let error = match result {
-            Ok(Taken { parts, quiesced }) => {
-                tracing::info!(domain = what.domain, quiesced, "has taken the snapshot");
-                for (part, info) in what.parts.iter().zip(parts) {
-                    if quiesced {
-                        self.quiesced.insert(info.id);
-                    }
-                    self.failed.remove(&part.thing());
-                    // It shares all of it with its volume, which an inactive one does not say.
-                    let volume = self.seen.get(&part.pool).and_then(|seen| {
-                        seen.inventory.as_ref()?.volumes.get(&part.volume)?.allocated_bytes
-                    });
-                    let allocated_bytes = info.allocated_bytes.or(volume);
-                    let info = SnapshotInfo { allocated_bytes, ..info };
-                    self.made(&part.thing(), Made::Snapshot(info));
-                }
-                return;
-            }
-            Err(error) => error,
-        };
-        tracing::warn!(domain = what.domain, %error, "cannot take the snapshot");
-        for part in &what.parts {
-            let reason = error.to_string();
-            if matches!(error, Error::Busy(_)) {
-                let before = self.failed.get(&part.thing());
-                let failure = Failure::not_yet(before, reason, self.now_ms());
-                self.failed.insert(part.thing(), failure);
-            } else {
-                self.untaken.insert(part.snapshot, reason);
-            }
-            self.look_soon(&part.pool);
-        }
-    }
-
-    /// Whatever came of a failure: the pool knows.
-    fn look_soon(&mut self, pool: &str) {
-        if let Some(look) = self.looks.get_mut(pool) {
-            let soon = Instant::now() + LOOK_AGAIN;
-            look.due = look.due.min(soon);
-            look.clean_due = Some(look.clean_due.map_or(soon, |due| due.min(soon)));
-        }
-    }
-
-    /// Begins the clean-ups that are due, and says when the next one is.
-    fn clean(&mut self, now: Instant) -> Option<Instant> {
-        let mut wake = None;
-        for (id, look) in &mut self.looks {
-            let Some(due) = look.clean_due.filter(|_| !look.is_cleaning) else { continue };
-            let Some(pool) = self.pools.get(id).filter(|pool| pool.opened.get().is_some()) else {
-                continue;
-            };
-            if now < due {
-                wake = Some(wake.map_or(due, |wake: Instant| wake.min(due)));
-                continue;
-            }
-            (look.clean_due, look.is_cleaning) = (None, true);
-            let (pool, id) = (Arc::clone(pool), id.clone());
-            self.jobs.spawn(async move {
-                Ended::Cleaned { pool: id, result: on_thread(move || clean_up(&pool)).await }
-            });
-        }
-        wake
-    }
-
-    fn cleaned(&mut self, pool: &str, result: Result<(), Error>) {
-        let Some(look) = self.looks.get_mut(pool) else { return };
-        look.is_cleaning = false;
-        if let Err(error) = result {
-            tracing::warn!(pool, %error, "cannot remove what was left unfinished");
-            look.clean_due.get_or_insert(Instant::now() + CLEAN_AGAIN);
-        }
-    }
-
-    /// Begins the looks that are due, and says when the next one is.
-    fn look(&mut self, now: Instant) -> Instant {
-        let mut wake = now + LOOK_INTERVAL;
-        for (id, look) in &mut self.looks {
-            if let Some(since) = look.since {
-                let deadline = since + LOOK_TIMEOUT;
-                if now < deadline {
-                    wake = wake.min(deadline);
-                } else if let Some(seen) = self.seen.get_mut(id) {
-                    seen.fault = Some(format!(
-                        "it has not answered for {} s; look at the node's disks",
-                        LOOK_TIMEOUT.as_secs()
-                    ));
-                }
-                continue;
-            }
-            if now < look.due {
-                wake = wake.min(look.due);
-                continue;
-            }
-            let Some(pool) = self.pools.get(id).cloned() else { continue };
-            look.since = Some(now);
-            look.touched.clear();
-            let id = id.clone();
-            self.jobs.spawn(async move {
-                let result = on_thread(move || look_at(&pool)).await;
-                Ended::Look { pool: id, result: result.map_err(|err| err.to_string()) }
-            });
-        }
-        wake
-    }
-
-    /// The volume of a snapshot's part.
-    fn snapshot_of(&self, pool: &str, id: SnapshotId) -> Option<VolumeId> {
-        Some(self.seen.get(pool)?.inventory.as_ref()?.snapshots.get(&id)?.volume)
     }
 
     fn take(&mut self, ended: Ended) {
@@ -547,60 +344,6 @@ impl Task {
                 inventory.images.remove(&id);
             }
         }
-    }
-
-    fn take_look(&mut self, pool: &str, result: Result<(Contents, PoolUsage), String>) {
-        let (Some(look), Some(seen)) = (self.looks.get_mut(pool), self.seen.get_mut(pool)) else {
-            return;
-        };
-        look.since = None;
-        let (contents, usage) = match result {
-            Ok(found) => found,
-            Err(reason) => {
-                look.failed += 1;
-                look.due = Instant::now() + LOOK_AGAIN.saturating_mul(look.failed.min(10));
-                tracing::warn!(pool, reason, "cannot look at the pool");
-                if look.failed >= LOOKS_FAILED_MAX || seen.inventory.is_none() {
-                    seen.fault = Some(reason);
-                }
-                return;
-            }
-        };
-        look.failed = 0;
-        look.due = Instant::now() + LOOK_INTERVAL;
-        look.usage = Some(usage);
-        seen.fault = None;
-        let before = seen.inventory.take().unwrap_or_default();
-        let touched = |id: Id| look.touched.contains(&Thing { pool: pool.to_owned(), id });
-        let mut found = Inventory::default();
-        for info in contents.volumes {
-            if !touched(Id::Volume(info.id)) {
-                // One that is not active does not say what it takes: then what it took before.
-                let known = before.volumes.get(&info.id).and_then(|known| known.allocated_bytes);
-                let allocated_bytes = info.allocated_bytes.or(known);
-                found.volumes.insert(info.id, VolumeInfo { allocated_bytes, ..info });
-            }
-        }
-        for info in contents.images {
-            if !touched(Id::Image(info.id)) {
-                found.images.insert(info.id, info);
-            }
-        }
-        for info in contents.snapshots {
-            if !touched(Id::Snapshot(info.id)) {
-                let known = before.snapshots.get(&info.id).and_then(|known| known.allocated_bytes);
-                let allocated_bytes = info.allocated_bytes.or(known);
-                found.snapshots.insert(info.id, SnapshotInfo { allocated_bytes, ..info });
-            }
-        }
-        let snapshots = before.snapshots.into_iter().filter(|(id, _)| touched(Id::Snapshot(*id)));
-        found.snapshots.extend(snapshots);
-        let volumes = before.volumes.into_iter().filter(|(id, _)| touched(Id::Volume(*id)));
-        found.volumes.extend(volumes);
-        let images = before.images.into_iter().filter(|(id, _)| touched(Id::Image(*id)));
-        found.images.extend(images);
-        seen.inventory = Some(found);
-        self.forget_failures(pool);
     }
 
     /// Of things that are neither here nor wanted any more.

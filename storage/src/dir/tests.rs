@@ -342,7 +342,7 @@ fn step() -> impl Strategy<Value = Step> {
         3 => (volume.clone(), any::<u8>()).prop_map(|(v, byte)| Step::Poke(v, byte)),
         1 => (volume.clone(), grains.clone()).prop_map(|(v, size)| Step::Grow(v, size)),
         2 => pair.clone().prop_map(|(v, s)| Step::Snapshot(v, s)),
-        2 => (volume.clone(), pair.clone(), grains.clone())
+        2 => (volume.clone(), pair.clone(), grains)
             .prop_map(|(v, of, size)| Step::CloneSnapshot(v, of, size)),
         1 => pair.prop_map(|(v, s)| Step::DeleteSnapshot(v, s)),
         1 => volume.prop_map(Step::Delete),

@@ -234,7 +234,7 @@ async fn wire(to: SocketAddr, cuts: usize, bytes: usize, hangs: bool) -> SocketA
 #[tokio::test(flavor = "multi_thread")]
 async fn a_copy_that_breaks_off_is_begun_again() {
     let source = source().await;
-    for bytes in [20, 100_000, 2 * MIB + 100, 3 * MIB + 100] {
+    for bytes in [1000, 100_000, 2 * MIB + 100, 3 * MIB + 100] {
         let node = node().await;
         let address = wire(source.address, 1, bytes, false).await;
         node.want(vec![copied(address)], vec![]).await;
@@ -249,10 +249,15 @@ async fn a_copy_that_breaks_off_is_begun_again() {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn a_copy_that_nobody_wants_any_more_lets_its_source_go() {
-    let (source, node) = (source().await, node().await);
-    let address = wire(source.address, usize::MAX, 2 * MIB + MIB / 2, true).await;
-    node.want(vec![copied(address)], vec![]).await;
-    node.until_reason(&format!("copying from {address}, 37 %")).await;
+    let (source, node) = (node().await, node().await);
+    // More than waits in sockets.
+    let large = |volume| WantedVolume { size_bytes: 64 * MIB as u64, ..volume };
+    source.want(vec![large(blank(1))], vec![]).await;
+    source.until_ready(1).await;
+    std::fs::write(source.handle.activate("main", &uid(1)).unwrap(), vec![1; 64 * MIB]).unwrap();
+    let address = wire(source.address, usize::MAX, 3 * MIB + MIB / 2, true).await;
+    node.want(vec![large(copied(address))], vec![]).await;
+    node.until_reason(&format!("copying from {address}, 3 %")).await;
     assert!(lock(&source, 1).is_none());
     node.want(vec![], vec![garbage(1)]).await;
     node.until("gone", |view| view.volumes.is_empty()).await;
