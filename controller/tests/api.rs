@@ -4,6 +4,7 @@
 
 mod images;
 mod service;
+mod verbs;
 
 use std::sync::{Arc, Mutex};
 
