@@ -417,6 +417,27 @@ fn report_nothing(lab: &mut Lab) {
     lab.settle();
 }
 
+/// Its agent is silent, and may have begun: what was saved must not be lost to a cancel.
+#[test]
+fn a_start_of_what_was_saved_is_not_taken_back() {
+    let mut lab = running();
+    save(&mut lab);
+    volumes(&mut lab, VolumeState::Ready);
+    says(&mut lab, S::Stopped, ExitReason::Saved);
+    let begun = start(&mut lab, false);
+    let refused = lab.cancel(&begun.id).unwrap_err().to_string();
+    assert!(refused.contains("used up"), "{refused}");
+    lab.pass_time(60 * 60_000);
+    lab.settle();
+    assert_eq!(outcome(&lab, &begun), (OperationState::Failed, "DEADLINE_EXCEEDED".into()));
+    assert_eq!(power(&lab), PowerState::Running);
+    assert!(lab.assignment("a", "vm").unwrap().memory.is_some());
+    lab.hello("a", "boot-1");
+    says(&mut lab, S::Running, ExitReason::Unspecified);
+    assert_eq!(lab.domain("vm").state(), DomainState::Running);
+    assert!(volume(&lab, "vm-memory").is_none());
+}
+
 /// Memory that waits for the next start waits for one that boots.
 #[test]
 fn what_was_saved_goes_on_with_what_it_had() {
