@@ -48,7 +48,7 @@ fn disk_changes(sizes: Vec<DiskResize>, limits: Vec<DiskResize>) -> Result<Vec<D
     for limit in limits {
         let change = changes
             .entry(limit.disk)
-            .or_insert(DiskResize { disk: limit.disk, ..DiskResize::default() });
+            .or_insert_with(|| DiskResize { disk: limit.disk, ..DiskResize::default() });
         if change.limits.is_some() {
             return Err(given_twice("--limit", limit.disk));
         }

@@ -295,10 +295,15 @@ impl Work<'_> {
                 continue;
             }
             self.received_bytes.set(self.received_bytes.get() + block.data.len() as u64);
+            let (index, digest) = (block.index, block.digest);
+            // The same content at another place, and on its way: once is enough.
+            if writers.iter().any(|writer: &Writer| writer.digest == digest) {
+                known[index] = Some(digest);
+                continue;
+            }
             if writers.len() == WRITERS_MAX {
                 self.written(&mut writers, known).await?;
             }
-            let (index, digest) = (block.index, block.digest);
             let directory = self.directory.blocks.clone();
             let task = tokio::task::spawn_blocking(move || {
                 directory.put(&block.digest, &block.whole(place)?)
@@ -450,7 +455,7 @@ impl Reader<'_> {
         };
         let offset = answer.offset;
         let index = offset / STEP;
-        if offset % STEP != 0 || offset >= size_bytes || index < self.next {
+        if !offset.is_multiple_of(STEP) || offset >= size_bytes || index < self.next {
             return Err(format!(
                 "disk {place}: a block at {offset}, out of order or no place of one"
             ));
