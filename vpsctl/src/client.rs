@@ -22,8 +22,18 @@ use crate::error::Error;
 /// A channel to one member, which carries the trace's context.
 pub(crate) type Rpc = InterceptedService<Channel, TraceClient>;
 
-/// One member may take this long to answer before the next is asked.
+/// How long to go on, and how long one member may take to answer before the next is asked.
+#[derive(Clone, Copy)]
+struct Patience {
+    whole: Duration,
+    attempt: Duration,
+    /// Says when it waits.
+    announce: bool,
+}
+
 const ATTEMPT_TIME_MAX: Duration = Duration::from_secs(10);
+/// For an answer that a guest gives: a controller waits 30 s for it.
+const GUEST_TIME_MAX: Duration = Duration::from_secs(40);
 const CONNECT_TIME_MAX: Duration = Duration::from_secs(3);
 /// A silent connection is found dead after twice this.
 const KEEP_ALIVE: Duration = Duration::from_secs(5);
@@ -87,7 +97,18 @@ impl Cluster {
         F: Fn(Rpc) -> R,
         R: Future<Output = Result<Response<T>, Status>>,
     {
-        self.call_for(CALL_PATIENCE, true, call).await
+        let attempt = ATTEMPT_TIME_MAX;
+        self.call_for(Patience { whole: CALL_PATIENCE, attempt, announce: true }, call).await
+    }
+
+    /// The same for what waits for a guest.
+    pub(crate) async fn call_guest<T, F, R>(&self, call: F) -> Result<T, Error>
+    where
+        F: Fn(Rpc) -> R,
+        R: Future<Output = Result<Response<T>, Status>>,
+    {
+        let attempt = GUEST_TIME_MAX;
+        self.call_for(Patience { whole: GUEST_TIME_MAX, attempt, announce: true }, call).await
     }
 
     /// The same with more patience and in silence: for work that is already under way, and
@@ -97,20 +118,16 @@ impl Cluster {
         F: Fn(Rpc) -> R,
         R: Future<Output = Result<Response<T>, Status>>,
     {
-        self.call_for(FOLLOW_PATIENCE, false, call).await
+        let attempt = ATTEMPT_TIME_MAX;
+        self.call_for(Patience { whole: FOLLOW_PATIENCE, attempt, announce: false }, call).await
     }
 
-    async fn call_for<T, F, R>(
-        &self,
-        patience: Duration,
-        announce: bool,
-        call: F,
-    ) -> Result<T, Error>
+    async fn call_for<T, F, R>(&self, patience: Patience, call: F) -> Result<T, Error>
     where
         F: Fn(Rpc) -> R,
         R: Future<Output = Result<Response<T>, Status>>,
     {
-        let mut until = Instant::now() + patience;
+        let mut until = Instant::now() + patience.whole;
         if let Some(deadline) = self.deadline {
             until = until.min(deadline);
         }
@@ -119,7 +136,7 @@ impl Cluster {
             let index = self.current.load(Ordering::Relaxed);
             let (server, channel) = &self.members[index];
             let rpc = InterceptedService::new(channel.clone(), TraceClient);
-            let attempt_end = (Instant::now() + ATTEMPT_TIME_MAX).min(until);
+            let attempt_end = (Instant::now() + patience.attempt).min(until);
             let reason = match tokio::time::timeout_at(attempt_end, call(rpc)).await {
                 Ok(Ok(answer)) => return Ok(answer.into_inner()),
                 Ok(Err(status)) if !another_may_answer(&status) => return Err(status.into()),
@@ -130,7 +147,7 @@ impl Cluster {
             self.turn_from(index);
             attempts += 1;
             if attempts % self.members.len() == 0 {
-                if announce && attempts == self.members.len() {
+                if patience.announce && attempts == self.members.len() {
                     let seconds = until.saturating_duration_since(Instant::now()).as_secs();
                     eprintln!("waiting for a controller ({reason}), {seconds} s at most");
                 }

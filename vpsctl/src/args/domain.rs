@@ -94,9 +94,7 @@ Examples:
     ///
     /// The password is asked for on a terminal, and otherwise read from the standard input, where
     /// one line is expected. It is kept nowhere.
-    #[command(
-        after_help = "Example:\n  pwgen 20 1 | vpsctl domain set-password web1 --user debian"
-    )]
+    #[command(after_help = "Example:\n  vpsctl domain set-password web1 --user debian < password")]
     SetPassword {
         #[command(flatten)]
         name: DomainName,

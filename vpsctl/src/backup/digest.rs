@@ -20,8 +20,8 @@ impl Digest {
 
     /// From 64 hexadecimal digits in lower case, as they are written.
     pub(crate) fn parse(text: &str) -> Option<Self> {
-        let lower = |b: &u8| matches!(b, b'0'..=b'9' | b'a'..=b'f');
-        if text.len() != 64 || !text.as_bytes().iter().all(|b| lower(b)) {
+        let is_digit = |b: u8| matches!(b, b'0'..=b'9' | b'a'..=b'f');
+        if text.len() != 64 || !text.bytes().all(is_digit) {
             return None;
         }
         let mut bytes = [0; 32];

@@ -13,6 +13,7 @@ mod manifest;
 use std::{
     fs::{self, File, OpenOptions},
     io::{self, Write},
+    os::unix::fs::DirBuilderExt,
     path::{Path, PathBuf},
 };
 
@@ -41,7 +42,8 @@ pub(crate) struct Directory {
 impl Directory {
     /// For a new backup: makes what is missing. Nobody else uses it meanwhile.
     pub(crate) fn make(path: &Path) -> Result<Self, Error> {
-        match fs::create_dir(path) {
+        // What disks hold is nobody else's to read.
+        match fs::DirBuilder::new().mode(0o700).create(path) {
             Err(e) if e.kind() == io::ErrorKind::AlreadyExists => {}
             Err(e) => return Err(refused(path, &format!("cannot be made: {e}"))),
             Ok(()) => sync_folder(path.parent().filter(|p| !p.as_os_str().is_empty()))?,

@@ -48,7 +48,7 @@ fn disk_changes(sizes: Vec<DiskResize>, limits: Vec<DiskResize>) -> Result<Vec<D
     for limit in limits {
         let change = changes
             .entry(limit.disk)
-            .or_insert(DiskResize { disk: limit.disk, ..DiskResize::default() });
+            .or_insert_with(|| DiskResize { disk: limit.disk, ..DiskResize::default() });
         if change.limits.is_some() {
             return Err(given_twice("--limit", limit.disk));
         }
@@ -112,7 +112,7 @@ pub(super) async fn restore(context: &Context, name: String, detach: &Detach) ->
 
 pub(super) async fn guest(context: &Context, name: String) -> Result<(), Error> {
     let request = GetGuestRequest { name: name.clone() };
-    let guest = call!(context, DomainServiceClient::get_guest, request)?;
+    let guest = call!(context, call_guest, DomainServiceClient::get_guest, request)?;
     context.answer(|| json::object(&guest), || pages::guest(&name, &guest))
 }
 
@@ -123,7 +123,7 @@ pub(super) async fn set_password(
 ) -> Result<(), Error> {
     let password = new_password().await?;
     let request = SetGuestPasswordRequest { name: name.clone(), user: user.clone(), password };
-    call!(context, DomainServiceClient::set_guest_password, request)?;
+    call!(context, call_guest, DomainServiceClient::set_guest_password, request)?;
     let json = || Ok(format!("{}\n", serde_json::json!({ "name": name, "user": user })));
     context.answer(json, || format!("{user} has a new password in {}\n", short(&name)))
 }

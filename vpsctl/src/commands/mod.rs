@@ -64,13 +64,16 @@ macro_rules! all_pages {
 }
 pub(crate) use all_pages;
 
-/// Asks for one thing, at whatever member answers.
+/// Asks for one thing, at whatever member answers, with the patience of `call` or of what is named.
 macro_rules! call {
-    ($context:expr, $client:ident :: $method:ident, $request:expr) => {{
+    ($context:expr, $client:ident :: $method:ident, $request:expr) => {
+        $crate::commands::call!($context, call, $client::$method, $request)
+    };
+    ($context:expr, $call:ident, $client:ident :: $method:ident, $request:expr) => {{
         let request = $request;
         $context
             .cluster
-            .call(|rpc| {
+            .$call(|rpc| {
                 let request = request.clone();
                 async move {
                     let client = $client::new(rpc);

@@ -288,6 +288,27 @@ fn a_stream_that_breaks_goes_on() {
     assert!(world.member.node().disks[0] == content);
 }
 
+/// A node reads a few disks at once: the next in the queue waits.
+#[test]
+fn a_node_that_is_busy_is_waited_for() {
+    let world = World::new(vec![disk(&[1], 0)]);
+    world.member.node().crowded = 1;
+    let ended = world.create("one");
+    assert_eq!(ended.code, 0, "{ended:#?}");
+    assert!(ended.stderr.contains("disk 0: nodes/host1 gives 4 volumes out already: waiting"));
+}
+
+/// A domain that was made anew, with a smaller disk, is not told of blocks that it cannot have.
+#[test]
+fn a_disk_may_be_smaller_than_in_the_backup_before() {
+    let world = World::new(vec![disk(&[1, 2, 3], 0)]);
+    assert_eq!(world.create("one").code, 0);
+    world.sent_bytes();
+    world.member.node().disks = vec![disk(&[1, 4], 0)];
+    let ended = world.create("two");
+    assert_eq!((ended.code, world.sent_bytes()), (0, BLOCK), "{ended:#?}");
+}
+
 /// A block that is not what its digest says is neither kept nor named.
 #[test]
 fn a_block_that_lies_is_refused() {

@@ -33,6 +33,8 @@ pub(crate) struct Content {
     pub(crate) pause_after: Option<usize>,
     /// The first block of the next stream is not what its digest says.
     pub(crate) lies: bool,
+    /// Refusals of the next streams: others come first.
+    pub(crate) crowded: u32,
     /// Refusals of the next deletions of a snapshot.
     pub(crate) busy: u32,
 }
@@ -182,6 +184,13 @@ impl SnapshotService for Scripted {
         else {
             return Err(Status::invalid_argument("the first message has no spec"));
         };
+        {
+            let mut node = self.node.lock().unwrap();
+            if node.crowded > 0 {
+                node.crowded -= 1;
+                return Err(Status::resource_exhausted("nodes/host1 gives 4 volumes out already"));
+            }
+        }
         let mut known = BTreeMap::new();
         while let Some(ReadSnapshotRequest { message: Some(Message::Known(part)) }) =
             input.message().await?
@@ -195,6 +204,9 @@ impl SnapshotService for Scripted {
         let contents = contents.ok_or_else(|| missing(&spec.name))?;
         let content = contents.get(spec.disk as usize).cloned();
         let content = content.ok_or_else(|| Status::invalid_argument("spec.disk: too large"))?;
+        if known.keys().any(|index| *index >= content.len().div_ceil(BLOCK) as u64) {
+            return Err(Status::invalid_argument("known.first_block: behind the last block"));
+        }
         // One message at a time: what was not taken was not sent.
         let (sender, answers) = mpsc::channel(1);
         tokio::spawn(self.clone().send_blocks(content, known, sender));

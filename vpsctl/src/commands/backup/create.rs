@@ -22,7 +22,7 @@ use tokio::{
     task::JoinHandle,
     time::{Instant, sleep, timeout},
 };
-use tonic::Code;
+use tonic::{Code, Status};
 
 use super::{Context, blocking, until_stopped};
 use crate::{
@@ -49,6 +49,9 @@ const SILENCE_MAX: Duration = Duration::from_secs(600);
 /// A disk's stream may break so often. What had come over by then does not come again.
 const BREAKS_MAX: u32 = 10;
 const BREAK_PAUSE: Duration = Duration::from_secs(1);
+/// A node reads so many disks at once and no more: others' backups may take a while.
+const BUSY_TIME_MAX: Duration = Duration::from_secs(1800);
+const BUSY_PAUSE: Duration = Duration::from_secs(2);
 /// The disk of a snapshot that claims more is not believed.
 const DISK_BYTES_MAX: u64 = 64 << 40;
 /// So long the snapshot's end is tried: longer than an election and than taking it may last.
@@ -235,16 +238,30 @@ impl Work<'_> {
         mut known: Vec<Option<Digest>>,
         shown: &mut Shown,
     ) -> Result<ManifestDisk, Error> {
+        // A domain made anew under the name may have a smaller disk.
+        known.truncate(usize::try_from(disk.size_bytes.div_ceil(BLOCK_BYTES as u64)).unwrap_or(0));
+        let lost = |how| {
+            let what = format!("the backup of {}", short(&self.domain.name));
+            Err(Error::Broken { what, how: Broken::Lost(how) })
+        };
         let mut breaks = 0;
+        let mut busy_since = None;
         loop {
             match self.stream(place, &mut known, shown).await? {
                 Ended::Whole { size_bytes, blocks } => {
                     return Ok(ManifestDisk::new(&disk.volume, &disk.pool, size_bytes, &blocks));
                 }
-                Ended::Broken(how) if breaks == BREAKS_MAX => {
-                    let what = format!("the backup of {}", short(&self.domain.name));
-                    return Err(Error::Broken { what, how: Broken::Lost(how) });
+                Ended::Busy(how) => {
+                    let since = *busy_since.get_or_insert_with(|| {
+                        eprintln!("disk {place}: {how}: waiting");
+                        Instant::now()
+                    });
+                    if since.elapsed() > BUSY_TIME_MAX {
+                        return lost(how);
+                    }
+                    sleep(BUSY_PAUSE).await;
                 }
+                Ended::Broken(how) if breaks == BREAKS_MAX => return lost(how),
                 Ended::Broken(how) => {
                     eprintln!("disk {place}: the stream broke ({how}): going on");
                     breaks += 1;
@@ -269,7 +286,11 @@ impl Work<'_> {
                 client.max_decoding_message_size(MESSAGE_BYTES_MAX).read_snapshot(messages).await
             }
         };
-        let mut answers = self.context.cluster.call_again(open).await?;
+        let mut answers = match self.context.cluster.call_again(open).await {
+            Ok(answers) => answers,
+            Err(Error::Refused(status)) => return self.ended_by(*status),
+            Err(error) => return Err(error),
+        };
         let mut reader = Reader { place, said: &said, size_bytes: None, next: 0 };
         let mut blocks = Vec::new();
         let mut writers = VecDeque::new();
@@ -277,11 +298,10 @@ impl Work<'_> {
             let answer = match timeout(SILENCE_MAX, answers.message()).await {
                 Ok(Ok(Some(answer))) => answer,
                 Ok(Ok(None)) => break None,
-                Ok(Err(status)) if self.context.cluster.turn_after(&status) => {
-                    break Some(root_cause(&status));
+                Ok(Err(status)) => break Some(self.ended_by(status)?),
+                Err(_) => {
+                    break Some(Ended::Broken(format!("{} without a word", time(SILENCE_MAX))));
                 }
-                Ok(Err(status)) => return Err(status.into()),
-                Err(_) => break Some(format!("{} without a word", time(SILENCE_MAX))),
             };
             let Some(block) = reader.take(answer).map_err(Error::Local)? else {
                 let count = reader.block_total();
@@ -295,10 +315,15 @@ impl Work<'_> {
                 continue;
             }
             self.received_bytes.set(self.received_bytes.get() + block.data.len() as u64);
+            let (index, digest) = (block.index, block.digest);
+            // The same content at another place, and on its way: once is enough.
+            if writers.iter().any(|writer: &Writer| writer.digest == digest) {
+                known[index] = Some(digest);
+                continue;
+            }
             if writers.len() == WRITERS_MAX {
                 self.written(&mut writers, known).await?;
             }
-            let (index, digest) = (block.index, block.digest);
             let directory = self.directory.blocks.clone();
             let task = tokio::task::spawn_blocking(move || {
                 directory.put(&block.digest, &block.whole(place)?)
@@ -309,13 +334,29 @@ impl Work<'_> {
             self.written(&mut writers, known).await?;
         }
         Ok(match (end, reader.size_bytes) {
-            (Some(how), _) => Ended::Broken(how),
+            (Some(end), _) => end,
             (None, Some(size_bytes)) => Ended::Whole { size_bytes, blocks },
             (None, None) => {
                 let text = format!("disk {place}: the controller ended its stream without a word");
                 return Err(Error::Local(text));
             }
         })
+    }
+
+    /// What a status means: try again, or a refusal.
+    fn ended_by(&self, status: Status) -> Result<Ended, Error> {
+        self.context.cluster.turn_after(&status);
+        match status.code() {
+            Code::ResourceExhausted => Ok(Ended::Busy(status.message().to_owned())),
+            // Between the node and here there may be a member or two, each of which can be gone.
+            Code::Unavailable
+            | Code::Unknown
+            | Code::Internal
+            | Code::Cancelled
+            | Code::Aborted
+            | Code::DeadlineExceeded => Ok(Ended::Broken(root_cause(&status))),
+            _ => Err(status.into()),
+        }
     }
 
     /// Waits for the block that was given to a thread first.
@@ -348,8 +389,13 @@ impl Work<'_> {
 
 /// How a disk's stream ended.
 enum Ended {
-    Whole { size_bytes: u64, blocks: Vec<Option<Digest>> },
+    Whole {
+        size_bytes: u64,
+        blocks: Vec<Option<Digest>>,
+    },
     Broken(String),
+    /// The node has others to read for.
+    Busy(String),
 }
 
 /// A block on its way to its file.
@@ -450,7 +496,7 @@ impl Reader<'_> {
         };
         let offset = answer.offset;
         let index = offset / STEP;
-        if offset % STEP != 0 || offset >= size_bytes || index < self.next {
+        if !offset.is_multiple_of(STEP) || offset >= size_bytes || index < self.next {
             return Err(format!(
                 "disk {place}: a block at {offset}, out of order or no place of one"
             ));

@@ -51,7 +51,7 @@ pub(crate) fn snapshot(snapshot: &Snapshot, now: SystemTime) -> String {
     page.line("node", &short_or_dash(&snapshot.node));
     let filesystems = match frozen(snapshot) {
         "yes" => "frozen by the guest's agent while it was taken",
-        "no" => "not frozen: the disks are as after a power cut",
+        "no" => "not frozen: what the guest had flushed is there",
         _ => "",
     };
     page.line("filesystems", filesystems);
