@@ -24,7 +24,7 @@ impl Volume {
         let size = format!("{bytes}b");
         let mut command = Command::new("lvcreate");
         command.args(["--type", "thin", "--thinpool", POOL, "--name", name]);
-        command.args(["--virtualsize", &size, "--yes", "--wipesignatures", "n"]);
+        command.args(["--virtualsize", &size, "--yes"]);
         run(&mut command)?;
         Ok(Self { name: name.to_owned() })
     }
