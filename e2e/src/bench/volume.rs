@@ -22,9 +22,9 @@ impl Volume {
     pub(super) fn make(name: &str, bytes: u64) -> Result<Self> {
         remove(name);
         let size = format!("{bytes}b");
-        let words = ["--yes", "--quiet", "--type", "thin", "--wipesignatures", "n"];
         let mut command = Command::new("lvcreate");
-        command.args(words).args(["--virtualsize", &size, "--name", name, "--thinpool", POOL]);
+        command.args(["--type", "thin", "--thinpool", POOL, "--name", name]);
+        command.args(["--virtualsize", &size, "--yes"]);
         run(&mut command)?;
         Ok(Self { name: name.to_owned() })
     }
@@ -48,7 +48,7 @@ pub(super) fn path_of(name: &str) -> PathBuf {
 fn remove(name: &str) {
     if path_of(name).exists() {
         // Nothing else to be done about it: the next run tries again.
-        let _ = run(Command::new("lvremove").args(["--yes", "--quiet"]).arg(path_of(name)));
+        let _ = run(Command::new("lvremove").args(["--yes"]).arg(path_of(name)));
     }
 }
 
