@@ -203,7 +203,8 @@ impl Node {
             return Err(Stale::Term { term: desired.term, seen });
         }
         self.home.raise_term(desired.term).map_err(|err| Stale::Disk(err.to_string()))?;
-        let disks = desired.domains.iter().flat_map(|domain| &domain.disks);
+        let disks =
+            desired.domains.iter().flat_map(|domain| domain.disks.iter().chain(&domain.memory));
         let used: BTreeSet<String> = disks.map(|disk| disk.volume_uid.clone()).collect();
         let Desired { domains, volumes, garbage, .. } = desired;
         // Before the domains: they look for their disks among what is wanted.
