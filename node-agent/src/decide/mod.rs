@@ -23,6 +23,7 @@
 //!           INCOMING ─ COMMIT / TakeOver
 //! ```
 
+mod saving;
 #[cfg(test)]
 mod tests;
 
@@ -33,7 +34,9 @@ use drover_proto::v1::{DiskLimits, RestartPolicy};
 use drover_proto::vmm::v1::VmmState;
 
 use crate::records::{DomainRecord, End, EndReason};
-use crate::wanted::{Assigned, Disk, Outgoing, Owner, Power, Role, Wanted};
+use crate::wanted::{Assigned, Outgoing, Owner, Power, Role, Wanted};
+use saving::decide_saving;
+pub use saving::{restores, save_failed};
 
 /// How often in a row a domain is restarted after crashes.
 pub const CRASH_RESTARTS_MAX: u32 = 5;
@@ -292,47 +295,6 @@ fn decide_running(facts: Facts<'_>, owner: &Owner, migration: Option<&Migration>
 fn is_new_start(facts: Facts<'_>, owner: &Owner) -> bool {
     let seen = facts.record.and_then(|record| record.start_generation);
     facts.progress.button_ms.is_none() && seen != Some(owner.start_generation)
-}
-
-/// The guest runs here and shall be saved: once, when there is room for it. When that fails it
-/// runs on until another thing is wanted.
-fn decide_saving(
-    facts: Facts<'_>,
-    assigned: &Assigned,
-    owner: &Owner,
-    migration: Option<&Migration>,
-) -> Action {
-    if is_new_start(facts, owner) {
-        return Action::Adopt;
-    }
-    let failed = facts.record.is_some_and(|record| save_failed(record, assigned).is_some());
-    let may = assigned.memory.is_some() && *facts.memory == Disks::Ready;
-    if failed || !may || facts.progress.saving || migration.is_some_and(is_leaving) {
-        return Action::Nothing;
-    }
-    let at = facts.progress.save_again_ms;
-    if facts.now_ms < at { Action::WaitUntil(at) } else { Action::Save }
-}
-
-/// Why this order to save the guest could not be obeyed.
-pub fn save_failed<'a>(record: &'a DomainRecord, assigned: &Assigned) -> Option<&'a str> {
-    let (Role::Owner(owner), Some(memory)) = (&assigned.role, &assigned.memory) else {
-        return None;
-    };
-    let is_this = |save: &&crate::records::SaveRecord| {
-        save.memory == memory.volume
-            && save.epoch == assigned.epoch
-            && save.start_generation == owner.start_generation
-    };
-    record.save.as_ref().filter(is_this).map(|save| save.error.as_str())
-}
-
-/// The volume that a start goes on from: the assignment's, unless the guest has done so already.
-/// (A VMM that is started with one that is used up boots; but that one may be gone by then.)
-pub fn restores<'a>(record: Option<&DomainRecord>, assigned: &'a Assigned) -> Option<&'a Disk> {
-    let Role::Owner(_) = &assigned.role else { return None };
-    let used = record.and_then(|record| record.restored.as_ref());
-    assigned.memory.as_ref().filter(|memory| used != Some(&memory.volume))
 }
 
 /// A volume that has grown, other limits. Nothing is missed: what was told is forgotten with the

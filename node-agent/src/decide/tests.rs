@@ -6,6 +6,7 @@ mod rules;
 
 use super::*;
 use crate::records::{Handover, OutgoingRecord, Run};
+use crate::wanted::Disk;
 use drover_proto::v1::DomainSpec;
 
 const NOW: u64 = 1_000_000;

@@ -3,7 +3,9 @@
 //! waits for another that hangs (I6).
 //!
 //! [`Domain::run`] is the loop; `vmm` finds, follows and starts the process; `act` carries out
-//! one action; `files` are the files that the agent and a VMM leave for each other.
+//! one action, `save` the one that takes long; `files` are the files that the agent and a VMM
+//! leave for each other. [`quiesce`] and [`guest`] serve others: who look at a guest's disks, and
+//! who ask the agent inside it.
 
 mod act;
 pub(crate) mod client;

@@ -136,6 +136,9 @@ fn a_saved_guest_goes_on_once() {
         start(DomainRecord { restored: Some("volume-0".into()), ..saved() }, &waits, run(6)),
         AwaitDisks
     );
+    // It could not be saved, and its host went down: there is nothing on that volume.
+    let unsaved = DomainRecord { run: None, end: restored().end, ..failed(MEMORY, 5, 1) };
+    assert_eq!(start(unsaved, &waits, run(5)), Start);
     // A destination takes nothing from it.
     assert_eq!(start(record(), &waits, receive(6)), StartIncoming);
     // What could not go on is not tried again by itself.
