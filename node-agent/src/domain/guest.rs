@@ -5,6 +5,7 @@
 //! an answer of another shape is no answer. A command that it does not know leaves its fields
 //! empty; only that no agent is there, or none that answers, is an error.
 
+use std::sync::Arc;
 use std::time::Duration;
 
 use base64::Engine;
@@ -13,6 +14,7 @@ use drover_proto::agent::v1::{CallGuestRequest, CallGuestResponse, call_guest_re
 use drover_proto::v1::{Guest, GuestInterface, SetGuestPasswordRequest};
 use serde::Deserialize;
 use serde::de::DeserializeOwned;
+use tokio::sync::Semaphore;
 use tokio::time::Instant;
 use tonic::{Code, Status};
 
@@ -25,6 +27,8 @@ use crate::wanted::is_uid;
 const ANSWER_TIMEOUT: Duration = Duration::from_secs(5);
 /// All answers of one call.
 const CALL_TIMEOUT: Duration = Duration::from_secs(10);
+/// Calls at the same time, of all guests of the node.
+const CALLS_MAX: usize = 64;
 /// Whoever gets it as a value may print it.
 const TEXT_CHARS_MAX: usize = 256;
 const INTERFACES_MAX: usize = 32;
@@ -37,12 +41,13 @@ const PASSWORD_BYTES_MAX: usize = 1 << 10;
 pub struct Guests {
     places: Places,
     node: String,
+    calls: Arc<Semaphore>,
 }
 
 impl Guests {
     /// Of domains whose files lie in `places`.
     pub fn new(places: Places, node: String) -> Self {
-        Self { places, node }
+        Self { places, node, calls: Arc::new(Semaphore::new(CALLS_MAX)) }
     }
 
     /// As AgentService.CallGuest.
@@ -63,6 +68,10 @@ impl Guests {
             Call::Get(_) => None,
             Call::SetPassword(request) => Some(password_command(request)?),
         };
+        let _call = self.calls.try_acquire().map_err(|_| {
+            let words = format!("{CALLS_MAX} guests are being asked on node {}", self.node);
+            Status::resource_exhausted(words)
+        })?;
         let socket = self.places.domain(&uid).socket;
         let vmm = client::connect(&socket).await.map_err(|_| {
             Status::unavailable(format!("domain {uid}: does not run on node {}", self.node))
