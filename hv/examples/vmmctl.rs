@@ -10,8 +10,8 @@ use drover_proto::vmm::v1::vmm_service_client::VmmServiceClient;
 use drover_proto::vmm::v1::{
     CancelMigrationRequest, Disk, DiskLimits, GetStatusRequest, GrowDiskRequest,
     GuestAgentCallRequest, PauseRequest, PowerButtonRequest, PrepareIncomingRequest, QuitRequest,
-    ResetRequest, ResumeRequest, SetDiskLimitsRequest, SetGenerationRequest, StartMigrationRequest,
-    TakeOverRequest, VmmStatus, disk,
+    ResetRequest, ResumeRequest, SaveRequest, SetDiskLimitsRequest, SetGenerationRequest,
+    StartMigrationRequest, TakeOverRequest, VmmStatus, disk,
 };
 use hyper_util::rt::TokioIo;
 use tokio::net::UnixStream;
@@ -20,6 +20,7 @@ use tonic::transport::{Channel, Endpoint, Uri};
 
 const COMMANDS: &str = "commands:
   status | watch | pause | resume | power-button | reset | quit
+  save PATH                   write the guest to a file or block device, and end
   limit INDEX IOPS IOPS_BURST BYTES_PER_SECOND BYTES_BURST
   grow INDEX                  the disk's volume is larger now
   agent COMMAND               a command of the guest agent protocol, JSON
@@ -42,6 +43,7 @@ async fn main() -> Result<(), Box<dyn std::error::Error>> {
         ["status"] => vmm.get_status(GetStatusRequest {}).await?.into_inner(),
         ["pause"] => vmm.pause(PauseRequest {}).await?.into_inner(),
         ["resume"] => vmm.resume(ResumeRequest {}).await?.into_inner(),
+        ["save", path] => vmm.save(SaveRequest { path: path.into() }).await?.into_inner(),
         ["power-button"] => vmm.power_button(PowerButtonRequest {}).await?.into_inner(),
         ["reset"] => vmm.reset(ResetRequest {}).await?.into_inner(),
         ["quit"] => {

@@ -19,6 +19,7 @@ pub mod machine;
 pub mod memory;
 pub mod migration;
 pub mod pci;
+pub mod saved;
 pub mod serial;
 pub mod server;
 pub mod state;

@@ -28,9 +28,9 @@ struct Cli {
 
 #[derive(Debug, Subcommand)]
 enum Command {
-    /// Boot the domain (or wait for its migration to here) and run it until it ends.
+    /// Boot the domain (or restore it, or wait for its migration to here) and run it until it ends.
     ///
-    /// Exit status: 0 when the guest shut down or rebooted or the VMM was told to end, 1 when the
+    /// Exit status: 0 when the guest shut down, rebooted or was saved or the VMM was told to end, 1 when the
     /// guest crashed or the machine failed, 2 when the command line is wrong. The reason is in
     /// exit.json in the state directory.
     Run(RunArgs),
@@ -66,7 +66,7 @@ fn main() -> ExitCode {
     let Command::Run(args) = Cli::parse().command;
     let record = run(args);
     match record.reason {
-        ExitReason::Shutdown | ExitReason::Reboot | ExitReason::Killed => {
+        ExitReason::Shutdown | ExitReason::Reboot | ExitReason::Killed | ExitReason::Saved => {
             tracing::info!(reason = ?record.reason, detail = record.detail, "ended");
             ExitCode::SUCCESS
         }

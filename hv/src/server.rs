@@ -10,7 +10,7 @@ use drover_proto::vmm::v1::{
     CancelMigrationRequest, GetStatusRequest, GrowDiskRequest, GrowDiskResponse,
     GuestAgentCallRequest, GuestAgentCallResponse, PauseRequest, PowerButtonRequest,
     PrepareIncomingRequest, PrepareIncomingResponse, QuitRequest, QuitResponse, ResetRequest,
-    ResumeRequest, SetDiskLimitsRequest, SetGenerationRequest, StartMigrationRequest,
+    ResumeRequest, SaveRequest, SetDiskLimitsRequest, SetGenerationRequest, StartMigrationRequest,
     TakeOverRequest, VmmState, VmmStatus,
 };
 use futures::{Stream, StreamExt, stream};
@@ -70,9 +70,9 @@ impl VmmService for Server {
 
     async fn save(
         &self,
-        _: tonic::Request<drover_proto::vmm::v1::SaveRequest>,
+        request: tonic::Request<SaveRequest>,
     ) -> Result<Response<VmmStatus>, Status> {
-        Err(Status::unimplemented("not yet"))
+        self.ask(Request::Save(request.into_inner())).await
     }
 
     async fn pause(&self, _: tonic::Request<PauseRequest>) -> Result<Response<VmmStatus>, Status> {

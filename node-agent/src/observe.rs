@@ -6,9 +6,9 @@ use drover_proto::agent::v1::{
 use drover_proto::v1::{ExitReason, RestartPolicy};
 use drover_proto::vmm::v1::{VmmState, VmmStatus};
 
-use crate::decide::{CRASH_RESTARTS_MAX, Disks, Facts, Vmm, restart_at};
+use crate::decide::{CRASH_RESTARTS_MAX, Disks, Facts, Vmm, restart_at, save_failed};
 use crate::records::{DomainRecord, End, EndReason, Handover};
-use crate::wanted::{Outgoing, Role};
+use crate::wanted::{Outgoing, Owner, Power, Role};
 
 /// Text from a VMM or a guest is cut here: a report is not a log.
 const REASON_CHARS_MAX: usize = 500;
@@ -41,7 +41,26 @@ pub fn observe(
     {
         observed.exit_reason = exit_reason(end.reason).into();
     }
+    if record.run.is_some() {
+        observed.save_error = shorten(save_error(facts, record).unwrap_or_default());
+    }
     Some(observed)
+}
+
+/// Why a guest that shall be saved runs on.
+fn save_error(facts: Facts<'_>, record: &DomainRecord) -> Option<String> {
+    let assigned = facts.wanted.assigned()?;
+    if facts.wanted.owner()?.power != Power::Saved {
+        return None;
+    }
+    if let Some(error) = save_failed(record, assigned) {
+        return Some(error.to_owned());
+    }
+    match facts.memory {
+        Disks::Failed(reason) => Some(reason.clone()),
+        _ if assigned.memory.is_none() => Some("no volume was given for its memory".into()),
+        _ => None,
+    }
 }
 
 fn state(
@@ -81,11 +100,13 @@ fn state(
         }
         Vmm::Gone => match &record.end {
             Some(end) => ended(facts, record, end),
-            None if facts.wanted.owner().is_some_and(|owner| owner.running) => match facts.disks {
-                Disks::Ready => (ObservedState::Starting, String::new()),
-                Disks::Waiting(reason) => (ObservedState::Starting, reason.clone()),
-                Disks::Failed(reason) => (ObservedState::Failed, reason.clone()),
-            },
+            None if facts.wanted.owner().is_some_and(Owner::runs) => {
+                match facts.wanted.assigned().map_or(facts.disks, |a| facts.to_start(a)) {
+                    Disks::Ready => (ObservedState::Starting, String::new()),
+                    Disks::Waiting(reason) => (ObservedState::Starting, reason.clone()),
+                    Disks::Failed(reason) => (ObservedState::Failed, reason.clone()),
+                }
+            }
             None if is_incoming(facts) => match facts.disks {
                 Disks::Ready => (ObservedState::Incoming, String::new()),
                 Disks::Waiting(reason) | Disks::Failed(reason) => {
@@ -118,14 +139,14 @@ fn ended(facts: Facts<'_>, record: &DomainRecord, end: &End) -> (ObservedState, 
         return (ObservedState::HandedOver, end.detail.clone());
     }
     let owner = facts.wanted.owner();
-    if owner.is_some_and(|owner| !owner.running) {
+    if owner.is_some_and(|owner| !owner.runs()) {
         return (ObservedState::Stopped, end.detail.clone());
     }
     match end.reason {
         EndReason::Shutdown | EndReason::Reboot => (ObservedState::Stopped, end.detail.clone()),
         EndReason::Killed if end.ordered => (ObservedState::Stopped, end.detail.clone()),
         // A host that came back starts what it owned, when it hears that it still does.
-        EndReason::HostRebooted | EndReason::Interrupted => {
+        EndReason::HostRebooted | EndReason::Interrupted | EndReason::Saved => {
             (ObservedState::Stopped, end.detail.clone())
         }
         EndReason::Crash | EndReason::Killed | EndReason::Error => {
@@ -254,6 +275,7 @@ fn exit_reason(reason: EndReason) -> ExitReason {
         EndReason::Crash => ExitReason::Crash,
         EndReason::Killed | EndReason::HostRebooted => ExitReason::Killed,
         EndReason::Error => ExitReason::Error,
+        EndReason::Saved => ExitReason::Saved,
         EndReason::Interrupted => ExitReason::Unspecified,
     }
 }

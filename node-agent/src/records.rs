@@ -120,6 +120,10 @@ pub struct DomainRecord {
     pub crash_restarts: u32,
     /// The last migration away from here that was begun, or could not be.
     pub outgoing: Option<OutgoingRecord>,
+    /// The last order to save it that could not be obeyed.
+    pub save: Option<SaveRecord>,
+    /// The volume of the saved memory that it went on from last: there is nothing in it any more.
+    pub restored: Option<String>,
 }
 
 /// A VMM that was started.
@@ -135,6 +139,8 @@ pub struct Run {
     pub pid: Option<u32>,
     /// The guest has been seen running in it.
     pub ran: bool,
+    /// The volume of the saved memory that it was started to go on from.
+    pub restore: Option<String>,
 }
 
 /// How a VMM ended.
@@ -174,6 +180,8 @@ pub enum EndReason {
     HostRebooted,
     /// The agent died while it was starting it; it has not been alive.
     Interrupted,
+    /// The guest is on its memory volume.
+    Saved,
 }
 
 /// Written by the VMM (`handover.json`) before it says COMMIT: it will not run the guest again.
@@ -194,6 +202,19 @@ pub struct OutgoingRecord {
     pub error: Option<String>,
     /// The VMM that was told.
     pub pid: Option<u32>,
+}
+
+/// An order to save the guest, and why it was not obeyed. Each is tried once.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct SaveRecord {
+    /// The volume that it was to be saved to: each order has one of its own.
+    pub memory: String,
+    /// The assignment's epoch.
+    pub epoch: u64,
+    /// The assignment's start generation.
+    pub start_generation: u64,
+    /// In words.
+    pub error: String,
 }
 
 impl DomainRecord {
@@ -266,10 +287,32 @@ mod tests {
             start_generation: Some(3),
             crash_restarts: 1,
             outgoing: Some(OutgoingRecord { migration_id: "m0".into(), error: None, pid: Some(7) }),
+            save: Some(SaveRecord {
+                memory: "v".into(),
+                epoch: 6,
+                start_generation: 3,
+                error: "e".into(),
+            }),
+            restored: Some("v".into()),
         };
         record.save(&files).unwrap();
         assert_eq!(DomainRecord::load(&files).unwrap(), Some(record));
         assert_eq!(places.domains().unwrap(), [UID]);
+    }
+
+    /// An agent before it could save guests wrote none of it down.
+    #[test]
+    fn an_earlier_agents_record_is_read() {
+        let (_dir, places) = places();
+        let files = places.domain(UID);
+        let json = r#"{"uid":"u","name":"domains/web","epoch":7,"run":{"epoch":7,"incoming":null,
+            "boot_id":"b","pid":9,"ran":true},"end":null,"start_generation":3,
+            "crash_restarts":0,"outgoing":null}"#;
+        drover_storage::create_dir(&files.dir).unwrap();
+        drover_storage::write(&files.record, RECORD_VERSION, json.as_bytes()).unwrap();
+        let record = DomainRecord::load(&files).unwrap().unwrap();
+        assert_eq!((record.epoch, record.save, record.restored), (7, None, None));
+        assert_eq!(record.run.unwrap().restore, None);
     }
 
     /// A damaged record is an error that names the file, and never "no record": the epoch in it

@@ -41,6 +41,8 @@ pub struct Assigned {
     pub rescue: bool,
     /// What the guest sees as its generation, a UUID.
     pub generation_id: Option<String>,
+    /// Where its memory is to be saved, or has been.
+    pub memory: Option<Disk>,
 }
 
 /// A disk of a domain: a volume of this node.
@@ -72,11 +74,22 @@ pub enum Role {
     },
 }
 
+/// What shall become of a domain.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Power {
+    /// It runs.
+    Running,
+    /// It is written to its memory volume, and ends by that.
+    Saved,
+    /// It ends.
+    Stopped,
+}
+
 /// The owner's part.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Owner {
-    /// It shall run; otherwise, shall not.
-    pub running: bool,
+    /// What shall become of it.
+    pub power: Power,
     /// How long the guest may take after the power button.
     pub grace: Duration,
     /// The operator's count of starts.
@@ -107,6 +120,13 @@ pub fn is_uid(uid: &str) -> bool {
     uid.len() == 36 && uuid::Uuid::try_parse(uid).is_ok()
 }
 
+impl Owner {
+    /// It shall run.
+    pub fn runs(&self) -> bool {
+        self.power == Power::Running
+    }
+}
+
 impl Wanted {
     /// Takes an assignment apart; one that makes no sense becomes [`Wanted::Unclear`].
     pub fn from_assignment(assignment: pb::Assignment) -> Self {
@@ -134,24 +154,26 @@ impl Wanted {
 
     /// Nothing of the guest shall run here: it is not listed, or it is to be stopped.
     pub fn wants_end(&self) -> bool {
-        *self == Self::Absent || self.owner().is_some_and(|owner| !owner.running)
+        *self == Self::Absent || self.owner().is_some_and(|owner| owner.power == Power::Stopped)
     }
 }
 
 fn parse(assignment: pb::Assignment) -> Result<Assigned, String> {
-    let pb::Assignment { name, epoch, spec, role, outgoing, disks, .. } = assignment;
+    let pb::Assignment { uid: _, name, epoch, spec, role, outgoing, disks, .. } = assignment;
     let (rescue, generation_id) = (assignment.rescue, assignment.generation_id);
+    let memory = assignment.memory;
     let spec = spec.ok_or("the assignment has no spec")?;
     if epoch == 0 {
         return Err("the assignment's epoch is 0; epochs begin at 1".into());
     }
     let role = match role.ok_or("the assignment has neither owner nor incoming")? {
         pb::assignment::Role::Owner(owner) => Role::Owner(Owner {
-            running: match owner.power() {
-                PowerState::Running => true,
-                PowerState::Stopped => false,
-                PowerState::Saved | PowerState::Unspecified => {
-                    return Err("the assignment's power is neither RUNNING nor STOPPED".into());
+            power: match owner.power() {
+                PowerState::Running => Power::Running,
+                PowerState::Saved => Power::Saved,
+                PowerState::Stopped => Power::Stopped,
+                PowerState::Unspecified => {
+                    return Err("the assignment's power is none of RUNNING, SAVED, STOPPED".into());
                 }
             },
             grace: duration(owner.grace_period).min(GRACE_MAX),
@@ -184,16 +206,20 @@ fn parse(assignment: pb::Assignment) -> Result<Assigned, String> {
             spec.disks.len()
         ));
     }
-    let disks = disks.into_iter().enumerate().map(|(index, disk)| parse_disk(index, disk));
+    let disks = disks
+        .into_iter()
+        .enumerate()
+        .map(|(index, disk)| parse_disk(&format!("disks[{index}]"), disk));
     let disks = disks.collect::<Result<_, _>>()?;
     let generation_id = Some(generation_id).filter(|id| !id.is_empty());
-    Ok(Assigned { name, epoch, spec, role, disks, rescue, generation_id })
+    let memory = memory.map(|memory| parse_disk("memory", memory)).transpose()?;
+    Ok(Assigned { name, epoch, spec, role, disks, rescue, generation_id, memory })
 }
 
-fn parse_disk(index: usize, disk: pb::AssignedDisk) -> Result<Disk, String> {
+fn parse_disk(field: &str, disk: pb::AssignedDisk) -> Result<Disk, String> {
     if !is_uid(&disk.volume_uid) {
         return Err(format!(
-            "the assignment's disks[{index}].volume_uid: {:?} is no UUID",
+            "the assignment's {field}.volume_uid: {:?} is no UUID",
             disk.volume_uid
         ));
     }
@@ -241,7 +267,7 @@ mod tests {
             role: Some(pb::assignment::Role::Owner(pb::Owner { power: 1, ..Default::default() })),
             ..Default::default()
         };
-        assert!(Wanted::from_assignment(good.clone()).owner().is_some_and(|owner| owner.running));
+        assert!(Wanted::from_assignment(good.clone()).owner().is_some_and(Owner::runs));
         let cases = [
             (pb::Assignment { epoch: 0, ..good.clone() }, "epoch"),
             (pb::Assignment { spec: None, ..good.clone() }, "spec"),
@@ -259,6 +285,10 @@ mod tests {
                     ..good.clone()
                 },
                 "migration_id",
+            ),
+            (
+                pb::Assignment { memory: Some(pb::AssignedDisk::default()), ..good.clone() },
+                "memory.volume_uid",
             ),
             (
                 pb::Assignment { disks: vec![pb::AssignedDisk::default()], ..good.clone() },

@@ -106,6 +106,7 @@ fn config(kernel: PathBuf, initramfs: Option<PathBuf>) -> DomainConfig {
         disks: Vec::new(),
         guest_agent: false,
         generation_id: None,
+        restore: None,
         on_reboot: OnReboot::Restart,
     }
 }

@@ -33,6 +33,8 @@ pub enum ExitReason {
     Crash,
     /// It was told to end, or a signal did.
     Killed,
+    /// Its memory and state are on disk, and it can go on from there.
+    Saved,
     /// The machine could not be made, or could not go on.
     Error,
 }
@@ -106,6 +108,8 @@ mod tests {
         let text = std::fs::read_to_string(directory.path().join(EXIT_FILE)).unwrap();
         assert_eq!(text, r#"{"reason":"shutdown","detail":"the guest powered off"}"#);
         assert_eq!(std::fs::read_dir(directory.path()).unwrap().count(), 1);
+        let saved = serde_json::to_string(&ExitReason::Saved).unwrap();
+        assert_eq!(saved, r#""saved""#);
         forget(directory.path()).unwrap();
         forget(directory.path()).unwrap();
         assert_eq!(std::fs::read_dir(directory.path()).unwrap().count(), 0);

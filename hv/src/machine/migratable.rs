@@ -121,6 +121,10 @@ pub trait MigratableVm: Send {
     /// no use when it fails.
     fn restore_state(&mut self, state: MachineState) -> Result<(), MigratableError>;
 
+    /// The state that was restored is a saved one: until the resume its guest stands still for as
+    /// long as it may please, and its clock is set on by all of that.
+    fn was_saved(&mut self) {}
+
     /// Begins to log writes to memory.
     fn start_dirty_log(&mut self) -> Result<(), MigratableError>;
 

@@ -14,6 +14,7 @@
 mod cpuid;
 mod devices;
 mod disks;
+mod error;
 pub mod exit;
 pub mod generation;
 mod landing;
@@ -34,15 +35,14 @@ use kvm_bindings::{
 };
 use kvm_ioctls::{Cap, Kvm, VmFd};
 use uuid::Uuid;
-use vm_memory::GuestMemoryError;
 use vmm_sys_util::eventfd::EventFd;
 
 use crate::config::{DiskLimits, DomainConfig, FieldError};
 use crate::console::Console;
 use crate::guest_agent::GuestAgent;
-use crate::memory::{self, DirtyPages, DirtyTracker, GuestMemory, KvmDirtyLog, MemoryError};
+use crate::memory::{self, DirtyPages, DirtyTracker, GuestMemory, KvmDirtyLog};
 use crate::migration::{Shape, cpu_features};
-use crate::pci::{KvmWiring, PciBus, RestoreError, Wiring};
+use crate::pci::{self, KvmWiring, PciBus, Wiring};
 use crate::serial::SerialPort;
 use crate::state::{self, kind};
 use crate::virtio::blk::{Blk, VolumeError};
@@ -54,6 +54,8 @@ use crate::{acpi, loader};
 pub use devices::Devices;
 use devices::SciLine;
 pub use disks::Purpose;
+pub use error::MachineError;
+use error::kvm;
 use generation::Generation;
 use migratable::{MachineState, MigratableDisk, MigratableError, MigratableVm, StateSection};
 use power::Power;
@@ -63,46 +65,6 @@ use vm_state::{Clock, mismatch, step};
 
 /// Three pages that KVM on Intel needs for real mode, between the PCI windows and 4 GiB.
 const TSS_START: usize = 0xfffb_d000;
-
-/// Why a machine could not be made.
-#[derive(Debug, thiserror::Error)]
-pub enum MachineError {
-    /// What was asked for is wrong: the field says where.
-    #[error(transparent)]
-    Field(#[from] FieldError),
-    /// KVM refused.
-    #[error("{step}: {source}")]
-    Kvm {
-        /// What was tried.
-        step: &'static str,
-        /// What KVM said.
-        source: kvm_ioctls::Error,
-    },
-    /// A vCPU could not be set up.
-    #[error(transparent)]
-    Vcpu(#[from] VcpuStateError),
-    /// Memory could not be had.
-    #[error(transparent)]
-    Memory(#[from] MemoryError),
-    /// The boot structures do not fit into memory.
-    #[error("writing the ACPI tables: {0}")]
-    Acpi(#[from] GuestMemoryError),
-    /// It was made, and does not run.
-    #[error("starting the guest: {0}")]
-    Start(#[source] MigratableError),
-    /// A device could not be made.
-    #[error("making {device}: {source}")]
-    Device {
-        /// Which.
-        device: String,
-        /// What the system said.
-        source: io::Error,
-    },
-}
-
-fn kvm<T>(step: &'static str, result: Result<T, kvm_ioctls::Error>) -> Result<T, MachineError> {
-    result.map_err(|source| MachineError::Kvm { step, source })
-}
 
 /// A machine. Dropping it ends its threads.
 pub struct Machine {
@@ -435,11 +397,11 @@ impl From<VcpuStateError> for MigratableError {
     }
 }
 
-impl From<RestoreError> for MigratableError {
-    fn from(error: RestoreError) -> Self {
+impl From<pci::RestoreError> for MigratableError {
+    fn from(error: pci::RestoreError) -> Self {
         match error {
-            RestoreError::State(error) => mismatch(error),
-            error @ RestoreError::Routes(_) => step("restoring PCI", error),
+            pci::RestoreError::State(error) => mismatch(error),
+            error @ pci::RestoreError::Routes(_) => step("restoring PCI", error),
         }
     }
 }
@@ -547,6 +509,10 @@ impl MigratableVm for Machine {
         let all = began.elapsed();
         tracing::debug!(?devices, ?vcpus, ?all, "the state is restored");
         Ok(())
+    }
+
+    fn was_saved(&mut self) {
+        self.clock = self.clock.take().map(Clock::after_saving);
     }
 
     fn start_dirty_log(&mut self) -> Result<(), MigratableError> {

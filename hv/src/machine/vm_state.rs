@@ -16,6 +16,9 @@ const IRQCHIPS: [u32; 3] = [KVM_IRQCHIP_PIC_MASTER, KVM_IRQCHIP_PIC_SLAVE, KVM_I
 /// A pause that looks longer than this is two nodes whose clocks differ: it is not added to the
 /// guest's clock.
 const PAUSE_MAX: Duration = Duration::from_secs(10);
+/// A guest that was saved stood still for hours or months, and finds its clock set on by that, as
+/// after a suspend. What looks longer is a node whose clock was wrong.
+const SAVED_MAX: Duration = Duration::from_secs(366 * 24 * 3600);
 
 /// A guest's clock, and when it was read.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -24,12 +27,19 @@ pub(super) struct Clock {
     guest_ns: u64,
     /// The node's time when that was read, nanoseconds since 1970.
     node_ns: u64,
+    /// A longer pause is none.
+    pause_max: Duration,
 }
 
 impl Clock {
     fn read(vm: &VmFd) -> Result<Self, MigratableError> {
         let guest_ns = check("reading the clock", vm.get_clock())?.clock;
-        Ok(Self { guest_ns, node_ns: node_ns() })
+        Ok(Self { guest_ns, node_ns: node_ns(), pause_max: PAUSE_MAX })
+    }
+
+    /// It was read when the guest was saved.
+    pub(super) fn after_saving(self) -> Self {
+        Self { pause_max: SAVED_MAX, ..self }
     }
 
     /// Lets the guest's clock go on as if it had never stood still; never back.
@@ -41,7 +51,7 @@ impl Clock {
     /// What it shows at this time of the node.
     fn at(self, node_ns: u64) -> u64 {
         let passed = node_ns.saturating_sub(self.node_ns);
-        let passed = if u128::from(passed) > PAUSE_MAX.as_nanos() { 0 } else { passed };
+        let passed = if u128::from(passed) > self.pause_max.as_nanos() { 0 } else { passed };
         self.guest_ns.saturating_add(passed)
     }
 }
@@ -94,6 +104,7 @@ pub(super) fn restore(vm: &VmFd, state: &MachineState) -> Result<Clock, Migratab
     let clock = Clock {
         guest_ns: fields.u64("clock").map_err(mismatch)?,
         node_ns: fields.u64("clock's time").map_err(mismatch)?,
+        pause_max: PAUSE_MAX,
     };
     fields.finish("clock").map_err(mismatch)?;
     Ok(clock)
@@ -119,11 +130,22 @@ mod tests {
     /// cannot be a pause is left out.
     #[test]
     fn the_clock_never_goes_back() {
-        let clock = Clock { guest_ns: 1_000, node_ns: 50_000_000_000 };
+        let pause_max = PAUSE_MAX;
+        let clock = Clock { guest_ns: 1_000, node_ns: 50_000_000_000, pause_max };
         assert_eq!(clock.at(50_000_000_300), 1_300);
         assert_eq!(clock.at(49_000_000_000), 1_000);
         assert_eq!(clock.at(90_000_000_000), 1_000);
-        let late = Clock { guest_ns: u64::MAX - 1, node_ns: 0 };
+        let late = Clock { guest_ns: u64::MAX - 1, node_ns: 0, pause_max };
         assert_eq!(late.at(5), u64::MAX);
+    }
+
+    /// An hour on disk is an hour; a node that did not know the year is not believed.
+    #[test]
+    fn the_clock_of_a_saved_guest_is_set_on() {
+        const HOUR_NS: u64 = 3_600_000_000_000;
+        let clock = Clock { guest_ns: 7, node_ns: HOUR_NS, pause_max: PAUSE_MAX }.after_saving();
+        assert_eq!(clock.at(2 * HOUR_NS), 7 + HOUR_NS);
+        assert_eq!(clock.at(0), 7);
+        assert_eq!(clock.at(56 * 8766 * HOUR_NS), 7);
     }
 }

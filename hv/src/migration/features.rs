@@ -169,7 +169,7 @@ impl Shape {
         self.disks.iter().filter(|disk| !disk.shared).map(|disk| disk.bytes).sum()
     }
 
-    pub(super) fn encode(&self, out: &mut Encoder) {
+    pub(crate) fn encode(&self, out: &mut Encoder) {
         out.bytes(self.uid.as_bytes());
         out.u32(self.vcpus);
         out.u64(self.memory_bytes);
@@ -193,7 +193,7 @@ impl Shape {
         }
     }
 
-    pub(super) fn decode(fields: &mut Decoder<'_>) -> Result<Self, StateError> {
+    pub(crate) fn decode(fields: &mut Decoder<'_>) -> Result<Self, StateError> {
         let uid = String::from_utf8_lossy(fields.bytes("uid", UID_BYTES_MAX)?).into_owned();
         let vcpus = fields.u32("vcpus")?;
         let memory_bytes = fields.u64("memory_bytes")?;

@@ -45,7 +45,7 @@ pub mod destination_machine;
 mod features;
 mod handover;
 mod link;
-mod pages;
+pub(crate) mod pages;
 pub mod policy;
 pub mod source;
 pub mod source_machine;

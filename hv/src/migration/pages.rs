@@ -10,7 +10,7 @@ use crate::memory::{DirtyPages, GuestMemory, PAGE_BYTES, PageRange};
 
 /// The pages that were ever written: the others are holes in the memory's file, and zero. Looking
 /// there rather than into memory neither touches nor allocates them.
-pub(super) fn present(memory: &GuestMemory) -> DirtyPages {
+pub(crate) fn present(memory: &GuestMemory) -> DirtyPages {
     let mut pages = DirtyPages::none(memory);
     for region in memory.iter() {
         let Some(file) = region.file_offset() else {
@@ -45,7 +45,7 @@ pub(super) fn present(memory: &GuestMemory) -> DirtyPages {
 }
 
 /// Makes all of memory zero again, and gives its pages back to the host.
-pub(super) fn clear(memory: &GuestMemory) -> io::Result<()> {
+pub(crate) fn clear(memory: &GuestMemory) -> io::Result<()> {
     for range in present(memory).ranges() {
         for slice in memory.get_slices(range.start, range.bytes as usize) {
             let slice = slice.map_err(io::Error::other)?;
@@ -62,7 +62,7 @@ pub(super) fn clear(memory: &GuestMemory) -> io::Result<()> {
 }
 
 /// Adds pointers to this memory; false when it is not (all) there.
-pub(super) fn gather(memory: &GuestMemory, run: &Run, buffers: &mut Vec<libc::iovec>) -> bool {
+pub(crate) fn gather(memory: &GuestMemory, run: &Run, buffers: &mut Vec<libc::iovec>) -> bool {
     let length = run.bytes() as usize;
     let mut gathered = 0;
     for slice in memory.get_slices(GuestAddress(run.start), length) {
@@ -76,7 +76,7 @@ pub(super) fn gather(memory: &GuestMemory, run: &Run, buffers: &mut Vec<libc::io
 
 /// Has the host make these pages, which are about to be written for the first time, all at once
 /// rather than one by one as they are touched. Only a hint: an old kernel does not know it.
-pub(super) fn populate(buffers: &[libc::iovec]) {
+pub(crate) fn populate(buffers: &[libc::iovec]) {
     for buffer in buffers {
         // SAFETY: the buffers are page-aligned, mapped guest memory; its content stays as it is.
         unsafe { libc::madvise(buffer.iov_base, buffer.iov_len, libc::MADV_POPULATE_WRITE) };
@@ -85,10 +85,10 @@ pub(super) fn populate(buffers: &[libc::iovec]) {
 
 /// One PAGES message.
 #[derive(Debug, Default)]
-pub(super) struct Batch {
-    pub(super) runs: Vec<Run>,
-    pub(super) data_bytes: usize,
-    pub(super) zero_pages: u64,
+pub(crate) struct Batch {
+    pub(crate) runs: Vec<Run>,
+    pub(crate) data_bytes: usize,
+    pub(crate) zero_pages: u64,
 }
 
 impl Batch {
@@ -113,7 +113,7 @@ impl Batch {
 }
 
 /// Cuts a set of pages into batches.
-pub(super) struct Batches<'a, I> {
+pub(crate) struct Batches<'a, I> {
     memory: &'a GuestMemory,
     ranges: I,
     current: Option<PageRange>,
@@ -123,7 +123,7 @@ pub(super) struct Batches<'a, I> {
 
 impl<'a, I: Iterator<Item = PageRange>> Batches<'a, I> {
     /// Of these ranges. `fresh`: the destination has not been sent any of these pages before.
-    pub(super) fn new(memory: &'a GuestMemory, ranges: I, fresh: bool) -> Self {
+    pub(crate) fn new(memory: &'a GuestMemory, ranges: I, fresh: bool) -> Self {
         Self { memory, ranges, current: None, fresh }
     }
 

@@ -5,6 +5,7 @@ use tonic::{Code, Status};
 use crate::config::FieldError;
 use crate::guest_agent::AgentError;
 use crate::migration::ControlError;
+use crate::saved::SaveError;
 
 /// An error of a call.
 #[derive(Debug, thiserror::Error)]
@@ -31,6 +32,9 @@ pub enum VmmError {
     /// A migration did not take a decision.
     #[error(transparent)]
     Control(#[from] ControlError),
+    /// The guest was not saved, and goes on.
+    #[error(transparent)]
+    Save(#[from] SaveError),
     /// The guest's agent gave no result.
     #[error(transparent)]
     Agent(#[from] AgentError),
@@ -55,6 +59,12 @@ impl From<VmmError> for Status {
                 AgentError::NoAnswer { .. } => Code::DeadlineExceeded,
                 AgentError::TooLarge { .. } => Code::ResourceExhausted,
                 AgentError::Malformed { .. } => Code::DataLoss,
+            },
+            VmmError::Save(error) => match error {
+                SaveError::Volume(_) => Code::InvalidArgument,
+                SaveError::TooSmall { .. } => Code::ResourceExhausted,
+                SaveError::Cancelled => Code::Aborted,
+                _ => Code::Internal,
             },
             VmmError::Busy => Code::Unavailable,
             VmmError::Failed(_) => Code::Internal,

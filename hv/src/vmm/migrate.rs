@@ -16,6 +16,7 @@ use crate::migration::{
     DestinationConfig, DestinationControl, DestinationOutcome, Incoming, Limits, SourceConfig,
     SourceControl, SourceOutcome, source,
 };
+use crate::saved::SaveOutcome;
 
 /// Pages are sent from guest memory, state from the heap.
 const STACK_BYTES: usize = 256 << 10;
@@ -35,10 +36,11 @@ pub(super) struct DestinationTask {
     pub(super) control: DestinationControl,
 }
 
-/// How a migration ended, with the machine.
+/// How a migration or a saving ended, with the machine.
 pub(super) enum Ended {
     Source { machine: Box<Machine>, to_epoch: u64, outcome: SourceOutcome },
     Destination { machine: Box<Machine>, epoch: u64, outcome: DestinationOutcome },
+    Saving { machine: Box<Machine>, outcome: SaveOutcome },
 }
 
 impl Supervisor {
@@ -196,27 +198,27 @@ impl Supervisor {
     }
 
     /// A thread that waits for the machine, does `work` with it, and gives it back.
-    fn worker(
+    pub(super) fn worker(
         &self,
         work: impl FnOnce(Box<Machine>) -> Ended + Send + 'static,
     ) -> Result<SyncSender<Box<Machine>>, VmmError> {
         let (sender, receiver) = sync_channel::<Box<Machine>>(1);
         let events = self.events.clone();
         std::thread::Builder::new()
-            .name("migration".into())
+            .name("mover".into())
             .stack_size(STACK_BYTES)
             .spawn(move || {
                 let Ok(machine) = receiver.recv() else { return };
                 let ended = work(machine);
                 // The supervisor is gone only when the process ends.
-                let _ = events.send(Event::Migration(ended));
+                let _ = events.send(Event::Ended(ended));
             })
-            .map_err(|error| VmmError::Failed(format!("no thread for the migration: {error}")))?;
+            .map_err(|error| VmmError::Failed(format!("no thread for it: {error}")))?;
         Ok(sender)
     }
 
     /// Moves the machine to a worker; whoever asks for it meanwhile finds `place`.
-    fn give(&mut self, worker: &SyncSender<Box<Machine>>, place: Place) {
+    pub(super) fn give(&mut self, worker: &SyncSender<Box<Machine>>, place: Place) {
         match std::mem::replace(&mut self.place, place) {
             Place::Owned(machine) | Place::Waiting(machine) => {
                 // The channel has room for one, and the worker waits for it.

@@ -11,11 +11,13 @@
 //!
 //! Every change of state goes through the supervisor, one after the other, so that there is
 //! nothing to lock. While a migration has the machine, the supervisor has only the handles by
-//! which a migration is cancelled or told the controller's decision.
+//! which a migration is cancelled or told the controller's decision. A saving has it in the same
+//! way, so that there is never both.
 
 mod adjust;
 mod error;
 mod migrate;
+mod save;
 mod shared;
 mod supervisor;
 
@@ -25,13 +27,14 @@ use std::sync::mpsc::{SyncSender, TrySendError};
 use std::time::Duration;
 
 use drover_proto::vmm::v1::{
-    CancelMigrationRequest, GrowDiskRequest, PrepareIncomingRequest, SetDiskLimitsRequest,
-    SetGenerationRequest, StartMigrationRequest, TakeOverRequest,
+    CancelMigrationRequest, GrowDiskRequest, PrepareIncomingRequest, SaveRequest,
+    SetDiskLimitsRequest, SetGenerationRequest, StartMigrationRequest, TakeOverRequest,
 };
 use tokio::sync::oneshot;
 
 use crate::config::DomainConfig;
 use crate::machine::exit::ExitRecord;
+use crate::saved;
 pub use error::VmmError;
 pub use shared::Shared;
 use supervisor::Event;
@@ -67,6 +70,8 @@ pub enum Request {
     GrowDisk(GrowDiskRequest),
     /// The guest has become another one.
     SetGeneration(SetGenerationRequest),
+    /// Write the guest to a file and end. The answer comes when it has ended.
+    Save(SaveRequest),
     /// End the VMM; the text says on whose behalf.
     Quit(String),
     /// Destination: listen. The answer is the address.
@@ -125,13 +130,17 @@ impl Vmm {
     /// When it cannot be done; then nothing has changed.
     pub async fn ask(&self, request: Request) -> Answer {
         let (reply, answer) = oneshot::channel();
+        let mut timeout = ANSWER_TIMEOUT;
+        if matches!(request, Request::Save(_)) {
+            timeout += saved::time_max(self.shared.status().memory_bytes);
+        }
         match self.events.try_send(Event::Request(request, reply)) {
             Ok(()) => {}
             Err(TrySendError::Full(_) | TrySendError::Disconnected(_)) => {
                 return Err(VmmError::Busy);
             }
         }
-        match tokio::time::timeout(ANSWER_TIMEOUT, answer).await {
+        match tokio::time::timeout(timeout, answer).await {
             Ok(Ok(answer)) => answer,
             Ok(Err(_)) | Err(_) => Err(VmmError::Busy),
         }

@@ -100,24 +100,32 @@ impl Shared {
         *self.parts.lock().unwrap_or_else(PoisonError::into_inner) = Parts::default();
     }
 
+    /// The only place where a status changes: of two, the one of the greater sequence is the later.
+    fn change(&self, change: impl FnOnce(&mut VmmStatus)) {
+        self.status.send_modify(|status| {
+            change(status);
+            status.sequence += 1;
+        });
+    }
+
     pub(super) fn set_state(&self, state: VmmState, reason: impl Into<String>) {
         let reason = reason.into();
-        self.status.send_modify(|status| {
+        self.change(|status| {
             status.state = state as i32;
             status.state_reason = reason;
         });
     }
 
     pub(super) fn set_epoch(&self, epoch: u64) {
-        self.status.send_modify(|status| status.epoch = epoch);
+        self.change(|status| status.epoch = epoch);
     }
 
     pub(super) fn count_reboot(&self) {
-        self.status.send_modify(|status| status.reboot_count += 1);
+        self.change(|status| status.reboot_count += 1);
     }
 
     pub(super) fn set_migration(&self, migration: &ObservedMigration) {
-        self.status.send_modify(|status| status.migration = Some(migration.clone()));
+        self.change(|status| status.migration = Some(migration.clone()));
     }
 
     pub(super) fn migration(&self) -> Option<ObservedMigration> {
@@ -126,6 +134,34 @@ impl Shared {
 
     /// Something that [`fill`](Self::fill) adds has changed.
     pub(super) fn touch(&self) {
-        self.status.send_modify(|_| {});
+        self.change(|_| {});
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// A status that was made before another one is known to be older, whoever reads it first.
+    #[test]
+    fn each_change_has_a_greater_number() {
+        let config = r#"{"uid":"u","name":"domains/a","epoch":1,"vcpus":1,
+            "memory_bytes":134217728,"kernel":"/k"}"#;
+        let shared = Shared::new(&serde_json::from_str(config).unwrap());
+        let mut last = shared.status().sequence;
+        let changes: [&dyn Fn(); 5] = [
+            &|| shared.set_state(VmmState::Running, ""),
+            &|| shared.set_epoch(2),
+            &|| shared.count_reboot(),
+            &|| shared.set_migration(&ObservedMigration::default()),
+            &|| shared.touch(),
+        ];
+        for change in changes {
+            change();
+            let now = shared.status().sequence;
+            assert!(now > last, "{now} after {last}");
+            last = now;
+        }
+        assert_eq!(shared.status().sequence, last, "looking is no change");
     }
 }

@@ -7,6 +7,7 @@ use drover_proto::vmm::v1::VmmState;
 use tokio::sync::oneshot;
 
 use super::migrate::{DestinationTask, Ended, SourceTask};
+use super::save::SaveTask;
 use super::{Answer, Options, Reply, Request, Shared, Vmm, VmmError};
 use crate::config::{FieldError, OnReboot};
 use crate::machine::exit::{self, ExitReason, ExitRecord, GuestExit};
@@ -25,8 +26,8 @@ pub(super) enum Event {
     Request(Request, oneshot::Sender<Answer>),
     /// Look whether the guest has ended, or said that it panicked.
     Guest,
-    /// A migration has ended and gives the machine back.
-    Migration(Ended),
+    /// A migration or a saving has ended and gives the machine back.
+    Ended(Ended),
 }
 
 /// Where the machine is.
@@ -39,6 +40,8 @@ pub(super) enum Place {
     Source(SourceTask),
     /// With a migration that receives it.
     Destination(DestinationTask),
+    /// With a saving that writes it to a file.
+    Saving(SaveTask),
     /// Here, paused: the destination runs it, or the controller must decide.
     HandedOver { machine: Box<Machine>, to_epoch: u64, succeeded: bool },
     /// A migration left it in no usable state.
@@ -54,6 +57,7 @@ impl Place {
             Self::Waiting(_) => "waiting for a migration",
             Self::Source(_) => "migrating away",
             Self::Destination(_) => "migrating here",
+            Self::Saving(_) => "being saved",
             Self::HandedOver { succeeded: false, .. } => "handed over",
             Self::HandedOver { succeeded: true, .. } => "running elsewhere",
             Self::Lost => "the migration has failed",
@@ -69,6 +73,8 @@ pub(super) struct Supervisor {
     pub(super) epoch: u64,
     /// The first that a guest said of its end, until it is dealt with.
     exit: Arc<Mutex<Option<GuestExit>>>,
+    /// Whoever asked for what ends the VMM, and hears when the end is on disk.
+    pub(super) farewell: Vec<oneshot::Sender<Answer>>,
 }
 
 /// Makes the machine, starts the thread, and waits until the guest runs.
@@ -94,6 +100,7 @@ pub(super) fn start(options: Options) -> Result<(Vmm, oneshot::Receiver<ExitReco
         };
         let record = supervisor.run(&receiver);
         supervisor.note_end(&record);
+        supervisor.say_farewell();
         // The one who waits for it may be gone.
         let _ = end.send(record);
         // The machine's threads end with the process: taking them down in order would only
@@ -147,8 +154,19 @@ impl Supervisor {
         });
         let epoch = options.config.epoch;
         let exit = Arc::default();
-        let mut supervisor = Self { options, shared, events, place: Place::Lost, epoch, exit };
-        let made = if supervisor.options.incoming {
+        let place = Place::Lost;
+        let mut supervisor =
+            Self { options, shared, events, place, epoch, exit, farewell: Vec::new() };
+        // Once: the guest's own reboots begin anew.
+        let restore = supervisor.options.config.restore.take();
+        let made = if let Some(path) = restore {
+            match supervisor.options.incoming {
+                true => {
+                    Err(FieldError::new("restore", path.display(), "none with --incoming").into())
+                }
+                false => supervisor.restore(&path),
+            }
+        } else if supervisor.options.incoming {
             supervisor.machine(Purpose::Incoming).map(|machine| {
                 supervisor.shared.set_state(VmmState::Incoming, "");
                 supervisor.place = Place::Waiting(machine);
@@ -161,7 +179,7 @@ impl Supervisor {
     }
 
     /// A machine that stands still.
-    fn machine(&self, purpose: Purpose) -> Result<Box<Machine>, MachineError> {
+    pub(super) fn machine(&self, purpose: Purpose) -> Result<Box<Machine>, MachineError> {
         let exit = Arc::clone(&self.exit);
         let events = self.events.clone();
         let on_exit: OnExit = Arc::new(move |reason| {
@@ -178,7 +196,12 @@ impl Supervisor {
     /// A fresh machine that runs the domain's kernel.
     fn boot(&mut self) -> Result<(), MachineError> {
         self.shared.console.forget_panic();
-        let mut machine = self.machine(Purpose::Boot)?;
+        let machine = self.machine(Purpose::Boot)?;
+        self.boot_machine(machine)
+    }
+
+    /// The same with a machine that is there.
+    pub(super) fn boot_machine(&mut self, mut machine: Box<Machine>) -> Result<(), MachineError> {
         machine.boot()?;
         // SAFETY: gives free heap back to the system, and touches nothing in use. The kernel's
         // decompression is what this VMM will ever need most memory for.
@@ -201,6 +224,7 @@ impl Supervisor {
                     let _ = reply.send(Ok(Reply::Done));
                     return record;
                 }
+                Event::Request(Request::Save(request), reply) => self.save(request, reply),
                 Event::Request(request, reply) => {
                     let answer = match self.obey(request) {
                         Ok(answer) => Ok(answer),
@@ -214,8 +238,8 @@ impl Supervisor {
                     let _ = reply.send(answer);
                 }
                 Event::Guest => self.shared.touch(),
-                Event::Migration(ended) => {
-                    if let Err(record) = self.migration_ended(ended) {
+                Event::Ended(ended) => {
+                    if let Err(record) = self.machine_back(ended) {
                         return record;
                     }
                 }
@@ -241,7 +265,7 @@ impl Supervisor {
             Request::StartMigration(request) => self.start_migration(request)?,
             Request::CancelMigration(request) => self.cancel_migration(&request)?,
             Request::TakeOver(request) => self.take_over(request.epoch)?,
-            Request::Quit(_) => unreachable!("handled by the caller"),
+            Request::Quit(_) | Request::Save(_) => unreachable!("handled by the caller"),
         }
         Ok(Reply::Done)
     }
@@ -300,6 +324,8 @@ impl Supervisor {
             // decides.
             Place::Source(task) => drop(task.control.cancel()),
             Place::Destination(task) => task.control.end(),
+            // When it is too late the state is whole, and of a guest that was killed.
+            Place::Saving(task) => drop(task.control.cancel()),
             _ => {}
         }
         ExitRecord::new(ExitReason::Killed, why)
@@ -352,9 +378,10 @@ impl Supervisor {
         self.shared.set_epoch(epoch);
     }
 
-    /// A migration gave the machine back.
-    fn migration_ended(&mut self, ended: Ended) -> Result<(), ExitRecord> {
+    /// A migration or a saving gave the machine back.
+    fn machine_back(&mut self, ended: Ended) -> Result<(), ExitRecord> {
         match ended {
+            Ended::Saving { machine, outcome } => return self.save_ended(machine, outcome),
             Ended::Source { machine, to_epoch, outcome } => match outcome {
                 SourceOutcome::Failed(_) => {
                     self.place = Place::Owned(machine);

@@ -33,7 +33,7 @@ use drover_proto::v1::{DiskLimits, RestartPolicy};
 use drover_proto::vmm::v1::VmmState;
 
 use crate::records::{DomainRecord, End, EndReason};
-use crate::wanted::{Assigned, Outgoing, Owner, Role, Wanted};
+use crate::wanted::{Assigned, Disk, Outgoing, Owner, Power, Role, Wanted};
 
 /// How often in a row a domain is restarted after crashes.
 pub const CRASH_RESTARTS_MAX: u32 = 5;
@@ -136,6 +136,10 @@ pub struct Progress {
     pub prepare_failed: Option<(String, String)>,
     /// What the VMM was told of its disks; `None` when this agent has told it nothing.
     pub told_disks: Option<Vec<LiveDisk>>,
+    /// The VMM is saving the guest, or has: its end is to come.
+    pub saving: bool,
+    /// It did not say what became of that; it is asked again then.
+    pub save_again_ms: u64,
 }
 
 /// What to do next.
@@ -167,6 +171,8 @@ pub enum Action {
     TakeOver,
     /// Tell the VMM what its disks have become.
     UpdateDisks,
+    /// Write the guest to its memory volume.
+    Save,
     /// Press the power button.
     PowerButton,
     /// End the VMM.
@@ -190,7 +196,9 @@ pub struct Facts<'a> {
     pub progress: &'a Progress,
     /// The disks of the assignment.
     pub disks: &'a Disks,
-    /// What its VMM is told of them.
+    /// The volume of its memory.
+    pub memory: &'a Disks,
+    /// What its VMM is told of its disks.
     pub live_disks: &'a [LiveDisk],
     /// Now.
     pub now_ms: u64,
@@ -229,16 +237,16 @@ fn decide_owner(facts: Facts<'_>, assigned: &Assigned, owner: &Owner) -> Action 
     let later = assigned.epoch > run_epoch.max(facts.handed_to());
     match facts.vmm {
         Vmm::Gone => decide_owner_without_vmm(facts, assigned, owner),
-        Vmm::Silent { .. } if !owner.running => end_vmm(facts),
+        Vmm::Silent { .. } if owner.power == Power::Stopped => end_vmm(facts),
         Vmm::Silent { since_ms, .. } => wait_for_start(facts, *since_ms),
         Vmm::Live { state, migration, .. } => match state {
             // The guest is this node's only by a later decision than the hand-over.
             VmmState::HandedOver if !later => Action::Nothing,
-            VmmState::HandedOver if owner.running => take_over(facts, assigned),
+            VmmState::HandedOver if owner.power != Power::Stopped => take_over(facts, assigned),
             VmmState::HandedOver => end_vmm(facts),
             // COMMIT is on its way, or the controller will decide.
             VmmState::Incoming if !later => Action::Nothing,
-            VmmState::Incoming if owner.running && is_ready(migration.as_ref()) => {
+            VmmState::Incoming if owner.power != Power::Stopped && is_ready(migration.as_ref()) => {
                 take_over(facts, assigned)
             }
             // The guest is not in there: begin anew without it.
@@ -251,10 +259,10 @@ fn decide_owner(facts: Facts<'_>, assigned: &Assigned, owner: &Owner) -> Action 
                 if assigned.epoch > run_epoch {
                     return take_over(facts, assigned);
                 }
-                if owner.running {
-                    decide_running(facts, owner, migration.as_ref())
-                } else {
-                    decide_stopping(facts, owner, migration.as_ref())
+                match owner.power {
+                    Power::Running => decide_running(facts, owner, migration.as_ref()),
+                    Power::Saved => decide_saving(facts, assigned, owner, migration.as_ref()),
+                    Power::Stopped => decide_stopping(facts, owner, migration.as_ref()),
                 }
             }
             VmmState::Unspecified => Action::Nothing,
@@ -264,9 +272,7 @@ fn decide_owner(facts: Facts<'_>, assigned: &Assigned, owner: &Owner) -> Action 
 
 /// The guest runs here and shall go on running, here or elsewhere.
 fn decide_running(facts: Facts<'_>, owner: &Owner, migration: Option<&Migration>) -> Action {
-    let record_generation = facts.record.and_then(|record| record.start_generation);
-    // A guest that was told to stop will; what is asked then is a new start.
-    if facts.progress.button_ms.is_none() && record_generation != Some(owner.start_generation) {
+    if is_new_start(facts, owner) {
         return Action::Adopt;
     }
     let Some(outgoing) = &owner.outgoing else { return update_disks(facts, migration) };
@@ -280,6 +286,53 @@ fn decide_running(facts: Facts<'_>, owner: &Owner, migration: Option<&Migration>
         };
     }
     if begun { Action::Nothing } else { Action::StartMigration }
+}
+
+/// A guest that was told to stop will; what is asked then is a new start.
+fn is_new_start(facts: Facts<'_>, owner: &Owner) -> bool {
+    let seen = facts.record.and_then(|record| record.start_generation);
+    facts.progress.button_ms.is_none() && seen != Some(owner.start_generation)
+}
+
+/// The guest runs here and shall be saved: once, when there is room for it. When that fails it
+/// runs on until another thing is wanted.
+fn decide_saving(
+    facts: Facts<'_>,
+    assigned: &Assigned,
+    owner: &Owner,
+    migration: Option<&Migration>,
+) -> Action {
+    if is_new_start(facts, owner) {
+        return Action::Adopt;
+    }
+    let failed = facts.record.is_some_and(|record| save_failed(record, assigned).is_some());
+    let may = assigned.memory.is_some() && *facts.memory == Disks::Ready;
+    if failed || !may || facts.progress.saving || migration.is_some_and(is_leaving) {
+        return Action::Nothing;
+    }
+    let at = facts.progress.save_again_ms;
+    if facts.now_ms < at { Action::WaitUntil(at) } else { Action::Save }
+}
+
+/// Why this order to save the guest could not be obeyed.
+pub fn save_failed<'a>(record: &'a DomainRecord, assigned: &Assigned) -> Option<&'a str> {
+    let (Role::Owner(owner), Some(memory)) = (&assigned.role, &assigned.memory) else {
+        return None;
+    };
+    let is_this = |save: &&crate::records::SaveRecord| {
+        save.memory == memory.volume
+            && save.epoch == assigned.epoch
+            && save.start_generation == owner.start_generation
+    };
+    record.save.as_ref().filter(is_this).map(|save| save.error.as_str())
+}
+
+/// The volume that a start goes on from: the assignment's, unless the guest has done so already.
+/// (A VMM that is started with one that is used up boots; but that one may be gone by then.)
+pub fn restores<'a>(record: Option<&DomainRecord>, assigned: &'a Assigned) -> Option<&'a Disk> {
+    let Role::Owner(_) = &assigned.role else { return None };
+    let used = record.and_then(|record| record.restored.as_ref());
+    assigned.memory.as_ref().filter(|memory| used != Some(&memory.volume))
 }
 
 /// A volume that has grown, other limits. Nothing is missed: what was told is forgotten with the
@@ -308,10 +361,10 @@ fn decide_stopping(facts: Facts<'_>, owner: &Owner, migration: Option<&Migration
 
 fn decide_owner_without_vmm(facts: Facts<'_>, assigned: &Assigned, owner: &Owner) -> Action {
     let Some(record) = facts.record else {
-        return if owner.running { start(facts, assigned, Action::Start) } else { Action::Adopt };
+        return if owner.runs() { start(facts, assigned, Action::Start) } else { Action::Adopt };
     };
     let Some(end) = &record.end else {
-        return match owner.running {
+        return match owner.runs() {
             true => start(facts, assigned, Action::Start),
             false => adopt_if_new(record, assigned),
         };
@@ -319,7 +372,7 @@ fn decide_owner_without_vmm(facts: Facts<'_>, assigned: &Assigned, owner: &Owner
     if assigned.epoch <= facts.handed_to() {
         return Action::Nothing;
     }
-    if !owner.running {
+    if !owner.runs() {
         return adopt_if_new(record, assigned);
     }
     let decided_anew = assigned.epoch > end.epoch;
@@ -331,7 +384,10 @@ fn decide_owner_without_vmm(facts: Facts<'_>, assigned: &Assigned, owner: &Owner
         return Action::Adopt;
     }
     match end.reason {
-        EndReason::HostRebooted | EndReason::Interrupted => start(facts, assigned, Action::Start),
+        // It was saved, and is wanted back before the controller has heard of it.
+        EndReason::HostRebooted | EndReason::Interrupted | EndReason::Saved => {
+            start(facts, assigned, Action::Start)
+        }
         EndReason::Shutdown => Action::Nothing,
         EndReason::Reboot => match assigned.spec.on_reboot() {
             RestartPolicy::Stop => Action::Nothing,
@@ -352,7 +408,7 @@ fn decide_owner_without_vmm(facts: Facts<'_>, assigned: &Assigned, owner: &Owner
 /// `action` when the domain's disks are here. Otherwise the record is made to say that it is to
 /// be started: under this epoch, for this order, and that the last VMM's end is history.
 fn start(facts: Facts<'_>, assigned: &Assigned, action: Action) -> Action {
-    if *facts.disks == Disks::Ready {
+    if *facts.to_start(assigned) == Disks::Ready {
         return action;
     }
     let written = facts.record.is_some_and(|record| {
@@ -510,7 +566,16 @@ fn millis(duration: Duration) -> u64 {
     u64::try_from(duration.as_millis()).unwrap_or(u64::MAX)
 }
 
-impl Facts<'_> {
+impl<'a> Facts<'a> {
+    /// How what a start needs stands.
+    pub fn to_start(&self, assigned: &Assigned) -> &'a Disks {
+        let memory = restores(self.record, assigned).map(|_| self.memory);
+        match self.disks {
+            Disks::Ready => memory.unwrap_or(self.disks),
+            _ => self.disks,
+        }
+    }
+
     /// The epoch that the VMM is under.
     fn run_epoch(&self) -> u64 {
         self.record.map_or(0, |record| record.run.as_ref().map_or(record.epoch, |run| run.epoch))

@@ -1,6 +1,7 @@
 //! The table of decisions, row by row; then the rules that no combination may break, over all of
 //! them.
 
+mod live;
 mod rules;
 
 use super::*;
@@ -9,6 +10,7 @@ use drover_proto::v1::DomainSpec;
 
 const NOW: u64 = 1_000_000;
 const M: &str = "migration-1";
+const MEMORY: &str = "volume-1";
 
 // --- what is on disk -------------------------------------------------------------------------
 
@@ -75,12 +77,21 @@ fn silent() -> Vmm {
 fn assigned(epoch: u64, role: Role) -> Wanted {
     let spec = DomainSpec::default();
     let name = "domains/web".into();
-    let (disks, rescue, generation_id) = (Vec::new(), false, None);
-    Wanted::Assigned(Box::new(Assigned { name, epoch, spec, role, disks, rescue, generation_id }))
+    Wanted::Assigned(Box::new(Assigned {
+        name,
+        epoch,
+        spec,
+        role,
+        disks: Vec::new(),
+        rescue: false,
+        generation_id: None,
+        memory: None,
+    }))
 }
 
 fn owner(running: bool) -> Owner {
-    Owner { running, grace: Duration::from_secs(60), start_generation: 1, outgoing: None }
+    let power = if running { Power::Running } else { Power::Stopped };
+    Owner { power, grace: Duration::from_secs(60), start_generation: 1, outgoing: None }
 }
 
 fn run(epoch: u64) -> Wanted {
@@ -89,6 +100,20 @@ fn run(epoch: u64) -> Wanted {
 
 fn stop(epoch: u64) -> Wanted {
     assigned(epoch, Role::Owner(owner(false)))
+}
+
+fn with_memory(mut wanted: Wanted) -> Wanted {
+    if let Wanted::Assigned(assigned) = &mut wanted {
+        let (volume, pool, serial) = (MEMORY.into(), "main".into(), String::new());
+        let limits = DiskLimits::default();
+        assigned.memory = Some(Disk { volume, pool, read_only: false, limits, serial });
+    }
+    wanted
+}
+
+fn save(epoch: u64) -> Wanted {
+    let owner = Owner { power: Power::Saved, ..owner(true) };
+    with_memory(assigned(epoch, Role::Owner(owner)))
 }
 
 fn start_again(generation: u64) -> Wanted {
@@ -146,7 +171,8 @@ fn ask_with(
     progress: &Progress,
 ) -> Action {
     let record = record.as_ref();
-    decide(Facts { record, vmm, wanted, progress, disks, live_disks: &[], now_ms: NOW })
+    let (memory, live_disks) = (&Disks::Ready, &[]);
+    decide(Facts { record, vmm, wanted, progress, disks, memory, live_disks, now_ms: NOW })
 }
 
 type Row = (&'static str, Option<DomainRecord>, Vmm, Wanted, Action);
@@ -451,7 +477,7 @@ fn a_stop_cancels_a_migration_first_and_once() {
     if let Wanted::Assigned(assigned) = &mut wanted
         && let Role::Owner(owner) = &mut assigned.role
     {
-        owner.running = false;
+        owner.power = Power::Stopped;
     }
     let copying =
         || migrating(VmmState::Running, MigrationRole::Source, MigrationProgress::Copying);

@@ -1,7 +1,6 @@
 //! Carrying out one action. Each writes down first what must not be forgotten, and can be done
 //! again from the beginning after a crash at any point.
 
-use std::path::PathBuf;
 use std::time::Duration;
 
 use drover_proto::vmm::v1::{PrepareIncomingRequest, StartMigrationRequest};
@@ -9,9 +8,10 @@ use drover_proto::vmm::v1::{VmmState, VmmStatus};
 use tokio::time::Instant;
 
 use super::client::{VmmClient, is_refusal};
+use super::files::Opened;
 use super::vmm::{Event, Link, describe};
 use super::{Domain, files, seeding};
-use crate::decide::{Action, CRASH_FORGIVEN_AFTER, Progress};
+use crate::decide::{Action, CRASH_FORGIVEN_AFTER, Progress, restores};
 use crate::error::{Error, blocking};
 use crate::net;
 use crate::records::{DomainRecord, End, EndReason, OutgoingRecord, Run};
@@ -36,6 +36,7 @@ impl Domain {
             Action::CancelMigration => self.cancel_migration().await,
             Action::TakeOver => self.take_over().await,
             Action::UpdateDisks => self.update_disks().await,
+            Action::Save => self.save_guest().await,
             Action::PowerButton => self.power_button().await,
             Action::Quit => self.quit().await,
             Action::Kill => self.kill(),
@@ -43,12 +44,12 @@ impl Domain {
         }
     }
 
-    fn assigned(&self) -> Result<Assigned, Error> {
+    pub(super) fn assigned(&self) -> Result<Assigned, Error> {
         // decide() asks for these actions only with an assignment.
         self.wanted.assigned().cloned().ok_or(Error::Ended("assignment"))
     }
 
-    fn client(&self) -> Result<VmmClient, Error> {
+    pub(super) fn client(&self) -> Result<VmmClient, Error> {
         self.link.client().ok_or_else(|| Error::Domain("the VMM does not answer".into()))
     }
 
@@ -91,8 +92,8 @@ impl Domain {
         let mut record = self.record_for(&assigned);
         record.crash_restarts = self.crash_restarts_after(&assigned);
         // Before the queue: a pool that hangs keeps no other domain from its start.
-        let disks = match self.open_disks(&assigned).await {
-            Ok(disks) => disks,
+        let opened = match self.open_disks(&assigned).await {
+            Ok(opened) => opened,
             Err(error) => return self.could_not_start(record, &assigned, incoming, &error).await,
         };
         let shared = self.shared.clone();
@@ -112,7 +113,7 @@ impl Domain {
             incoming = incoming.is_some(),
             "starts the VMM"
         );
-        let config = match self.prepare_start(&assigned, disks, incoming.is_none()).await {
+        let config = match self.prepare_start(&assigned, opened, incoming.is_none()).await {
             Ok(config) => config,
             Err(error) => return self.could_not_start(record, &assigned, incoming, &error).await,
         };
@@ -124,6 +125,7 @@ impl Domain {
             boot_id: self.shared.boot_id.clone(),
             pid: None,
             ran: false,
+            restore: restores(self.record.as_ref(), &assigned).map(|memory| memory.volume.clone()),
         });
         self.save(record.clone()).await?;
         let told_disks = Some(self.live_disks.clone());
@@ -152,23 +154,27 @@ impl Domain {
         }
     }
 
-    /// Where the domain's disks can be opened now, in their order.
-    async fn open_disks(&self, assigned: &Assigned) -> Result<Vec<PathBuf>, Error> {
+    /// Where the domain's volumes can be opened now.
+    async fn open_disks(&self, assigned: &Assigned) -> Result<Opened, Error> {
         let storage = self.storage.clone();
         let disks = assigned.disks.clone();
         let rescue = assigned.rescue;
+        let memory = restores(self.record.as_ref(), assigned).cloned();
         blocking(move || {
-            let activate = |(index, disk): (usize, &Disk)| {
-                let name = match (rescue, index) {
-                    (true, 0) => "the rescue disk".to_owned(),
-                    (true, index) => format!("disk {index}"),
-                    (false, index) => format!("disk {}", index + 1),
-                };
+            let activate = |name: &str, disk: &Disk| {
                 storage
                     .activate(&disk.pool, &disk.volume)
                     .map_err(|err| Error::Domain(format!("{name}: {err}")))
             };
-            disks.iter().enumerate().map(activate).collect()
+            let disks = disks.iter().enumerate().map(|(index, disk)| match (rescue, index) {
+                (true, 0) => activate("the rescue disk", disk),
+                (true, index) => activate(&format!("disk {index}"), disk),
+                (false, index) => activate(&format!("disk {}", index + 1), disk),
+            });
+            Ok(Opened {
+                disks: disks.collect::<Result<_, _>>()?,
+                memory: memory.map(|memory| activate("the saved memory", &memory)).transpose()?,
+            })
         })
         .await
     }
@@ -176,7 +182,7 @@ impl Domain {
     async fn prepare_start(
         &self,
         assigned: &Assigned,
-        disks: Vec<PathBuf>,
+        opened: Opened,
         boots: bool,
     ) -> Result<drover_hv::config::DomainConfig, Error> {
         let shared = self.shared.clone();
@@ -190,7 +196,7 @@ impl Domain {
                 (0..spec.interfaces.len()).map(|index| net::tap_name(&uid, index)).collect();
             let seed = seeding::seed_bytes(&uid, &assigned)?;
             let seed_path = seed.as_ref().map(|_| files.seed.as_path());
-            let config = files::domain_config(&uid, &assigned, &names, &disks, seed_path)?;
+            let config = files::domain_config(&uid, &assigned, &names, &opened, seed_path)?;
             if boots {
                 files::check_boot_files(&config, &shared.node)?;
             }
@@ -292,14 +298,21 @@ impl Domain {
             handed_over = handover.is_some(),
             "the VMM has ended"
         );
+        // Only a guest that ran ends like this, even if it was too quick to be seen.
+        let ran = run.ran
+            || matches!(
+                reason,
+                EndReason::Shutdown | EndReason::Reboot | EndReason::Crash | EndReason::Saved
+            );
+        if ran && run.restore.is_some() {
+            record.restored = run.restore;
+        }
         record.end = Some(End {
             // A promise made before this run's epoch has been overruled since.
             handover: handover.filter(|handover| handover.to_epoch > run.epoch),
             epoch: run.epoch,
             incoming: run.incoming,
-            // Only a guest that ran ends like this, even if it was too quick to be seen.
-            ran: run.ran
-                || matches!(reason, EndReason::Shutdown | EndReason::Reboot | EndReason::Crash),
+            ran,
             reason,
             detail,
             ordered,
@@ -319,6 +332,10 @@ impl Domain {
     ) -> (EndReason, String) {
         if let Some(exit) = exit {
             let detail = if exit.detail.is_empty() { last_line } else { exit.detail.clone() };
+            if exit.reason() == EndReason::Saved {
+                // It speaks of a path.
+                return (EndReason::Saved, String::new());
+            }
             let quiet = matches!(exit.reason(), EndReason::Shutdown | EndReason::Reboot);
             return (exit.reason(), if quiet { exit.detail } else { detail });
         }

@@ -45,6 +45,7 @@ impl ExitFile {
             "reboot" => EndReason::Reboot,
             "crash" => EndReason::Crash,
             "killed" => EndReason::Killed,
+            "saved" => EndReason::Saved,
             _ => EndReason::Error,
         }
     }
@@ -75,15 +76,24 @@ fn read_json<T: serde::de::DeserializeOwned>(path: &Path) -> Option<T> {
     }
 }
 
-/// What the VMM is started with. `disks` are the paths of the assignment's volumes, `seed` is
-/// what cloud-init in the guest reads: the last disk.
+/// Where a domain's volumes can be opened.
+#[derive(Debug)]
+pub(crate) struct Opened {
+    /// Its disks, in their order.
+    pub(crate) disks: Vec<PathBuf>,
+    /// The saved memory that it goes on from.
+    pub(crate) memory: Option<PathBuf>,
+}
+
+/// What the VMM is started with. `seed` is what cloud-init in the guest reads: the last disk.
 pub(crate) fn domain_config(
     uid: &str,
     assigned: &Assigned,
     taps: &[String],
-    disks: &[PathBuf],
+    opened: &Opened,
     seed: Option<&Path>,
 ) -> Result<DomainConfig, Error> {
+    let disks = &opened.disks;
     let spec = &assigned.spec;
     // A rescue disk is booted as it is: what the domain asks for may be what keeps it from booting.
     let boot = spec.boot.clone().filter(|_| !assigned.rescue).unwrap_or_default();
@@ -144,6 +154,7 @@ pub(crate) fn domain_config(
         // A guest that brings its own system may bring the agent for it, too.
         guest_agent: boots_from_disk,
         generation_id: assigned.generation_id.clone(),
+        restore: opened.memory.clone(),
         on_reboot: match spec.on_reboot() {
             RestartPolicy::Stop => OnReboot::Stop,
             RestartPolicy::Restart | RestartPolicy::Unspecified => OnReboot::Restart,
@@ -166,6 +177,10 @@ pub(crate) fn name_disks(text: String, config: &Path) -> String {
     let mut disks: Vec<_> = config.disks.iter().enumerate().collect();
     // A path may be the beginning of another.
     disks.sort_by_key(|(_, disk)| std::cmp::Reverse(disk.path.as_os_str().len()));
+    let text = match &config.restore {
+        Some(memory) => text.replace(&memory.display().to_string(), "the saved memory"),
+        None => text,
+    };
     disks.into_iter().fold(text, |text, (index, disk)| {
         let name = match disk.serial.as_str() {
             SEED_SERIAL => "the seed".to_owned(),
@@ -271,6 +286,7 @@ mod tests {
             ("reboot", EndReason::Reboot),
             ("crash", EndReason::Crash),
             ("killed", EndReason::Killed),
+            ("saved", EndReason::Saved),
             ("error", EndReason::Error),
         ] {
             fs::write(&path, format!("{{\"reason\":\"{word}\",\"detail\":\"why\"}}")).unwrap();

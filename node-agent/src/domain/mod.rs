@@ -10,6 +10,7 @@ pub(crate) mod client;
 mod files;
 pub mod guest;
 pub mod quiesce;
+mod save;
 mod seeding;
 mod vmm;
 
@@ -28,6 +29,7 @@ use crate::records::{DomainFiles, DomainRecord, Handover, Places};
 use crate::storage::StorageHandle;
 use crate::wanted::Wanted;
 use quiesce::Quiescer;
+use save::Saving;
 use vmm::Link;
 
 /// How many VMMs may be starting at once.
@@ -91,7 +93,10 @@ pub(crate) struct Domain {
     wanted: Wanted,
     /// The disks of `wanted`, as they were seen last.
     disks: Disks,
+    /// The volume of its memory.
+    memory: Disks,
     live_disks: Vec<LiveDisk>,
+    saving: Option<Saving>,
     storage: StorageHandle,
     record: Option<DomainRecord>,
     /// Why the record cannot be used; then nothing is ever started. With the hand-over that is
@@ -125,7 +130,9 @@ impl Domain {
             view,
             wanted: Wanted::Unknown,
             disks: Disks::Ready,
+            memory: Disks::Ready,
             live_disks: Vec::new(),
+            saving: None,
             record: None,
             record_damage: None,
             link: Link::gone(),
@@ -186,6 +193,11 @@ impl Domain {
     fn look_at_disks(&mut self) {
         let disks = self.wanted.assigned().map_or(&[][..], |assigned| &assigned.disks);
         self.disks = self.storage.disks(disks);
+        let memory = self.wanted.assigned().and_then(|assigned| assigned.memory.as_ref());
+        self.memory = match memory {
+            Some(memory) => save::memory_of(self.storage.disks(std::slice::from_ref(memory))),
+            None => Disks::Ready,
+        };
         let view = self.storage.view();
         let live = disks.iter().map(|disk| {
             let is_its =
@@ -215,7 +227,7 @@ impl Domain {
         let tick = Instant::now() + if self.link.is_silent() { RECONNECT } else { TICK };
         let until = wake.map_or(tick, |wake| wake.min(tick));
         self.bound_log().await;
-        let has_disks = !self.live_disks.is_empty();
+        let has_disks = !self.live_disks.is_empty() || self.memory != Disks::Ready;
         tokio::select! {
             changed = self.wanted_source.changed() => return changed.is_ok(),
             () = self.storage.changed(), if has_disks => {}
@@ -223,6 +235,7 @@ impl Domain {
                 let now_ms = self.now_ms();
                 self.link.take(event, now_ms);
             }
+            saved = save::outcome(&mut self.saving) => self.note_saved(saved).await,
             () = tokio::time::sleep_until(until) => {
                 if self.link.is_silent() {
                     self.look_again().await;
@@ -278,6 +291,7 @@ impl Domain {
             wanted: &self.wanted,
             progress: &self.progress,
             disks: &self.disks,
+            memory: &self.memory,
             live_disks: &self.live_disks,
             now_ms: self.now_ms(),
         }

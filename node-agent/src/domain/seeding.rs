@@ -117,8 +117,16 @@ mod tests {
         });
         let spec = DomainSpec { cloud_init, interfaces, ..DomainSpec::default() };
         let name = "domains/web".into();
-        let (disks, rescue, generation_id) = (vec![], false, None);
-        Assigned { name, epoch, spec, role, disks, rescue, generation_id }
+        Assigned {
+            name,
+            epoch,
+            spec,
+            role,
+            disks: vec![],
+            rescue: false,
+            generation_id: None,
+            memory: None,
+        }
     }
 
     fn incoming() -> Role {
@@ -127,7 +135,7 @@ mod tests {
 
     fn owner() -> Role {
         Role::Owner(crate::wanted::Owner {
-            running: true,
+            power: crate::wanted::Power::Running,
             grace: Default::default(),
             start_generation: 1,
             outgoing: None,

@@ -5,6 +5,7 @@
 mod disks;
 mod guests;
 mod quiet;
+mod saved;
 mod scripted;
 
 use super::*;

@@ -279,8 +279,11 @@ impl Domain {
         run.pid = pid.or(run.pid);
         // A paused source in its switch-over has run; a paused destination never has.
         run.ran |= runs;
+        let restored = run.restore.clone().filter(|_| run.ran);
         run.epoch = run.epoch.max(epoch);
         record.epoch = record.epoch.max(run.epoch);
+        // What the guest went on from is used up.
+        record.restored = restored.or(record.restored);
         if known.as_ref() != Some(&record) {
             match self.save(record).await {
                 Ok(()) => self.record_damage = None,

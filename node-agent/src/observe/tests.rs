@@ -21,16 +21,24 @@ fn ended(ran: bool, reason: EndReason) -> End {
 }
 
 fn owner(outgoing: Option<Outgoing>) -> Wanted {
-    let owner = Owner { running: true, grace: Duration::ZERO, start_generation: 1, outgoing };
+    let power = Power::Running;
+    let owner = Owner { power, grace: Duration::ZERO, start_generation: 1, outgoing };
     assigned(Role::Owner(owner))
 }
 
 fn assigned(role: Role) -> Wanted {
     let spec = DomainSpec::default();
     let (name, disks) = ("domains/web".into(), Vec::new());
-    let (rescue, generation_id) = (false, None);
-    let epoch = 6;
-    Wanted::Assigned(Box::new(Assigned { name, epoch, spec, role, disks, rescue, generation_id }))
+    Wanted::Assigned(Box::new(Assigned {
+        name,
+        epoch: 6,
+        spec,
+        role,
+        disks,
+        rescue: false,
+        generation_id: None,
+        memory: None,
+    }))
 }
 
 fn send(cancel: bool) -> Wanted {
@@ -66,7 +74,8 @@ fn with_disks(
 ) -> ObservedDomain {
     let progress = &Progress::default();
     let (record, vmm) = (Some(record), &vmm);
-    let facts = Facts { record, vmm, wanted, progress, disks, live_disks: &[], now_ms: 0 };
+    let (memory, live_disks) = (disks, &[]);
+    let facts = Facts { record, vmm, wanted, progress, disks, memory, live_disks, now_ms: 0 };
     observe(facts, status.as_ref(), None, None).unwrap()
 }
 

@@ -18,6 +18,7 @@ fn no_combination_breaks_the_rules() {
         EndReason::Error,
         EndReason::HostRebooted,
         EndReason::Interrupted,
+        EndReason::Saved,
     ] {
         records.push(Some(ended(reason)));
         records.push(Some(with_end(ended(reason), |end| end.ordered = true)));
@@ -38,7 +39,7 @@ fn no_combination_breaks_the_rules() {
     }
     let mut wanteds = vec![Wanted::Unknown, Wanted::Absent, Wanted::Unclear("x".into())];
     for epoch in 4..=8 {
-        wanteds.extend([run(epoch), stop(epoch), receive(epoch)]);
+        wanteds.extend([run(epoch), stop(epoch), receive(epoch), save(epoch)]);
         wanteds.push(on_crash(run(epoch), RestartPolicy::Restart));
     }
     wanteds.extend([send(false), send(true), start_again(2)]);
@@ -52,10 +53,16 @@ fn no_combination_breaks_the_rules() {
                 for progress in &progresses {
                     for disks in &[Disks::Ready, Disks::Waiting("w".into())] {
                         let record = record.as_ref();
-                        let live_disks = &[];
-                        let now_ms = NOW;
-                        let facts =
-                            Facts { record, vmm, wanted, progress, disks, live_disks, now_ms };
+                        let facts = Facts {
+                            record,
+                            vmm,
+                            wanted,
+                            progress,
+                            disks,
+                            memory: disks,
+                            live_disks: &[],
+                            now_ms: NOW,
+                        };
                         hold_the_rules(facts, &decide(facts));
                         count += 1;
                     }
@@ -114,7 +121,7 @@ fn hold_the_rules(facts: Facts<'_>, action: &Action) {
     // A guest that runs, and shall run here, is not ended.
     let run_epoch = facts.record.and_then(|r| r.run.as_ref()).map(|run| run.epoch);
     let runs = matches!(facts.vmm, Vmm::Live { state: VmmState::Running, .. });
-    if runs && facts.wanted.owner().is_some_and(|owner| owner.running) && epoch == run_epoch {
+    if runs && facts.wanted.owner().is_some_and(Owner::runs) && epoch == run_epoch {
         assert!(!ends, "{}", context());
     }
     // The other way round: what is told to the VMM needs one that answers.
@@ -123,6 +130,7 @@ fn hold_the_rules(facts: Facts<'_>, action: &Action) {
         Action::Quit
             | Action::PowerButton
             | Action::UpdateDisks
+            | Action::Save
             | Action::TakeOver
             | Action::StartMigration
             | Action::CancelMigration

@@ -76,7 +76,14 @@ async fn serve(config: DomainConfig, socket: PathBuf, dir: PathBuf, incoming: bo
         status: watch::Sender::new(status),
         known_epoch: Arc::new(Mutex::new(config.epoch)),
     };
+    if let Some(memory) = &config.restore {
+        eprintln!("goes on from {}", memory.display());
+    }
     match config.command_line.as_str() {
+        "no-state" if config.restore.is_some() => {
+            let memory = config.restore.unwrap();
+            end(&dir, "error", &format!("restore: {}: is damaged", memory.display()))
+        }
         "no-kernel" => end(&dir, "error", "boot.kernel: is no kernel"),
         "no-boot" => {
             let disk = config.boot_disk.unwrap().path;
@@ -162,8 +169,18 @@ impl VmmService for Vmm {
         Ok(Response::new(Box::pin(stream)))
     }
 
-    async fn save(&self, _: Request<SaveRequest>) -> Answer<VmmStatus> {
-        Err(Status::unimplemented(""))
+    async fn save(&self, request: Request<SaveRequest>) -> Answer<VmmStatus> {
+        eprintln!("Save {}", request.into_inner().path);
+        if self.how == "save-fails" {
+            return Err(Status::resource_exhausted("the state does not fit: 1 MiB"));
+        }
+        self.change(|status| status.set_state(VmmState::Paused));
+        if self.how == "save-slowly" {
+            while !self.dir.join("saved").exists() {
+                tokio::time::sleep(Duration::from_millis(5)).await;
+            }
+        }
+        end(&self.dir, "saved", "the guest is saved: 9 bytes in /dev/vg/memory")
     }
 
     async fn pause(&self, _: Request<PauseRequest>) -> Answer<VmmStatus> {
