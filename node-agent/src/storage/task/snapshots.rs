@@ -10,7 +10,7 @@ use super::super::take::{Taken, take};
 use super::{Ended, Made, Task};
 use crate::error::Error;
 
-/// Snapshots that are being taken, on the node.
+/// While so many parts are being taken on the node, no further snapshot is begun.
 const TAKES_MAX: usize = 4;
 
 impl Task {
