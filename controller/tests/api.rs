@@ -5,6 +5,7 @@
 mod images;
 mod service;
 mod snapshots;
+mod verbs;
 
 use std::sync::{Arc, Mutex};
 

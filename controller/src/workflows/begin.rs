@@ -389,6 +389,9 @@ fn why_not_cancelled(
         {
             Some(("NOT_CANCELLABLE", "it has failed already, and removes what it made"))
         }
+        OperationKind::StartDomain if domain.is_some_and(has_memory) => {
+            Some(("NOT_CANCELLABLE", "it may go on already, with what was saved used up"))
+        }
         OperationKind::ReinstallDomain | OperationKind::RestoreSnapshot => {
             Some(("NOT_CANCELLABLE", "what was there is gone already: it can only go forward"))
         }

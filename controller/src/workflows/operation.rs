@@ -10,7 +10,7 @@ use drover_proto::v1::{
 
 use super::step::{Work, error};
 use super::{reinstall, resize, save, snapshot};
-use crate::model::Side;
+use crate::model::{Side, has_memory};
 
 /// A create that fails takes back what it made; past its deadline it waits this long for that.
 const ROLLBACK_WAIT_MS: i64 = 60_000;
@@ -73,6 +73,11 @@ fn start(work: &mut Work<'_>, kind: OperationKind) {
         _ => {}
     }
     let Some(why) = failure(work, "it did not start") else { return say(work) };
+    if has_memory(&work.domain) && work.domain.state() != DomainState::Failed {
+        // It may go on already, with what was saved used up: to stop it would lose that.
+        let message = format!("{}; it goes on where it was when its agent can", why.message);
+        return work.end(OperationState::Failed, Some(error(&why.reason, message)));
+    }
     // Nothing half done: it does not start later, when nobody looks.
     work.domain.set_desired_power(PowerState::Stopped);
     work.domain.grace_ms = 0;

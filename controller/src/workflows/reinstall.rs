@@ -102,11 +102,12 @@ fn source<'a>(
     Err(Refusal::Invalid { field: "image".into(), value: String::new(), expected })
 }
 
-/// Done when the node has made all of the domain's volumes.
+/// Done when the node has made all of the domain's volumes that are to be made.
 pub(super) fn step(work: &mut Work<'_>) {
     let node = work.domain.node.clone();
     let (world, row) = (work.cx.world, work.row);
-    let mut rest = world.volumes_of(&row.value).filter(|v| v.value.state() != VolumeState::Ready);
+    let mut rest =
+        world.volumes_of(&row.value).filter(|volume| volume.value.state() == VolumeState::Creating);
     let Some(volume) = rest.next() else {
         return work.end(OperationState::Succeeded, None);
     };

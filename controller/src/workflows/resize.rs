@@ -3,7 +3,7 @@
 //!
 //! Room is promised with the greater of what it has and what it shall have, as both may be used.
 
-use drover_proto::v1::{DiskResize, DomainState, OperationKind, OperationState};
+use drover_proto::v1::{DiskResize, DomainState, OperationKind, OperationState, VolumeState};
 
 use super::begin::{Begun, free_domain, hold, known_node, operation, reserve, wrong_state};
 use super::content::not_saved;
@@ -118,6 +118,17 @@ fn disks<'a>(
                 ),
             });
         }
+        if held.value.state() == VolumeState::Failed {
+            let name = format!("volumes/{}", held.value.id);
+            return Err(Refusal::Precondition {
+                message: format!(
+                    "{name} is FAILED ({}): it cannot grow; ReinstallDomain makes it anew",
+                    held.value.state_reason
+                ),
+                subject: name,
+                reason: "WRONG_STATE",
+            });
+        }
         disk.size_bytes = resize.size_bytes;
         *more.entry(held.value.pool.clone()).or_default() += resize.size_bytes - has;
         grown.push((held, VolumeRecord { size_bytes: resize.size_bytes, ..held.value.clone() }));
@@ -158,7 +169,9 @@ pub(super) fn room(
 pub(super) fn step(work: &mut Work<'_>) {
     let node = work.domain.node.clone();
     let (world, row, observed) = (work.cx.world, work.row, work.cx.observed);
-    let mut waits = world.volumes_of(&row.value).filter_map(|volume| {
+    // One that is not there does not grow, and was not asked to.
+    let there = |volume: &&Versioned<VolumeRecord>| volume.value.state() != VolumeState::Failed;
+    let mut waits = world.volumes_of(&row.value).filter(there).filter_map(|volume| {
         let said = observed.volume(&node, &volume.value.uid);
         let has = said.map_or(0, |said| said.size_bytes);
         (has < volume.value.size_bytes).then_some((volume, said))
@@ -168,7 +181,7 @@ pub(super) fn step(work: &mut Work<'_>) {
     };
     let name = format!("volumes/{}", volume.value.id);
     let reason = said.map_or("", |said| said.state_reason.as_str());
-    if !reason.is_empty() && volume.value.state() == drover_proto::v1::VolumeState::Ready {
+    if !reason.is_empty() && volume.value.state() == VolumeState::Ready {
         let message = format!("nodes/{node}: {name}: {reason} (its agent goes on trying)");
         return work.end(OperationState::Failed, Some(error("VOLUME_FAILED", message)));
     }

@@ -5,11 +5,13 @@ use std::pin::Pin;
 use std::sync::{Arc, Mutex};
 
 use drover_proto::agent::v1::agent_service_server::{AgentService, AgentServiceServer};
-use drover_proto::agent::v1::{ReadImageRequest, ReadImageResponse, ReadVolumeRequest};
+use drover_proto::agent::v1::{
+    CallGuestRequest, CallGuestResponse, ReadImageRequest, ReadImageResponse, ReadVolumeRequest,
+};
 use drover_proto::v1::image_service_client::ImageServiceClient;
 use drover_proto::v1::import_image_request::Message;
 use drover_proto::v1::{
-    ConsoleInput, ConsoleOutput, DeleteImageRequest, GetImageRequest, Image, ImageFormat,
+    ConsoleInput, ConsoleOutput, DeleteImageRequest, GetImageRequest, Guest, Image, ImageFormat,
     ImportImageRequest, ImportImageResponse, ImportImageSpec, ListPoolsRequest,
     ReadSnapshotResponse,
 };
@@ -27,9 +29,13 @@ use crate::service::{Controllers, agent, within};
 /// How imports ended at the agent: the bytes, or that the stream broke.
 type Ends = watch::Sender<Vec<Result<Vec<u8>, Code>>>;
 
+/// What the agent was asked of guests.
+type Guests = Arc<Mutex<Vec<CallGuestRequest>>>;
+
 #[derive(Clone)]
 struct Receiver {
     ends: Arc<Ends>,
+    guests: Guests,
 }
 
 type Answers<T> = Pin<Box<dyn Stream<Item = Result<T, Status>> + Send>>;
@@ -65,9 +71,11 @@ impl AgentService for Receiver {
 
     async fn call_guest(
         &self,
-        _: Request<drover_proto::agent::v1::CallGuestRequest>,
-    ) -> Result<Response<drover_proto::agent::v1::CallGuestResponse>, Status> {
-        Err(Status::unimplemented("no domain here"))
+        request: Request<CallGuestRequest>,
+    ) -> Result<Response<CallGuestResponse>, Status> {
+        let guest = Guest { host_name: "web".into(), ..Guest::default() };
+        self.guests.lock().unwrap().push(request.into_inner());
+        Ok(Response::new(CallGuestResponse { guest: Some(guest) }))
     }
 
     async fn import_image(
@@ -110,6 +118,7 @@ impl AgentService for Receiver {
 
 pub(crate) struct World {
     pub(crate) controllers: Controllers,
+    pub(crate) guests: Guests,
     ends: watch::Receiver<Vec<Result<Vec<u8>, Code>>>,
     _agent: agent::Agent,
 }
@@ -119,7 +128,9 @@ pub(crate) async fn world() -> World {
     let incoming = TcpIncoming::bind("127.0.0.1:0".parse().unwrap()).unwrap();
     let address = incoming.local_addr().unwrap().to_string();
     let (ends, seen) = watch::channel(Vec::new());
-    let service = AgentServiceServer::new(Receiver { ends: Arc::new(ends) });
+    let guests = Guests::default();
+    let service =
+        AgentServiceServer::new(Receiver { ends: Arc::new(ends), guests: guests.clone() });
     tokio::spawn(Server::builder().add_service(service).serve_with_incoming(incoming));
     let controllers = Controllers::start(1).await;
     let hosts: agent::Shared = Arc::new(Mutex::default());
@@ -127,7 +138,7 @@ pub(crate) async fn world() -> World {
     let mut agent = agent::start_at("a", address, controllers.addresses(), &hosts);
     let opened = agent.sessions.wait_for(|count| *count > 0);
     within("a session", opened).await.unwrap();
-    let world = World { controllers, ends: seen, _agent: agent };
+    let world = World { controllers, guests, ends: seen, _agent: agent };
     within("the pool", async {
         let channel = world.controllers.client(1).channel();
         let mut client = drover_proto::v1::pool_service_client::PoolServiceClient::new(channel);

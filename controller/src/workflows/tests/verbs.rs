@@ -271,6 +271,41 @@ fn a_resize_that_has_no_room_changes_nothing() {
     resize(&mut lab, Resize { memory_bytes: 64 * MIB, ..Resize::default() }).unwrap();
 }
 
+/// Data that is lost is not grown, and is what a reinstall is for.
+#[test]
+fn a_disk_that_is_lost_is_made_anew() {
+    let mut lab = stopped();
+    volumes(&mut lab, VolumeState::Failed);
+    says(&mut lab, S::Stopped, ExitReason::Shutdown);
+    assert_eq!(volume(&lab, "vm-0").unwrap().state(), VolumeState::Failed);
+    let disks = vec![DiskResize { size_bytes: 3 * GIB, ..DiskResize::default() }];
+    assert_eq!(reason(resize(&mut lab, Resize { disks, ..Resize::default() })), "WRONG_STATE");
+    let begun = reinstall(&mut lab, 0, None).unwrap();
+    volumes(&mut lab, VolumeState::Ready);
+    says(&mut lab, S::Stopped, ExitReason::Shutdown);
+    assert_eq!(outcome(&lab, &begun), DONE);
+    assert_eq!(volume(&lab, "vm-0").unwrap().state(), VolumeState::Ready);
+}
+
+/// I3: its node is silent.
+#[test]
+fn a_reinstall_and_a_resize_end_at_their_deadlines() {
+    let mut lab = stopped();
+    let disks = vec![DiskResize { size_bytes: 3 * GIB, ..DiskResize::default() }];
+    let begun = resize(&mut lab, Resize { disks, ..Resize::default() }).unwrap();
+    assert!(matches!(reinstall(&mut lab, 0, None), Err(Refusal::Busy { .. })));
+    lab.pass_time(5 * 60_000 + 1);
+    lab.settle();
+    assert_eq!(outcome(&lab, &begun), (OperationState::Failed, "DEADLINE_EXCEEDED".into()));
+    lab.hello("a", "boot-1");
+    lab.settle();
+    let begun = reinstall(&mut lab, 0, None).unwrap();
+    lab.pass_time(60 * 60_000 + 1);
+    lab.settle();
+    assert_eq!(outcome(&lab, &begun), (OperationState::Failed, "DEADLINE_EXCEEDED".into()));
+    assert!(lab.domain("vm").operation.is_empty());
+}
+
 #[test]
 fn a_grow_that_fails_says_why() {
     let mut lab = running();
@@ -380,6 +415,27 @@ fn a_domain_is_saved_and_goes_on() {
 fn report_nothing(lab: &mut Lab) {
     lab.report("a", vec![]);
     lab.settle();
+}
+
+/// Its agent is silent, and may have begun: what was saved must not be lost to a cancel.
+#[test]
+fn a_start_of_what_was_saved_is_not_taken_back() {
+    let mut lab = running();
+    save(&mut lab);
+    volumes(&mut lab, VolumeState::Ready);
+    says(&mut lab, S::Stopped, ExitReason::Saved);
+    let begun = start(&mut lab, false);
+    let refused = lab.cancel(&begun.id).unwrap_err().to_string();
+    assert!(refused.contains("used up"), "{refused}");
+    lab.pass_time(60 * 60_000);
+    lab.settle();
+    assert_eq!(outcome(&lab, &begun), (OperationState::Failed, "DEADLINE_EXCEEDED".into()));
+    assert_eq!(power(&lab), PowerState::Running);
+    assert!(lab.assignment("a", "vm").unwrap().memory.is_some());
+    lab.hello("a", "boot-1");
+    says(&mut lab, S::Running, ExitReason::Unspecified);
+    assert_eq!(lab.domain("vm").state(), DomainState::Running);
+    assert!(volume(&lab, "vm-memory").is_none());
 }
 
 /// Memory that waits for the next start waits for one that boots.
