@@ -9,9 +9,9 @@
 //! ```
 //!
 //! One who gives a save up cannot know whether it is over already. So the volume stays, under a new
-//! epoch, until the owner says that it runs under that: an agent takes an epoch on only when it
-//! is not in the middle of a save. Had the guest been saved by then, it goes on from the volume, as
-//! with any start. What was saved is used once: its VMM sees to that, and boots otherwise.
+//! epoch, until the owner says that it RUNS under that: a guest that is being saved is PAUSED
+//! to an agent that has taken the epoch on. Had the guest been saved by then, it goes on from the
+//! volume, as with any start. What was saved is used once: its VMM sees to that, and boots otherwise.
 
 use drover_proto::v1::{
     DomainState, EventSeverity, OperationError, OperationKind, OperationState, PowerState,

@@ -19,8 +19,10 @@ use drover_proto::v1::{ExitReason, PowerState, SnapshotState, VolumeState};
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub(super) enum VmmState {
     Running,
-    /// Paused, and being written down.
-    Saving,
+    /// Paused, and being written down. Until its agent has looked it seems to run.
+    Saving {
+        seen: bool,
+    },
     Incoming,
     HandedOver,
 }
@@ -49,7 +51,7 @@ pub(super) struct Vmm {
 impl Vmm {
     /// The guest is in there.
     pub(super) fn is_alive(&self) -> bool {
-        matches!(self.state, VmmState::Running | VmmState::Saving)
+        matches!(self.state, VmmState::Running | VmmState::Saving { .. })
     }
 
     fn has_open(&self, uid: &str) -> bool {
@@ -243,8 +245,14 @@ impl Host {
         let on = power == PowerState::Running;
         let volume = self.volume(a);
         let memory = a.memory.as_ref().map(|memory| memory.volume_uid.clone());
-        if self.vmms.get(&a.uid).is_some_and(|vmm| vmm.state == VmmState::Saving) {
-            return self.save(&a.uid);
+        let saving = |vmm: &&mut Vmm| matches!(vmm.state, VmmState::Saving { .. });
+        if let Some(vmm) = self.vmms.get_mut(&a.uid).filter(saving) {
+            if self.luck != 1 {
+                return self.save(&a.uid);
+            }
+            vmm.state = VmmState::Saving { seen: true };
+            vmm.epoch = vmm.epoch.max(a.epoch);
+            return;
         }
         let life = match &volume {
             Some(own) if on && self.starts(a, generation) => self.life(a, own),
@@ -301,7 +309,7 @@ impl Host {
                     self.vmms.remove(&a.uid);
                 }
             }
-            VmmState::Incoming | VmmState::Saving => {}
+            VmmState::Incoming | VmmState::Saving { .. } => {}
             VmmState::Running => {
                 vmm.epoch = vmm.epoch.max(a.epoch);
                 record.epoch = record.epoch.max(a.epoch);
@@ -311,7 +319,7 @@ impl Host {
                     match memory {
                         Some(_) if self.luck == 0 => record.save_failed = true,
                         Some(uid) if !record.save_failed => {
-                            vmm.state = VmmState::Saving;
+                            vmm.state = VmmState::Saving { seen: false };
                             vmm.opens.push(uid);
                         }
                         _ => {}
@@ -355,7 +363,7 @@ impl Host {
             Some((exit, epoch, ..)) => {
                 a.epoch > *epoch
                     || generation > record.start_generation
-                    || *exit == ExitReason::Unspecified
+                    || matches!(exit, ExitReason::Unspecified | ExitReason::Saved)
             }
         };
         again && (handed_to == 0 || a.epoch > handed_to)
@@ -381,7 +389,7 @@ impl Host {
             let leftover = match vmm.state {
                 VmmState::HandedOver => a.epoch > handed_to.max(vmm.epoch),
                 VmmState::Incoming => !its,
-                VmmState::Running | VmmState::Saving => false,
+                VmmState::Running | VmmState::Saving { .. } => false,
             };
             if leftover {
                 self.vmms.remove(&a.uid);
@@ -497,8 +505,8 @@ impl Host {
         if let Some(vmm) = self.vmms.get(uid) {
             domain.epoch = vmm.epoch;
             domain.set_state(match vmm.state {
-                // Its agent has not looked since.
-                VmmState::Running | VmmState::Saving => S::Running,
+                VmmState::Running | VmmState::Saving { seen: false } => S::Running,
+                VmmState::Saving { seen: true } => S::Paused,
                 VmmState::Incoming => S::Incoming,
                 VmmState::HandedOver => S::HandedOver,
             });
