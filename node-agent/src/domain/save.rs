@@ -4,6 +4,7 @@
 //! An agent that dies in the middle asks again when it comes back: to the VMM it is the same
 //! saving. How it ended is in the VMM's exit record, or in its answer when the guest runs on.
 
+use std::path::PathBuf;
 use std::time::Duration;
 
 use drover_proto::vmm::v1::VmmStatus;
@@ -25,6 +26,7 @@ const ASK_AGAIN: Duration = Duration::from_secs(5);
 #[derive(Debug)]
 pub(super) struct Saving {
     order: SaveRecord,
+    path: PathBuf,
     task: JoinHandle<Result<VmmStatus, Error>>,
 }
 
@@ -71,20 +73,21 @@ impl Domain {
         let opened = blocking(move || storage.activate(&memory.pool, &memory.volume)).await;
         let path = match opened {
             Ok(path) => path,
-            Err(error) => return self.note_unsaved(order, &error).await,
+            Err(error) => return self.note_unsaved(order, error.to_string()).await,
         };
         tracing::info!(uid = self.uid, domain = assigned.name, path = %path.display(), "saves it");
+        let to = path.clone();
         let task = tokio::spawn(async move {
             let _turn = turn;
-            client.save(&path).await
+            client.save(&to).await
         });
-        self.saving = Some(Saving { order, task });
+        self.saving = Some(Saving { order, path, task });
         self.progress.saving = true;
         Ok(())
     }
 
     pub(super) async fn note_saved(&mut self, result: Result<VmmStatus, Error>) {
-        let Some(Saving { order, .. }) = self.saving.take() else { return };
+        let Some(Saving { order, path, .. }) = self.saving.take() else { return };
         let error = match result {
             // Its end says the rest.
             Ok(status) => return self.link.set_status(status),
@@ -96,16 +99,19 @@ impl Domain {
             tracing::info!(uid = self.uid, %error, "the VMM does not say whether it is saved");
             return;
         }
-        if let Err(error) = self.note_unsaved(order, &error).await {
+        // A customer does not know the node's paths.
+        let path = path.display().to_string();
+        let text = error.to_string().replace(&path, "the volume of its memory");
+        if let Err(error) = self.note_unsaved(order, text).await {
             tracing::warn!(uid = self.uid, %error, "cannot write the domain's record");
         }
     }
 
     /// The guest runs on, and this order is not tried again.
-    async fn note_unsaved(&mut self, order: SaveRecord, error: &Error) -> Result<(), Error> {
-        tracing::warn!(uid = self.uid, domain = self.name(), %error, "could not be saved");
+    async fn note_unsaved(&mut self, order: SaveRecord, error: String) -> Result<(), Error> {
+        tracing::warn!(uid = self.uid, domain = self.name(), error, "could not be saved");
         let mut record = self.record.clone().unwrap_or_default();
-        record.save = Some(SaveRecord { error: shorten(error.to_string()), ..order });
+        record.save = Some(SaveRecord { error: shorten(error), ..order });
         self.save(record).await
     }
 }

@@ -67,7 +67,9 @@ fn a_guest_that_cannot_be_saved_runs_on() {
     running(&host, &agent, "save-fails");
     let said = |domains: &[ObservedDomain]| {
         domains[0].state() == ObservedState::Running
-            && domains[0].save_error.contains("does not fit")
+            && domains[0]
+                .save_error
+                .ends_with("Save: the volume of its memory: the state does not fit")
     };
     let order = || vec![to_save(&host, "save-fails", 3)];
     agent.wish_with(&host, order(), vec![WantedVolume { create: false, ..memory() }]);

@@ -170,9 +170,10 @@ impl VmmService for Vmm {
     }
 
     async fn save(&self, request: Request<SaveRequest>) -> Answer<VmmStatus> {
-        eprintln!("Save {}", request.into_inner().path);
+        let path = request.into_inner().path;
+        eprintln!("Save {path}");
         if self.how == "save-fails" {
-            return Err(Status::resource_exhausted("the state does not fit: 1 MiB"));
+            return Err(Status::resource_exhausted(format!("{path}: the state does not fit")));
         }
         self.change(|status| status.set_state(VmmState::Paused));
         if self.how == "save-slowly" {
