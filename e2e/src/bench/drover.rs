@@ -155,7 +155,14 @@ impl<'a> Drover<'a> {
     /// Boots it.
     pub(super) fn boot(stage: &'a Stage) -> Result<Self> {
         let runtime = runtime()?;
-        let vmm = runtime.block_on(Vmm::start(stage, 0, 1, false))?;
+        let vmm = runtime.block_on(async {
+            let mut vmm = Vmm::start(stage, 0, 1, false).await?;
+            let watch = vmm.client.watch_status(GetStatusRequest {}).await.map_err(refused)?;
+            // It may find something wrong, and end: better said now than as a silent guest.
+            let running = wait_running(watch.into_inner());
+            within("drover-vmm to say that it runs", CALL_PATIENCE, running).await??;
+            Ok::<_, Error>(vmm)
+        })?;
         Ok(Self { stage, runtime, end: 0, epoch: 1, vmm })
     }
 }
@@ -240,8 +247,11 @@ async fn wait_running(mut watch: Streaming<VmmStatus>) -> Result<()> {
         if status.state() == VmmState::Running {
             return Ok(());
         }
+        if status.state() == VmmState::Exited {
+            return Err(Error::other(format!("drover-vmm has ended: {}", status.state_reason)));
+        }
     }
-    Err(Error::other("the destination ended before it said that it runs"))
+    Err(Error::other("drover-vmm ended before it said that it runs"))
 }
 
 fn moved(status: &VmmStatus, wall_ms: f64) -> Result<Moved> {

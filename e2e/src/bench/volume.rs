@@ -10,6 +10,7 @@ use crate::{Error, Result};
 
 const GROUP: &str = "drover";
 const POOL: &str = "drover/thin";
+const UDEV_PATIENCE: &str = "--timeout=60";
 const CHUNK_BYTES: usize = 1 << 20;
 
 /// A thin volume; removed when dropped.
@@ -26,6 +27,7 @@ impl Volume {
         command.args(["--type", "thin", "--thinpool", POOL, "--name", name]);
         command.args(["--virtualsize", &size, "--yes"]);
         run(&mut command)?;
+        settle()?;
         Ok(Self { name: name.to_owned() })
     }
 
@@ -54,12 +56,23 @@ fn remove(name: &str) {
 
 /// Fills a volume's first bytes with noise that can be computed again, durably.
 pub(super) fn fill(path: &Path, bytes: u64) -> Result<()> {
+    write_noise(path, bytes)?;
+    settle()
+}
+
+fn write_noise(path: &Path, bytes: u64) -> Result<()> {
     let fill = || {
         let file = File::options().write(true).open(path)?;
         for_each_chunk(bytes, |chunk, offset| file.write_all_at(chunk, offset))?;
         file.sync_all()
     };
     fill().map_err(Error::io("cannot fill", path))
+}
+
+/// Whenever a volume has been made, or closed by one who wrote, udev looks at it, and locks it
+/// meanwhile: a VMM would find it in use.
+fn settle() -> Result<()> {
+    run(Command::new("udevadm").args(["settle", UDEV_PATIENCE])).map(|_| ())
 }
 
 /// Checks that it still holds that noise.
@@ -113,7 +126,7 @@ mod tests {
     fn a_byte_that_differs_is_noticed() {
         let file = tempfile::NamedTempFile::new().unwrap();
         let bytes = 3 * CHUNK_BYTES as u64;
-        fill(file.path(), bytes).unwrap();
+        write_noise(file.path(), bytes).unwrap();
         check(file.path(), bytes).unwrap();
         let open = File::options().read(true).write(true).open(file.path()).unwrap();
         let mut byte = [0];
