@@ -149,7 +149,7 @@ fn its_operators_repair_it(world: &mut World) -> Result<()> {
 
     // Its disk grows while it runs.
     ends_well(&["domain", "resize", "vps1", "--disk", "0=5GiB"])?;
-    let grow = "sudo growpart /dev/vda 1 >/dev/null && sudo resize2fs /dev/vda1 2>/dev/null; \
+    let grow = "sudo growpart /dev/vda 1 >/dev/null && sudo resize2fs /dev/vda1 >/dev/null 2>&1; \
                 df --output=size -BM / | tail -1";
     let size = vps.run(&world.cluster, grow)?;
     let mib = size.trim().trim_end_matches('M').parse().ok();
