@@ -32,8 +32,8 @@ test: setup ## All tests: format, lints, licences, unit tests, simulation, chart
 demo: build ## Drain a node under load, kill the leader, count what the clients saw (KEEP=1 leaves it running)
 	$(LAB) --name demo demo $(if $(KEEP),--keep)
 
-bench-migration: build ## Move a busy guest, without a disk and with one, with Drover and with QEMU in turn (RUNS=10)
-	$(LAB) --name bench bench migration $(if $(RUNS),--runs $(RUNS))
+bench-migration: build ## Move a busy guest with Drover and with QEMU in turn: time, pause, ratios (RUNS=10)
+	$(LAB) --name bench bench migration --only memory $(if $(RUNS),--runs $(RUNS))
 
 bench-disk: build ## fio in a guest on a thin volume with Drover and with QEMU in turn: ratios (RUNS=10)
 	$(LAB) --name bench bench disk $(if $(RUNS),--runs $(RUNS))
