@@ -90,6 +90,10 @@ fn state(
             (unsettled(record, ObservedState::Stopping), String::new())
         }
         Vmm::Silent { .. } => match &record.run {
+            // It may have been saved in this moment: what it was saved to must stay.
+            Some(run) if run.ran && facts.has_memory() => {
+                (ObservedState::Paused, "its VMM does not answer on its socket".into())
+            }
             Some(run) if run.ran => {
                 (ObservedState::Running, "its VMM does not answer on its socket".into())
             }

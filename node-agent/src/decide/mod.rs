@@ -255,6 +255,13 @@ fn decide_owner(facts: Facts<'_>, assigned: &Assigned, owner: &Owner) -> Action 
             // The guest is not in there: begin anew without it.
             VmmState::Incoming => end_vmm(facts),
             VmmState::Exited => wait_for_end(facts),
+            // Whether it is saved or runs on is known when the saving has ended. Till then nothing
+            // is said under a later epoch: by that the controller drops what is saved.
+            VmmState::Running | VmmState::Paused
+                if facts.progress.saving && owner.power == Power::Running =>
+            {
+                Action::Nothing
+            }
             VmmState::Running | VmmState::Paused => {
                 if facts.record.is_none_or(|record| assigned.epoch > record.epoch) {
                     return Action::Adopt;
@@ -536,6 +543,11 @@ impl<'a> Facts<'a> {
             Disks::Ready => memory.unwrap_or(self.disks),
             _ => self.disks,
         }
+    }
+
+    /// Whether the assignment names a volume for the guest's memory.
+    pub fn has_memory(&self) -> bool {
+        self.wanted.assigned().is_some_and(|assigned| assigned.memory.is_some())
     }
 
     /// The epoch that the VMM is under.

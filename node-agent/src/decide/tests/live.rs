@@ -107,7 +107,10 @@ fn a_guest_is_saved_once() {
         assert_eq!(action, expected, "{what}");
     }
     // Wanted back in the middle: what was sent is not undone.
-    assert_eq!(ask(ran(), live(Running), run(5), saving), Nothing);
+    assert_eq!(ask(ran(), live(Running), run(5), saving.clone()), Nothing);
+    // Given up, under a later epoch: that waits for the saving's end.
+    assert_eq!(ask(ran(), live(Running), run(6), saving.clone()), Nothing);
+    assert_eq!(ask(ran(), live(Running), run(6), progress()), Adopt);
 }
 
 /// A saved guest goes on from its memory when that is here; once it has, it needs it no more.
