@@ -174,8 +174,11 @@ fn its_operators_repair_it(world: &mut World) -> Result<()> {
     let snapshot = vpsctl.json(&["snapshot", "show", "before"])?;
     ensure!(snapshot["quiesced"] == true, "it was not frozen: {snapshot:#}");
 
-    // It does not boot any more, and says why.
-    vps.run(&world.cluster, "sudo mv /boot/grub/grub.cfg /boot/grub/away; rm data; sync")?;
+    // Without its kernel it does not boot, and says why.
+    vps.run(
+        &world.cluster,
+        "sudo mkdir /boot/away; sudo mv /boot/vmlinuz-* /boot/away; rm data; sync",
+    )?;
     ends_well(&["domain", "stop", "vps1"])?;
     let operation = vpsctl.start(&["domain", "start", "vps1"])?;
     let failed = world.fails(&operation)?;
@@ -185,7 +188,7 @@ fn its_operators_repair_it(world: &mut World) -> Result<()> {
     // Rescued, with its own disk behind the rescue disk.
     ends_well(&["domain", "rescue", "vps1", "--image", vps::IMAGE])?;
     vps.wait_ssh(&world.cluster)?;
-    let repair = "sudo mount /dev/vdb1 /mnt && sudo mv /mnt/boot/grub/away /mnt/boot/grub/grub.cfg \
+    let repair = "sudo mount /dev/vdb1 /mnt && sudo sh -c 'mv /mnt/boot/away/* /mnt/boot' \
                   && sudo umount /mnt && findmnt -no SOURCE /";
     let root = vps.run(&world.cluster, repair)?;
     ensure!(root.trim() == "/dev/vda1", "its root is not the rescue disk: {root}");
