@@ -139,12 +139,10 @@ pub(crate) fn done(operation: &Operation, now: SystemTime) -> String {
             let to = short(&report.to_node);
             match report.disk_bytes_total {
                 0 => format!("{target} is on {to} now; it does not run"),
-                _ => {
-                    let sent = size(report.disk_bytes_sent);
-                    format!(
-                        "{target} is on {to} now; it does not run: {sent} of its disks went over"
-                    )
-                }
+                bytes => format!(
+                    "{target} is on {to} now, with its disks of {}; it does not run",
+                    size(bytes)
+                ),
             }
         }
         OperationKind::ResizeDomain => format!("{target} is resized"),

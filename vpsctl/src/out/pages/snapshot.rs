@@ -4,6 +4,7 @@ use std::time::SystemTime;
 
 use drover_proto::v1::{Snapshot, SnapshotDisk, SnapshotState};
 
+use super::storage::takes;
 use super::{Page, with_reason};
 use crate::out::{
     human::{age, enum_name, short, short_or_dash, size},
@@ -23,7 +24,7 @@ pub(crate) fn snapshots(snapshots: &[Snapshot], now: SystemTime) -> String {
             short_or_dash(&snapshot.node),
             snapshot.disks.len().to_string(),
             size(snapshot.disks.iter().map(|disk| disk.size_bytes).sum()),
-            size(snapshot.disks.iter().map(|disk| disk.allocated_bytes).sum()),
+            takes(snapshot.disks.iter().map(|disk| disk.allocated_bytes).sum()),
             frozen(snapshot).to_owned(),
             age(snapshot.create_time.as_ref(), now),
             snapshot.state_reason.clone(),
@@ -64,6 +65,6 @@ pub(crate) fn snapshot(snapshot: &Snapshot, now: SystemTime) -> String {
 }
 
 fn disk_text(disk: &SnapshotDisk) -> String {
-    let (volume, takes) = (short_or_dash(&disk.volume), size(disk.allocated_bytes));
+    let (volume, takes) = (short_or_dash(&disk.volume), takes(disk.allocated_bytes));
     format!("{volume}: {} in {}, takes {takes}", size(disk.size_bytes), disk.pool)
 }

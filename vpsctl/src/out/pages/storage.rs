@@ -74,6 +74,11 @@ fn percent(part: u64, whole: u64) -> String {
     }
 }
 
+/// LVM cannot tell what a volume takes that nobody has open.
+pub(super) fn takes(allocated_bytes: u64) -> String {
+    if allocated_bytes == 0 { "-".to_owned() } else { size(allocated_bytes) }
+}
+
 /// The volumes, whose they are and where they lie.
 pub(crate) fn volumes(volumes: &[Volume], now: SystemTime) -> String {
     let header =
@@ -87,7 +92,7 @@ pub(crate) fn volumes(volumes: &[Volume], now: SystemTime) -> String {
             short_or_dash(&volume.node),
             or_dash(&volume.pool),
             size(volume.size_bytes),
-            size(volume.allocated_bytes),
+            takes(volume.allocated_bytes),
             short_or_dash(&volume.image),
             age(volume.create_time.as_ref(), now),
             volume.state_reason.clone(),
@@ -105,8 +110,11 @@ pub(crate) fn volume(volume: &Volume, now: SystemTime) -> String {
     page.line("domain", &short_or_dash(&volume.domain));
     page.line("node", &short_or_dash(&volume.node));
     page.line("pool", &volume.pool);
-    let takes = size(volume.allocated_bytes);
-    page.line("size", &format!("{}, takes {takes} in the pool", size(volume.size_bytes)));
+    let takes = match volume.allocated_bytes {
+        0 => String::new(),
+        bytes => format!(", takes {} in the pool", size(bytes)),
+    };
+    page.line("size", &format!("{}{takes}", size(volume.size_bytes)));
     page.line("image", &short_or_dash(&volume.image));
     page.line("created", &format!("{} ago", age(volume.create_time.as_ref(), now)));
     page.line("uid", &volume.uid);
