@@ -100,7 +100,13 @@ fn a_vps_lives_on_its_disk(world: &mut World) -> Result<()> {
 /// Nine more, whose content each node fetches once.
 fn ten_from_one_image(world: &World) -> Result<()> {
     let vpsctl = world.vpsctl();
-    let others: Vec<Vps> = (2..=10).map(|n| Vps::new(&world.cluster, &format!("vps{n}"))).collect();
+    // Three of them and the first fit into a host's pool.
+    let small = |n| {
+        let mut vps = Vps::new(&world.cluster, &format!("vps{n}"));
+        vps.disk_gib = 3;
+        vps
+    };
+    let others: Vec<Vps> = (2..=10).map(small).collect();
     for vps in &others {
         let operation = vps.create_stopped(&vpsctl)?;
         let created = world.cluster.wait_operation(&operation, COPY_PATIENCE)?;
