@@ -109,7 +109,7 @@ fn a_guest_is_saved_once() {
     // Wanted back in the middle: what was sent is not undone.
     assert_eq!(ask(ran(), live(Running), run(5), saving.clone()), Nothing);
     // Given up, under a later epoch: that waits for the saving's end.
-    assert_eq!(ask(ran(), live(Running), run(6), saving.clone()), Nothing);
+    assert_eq!(ask(ran(), live(Running), run(6), saving), Nothing);
     assert_eq!(ask(ran(), live(Running), run(6), progress()), Adopt);
 }
 
