@@ -38,6 +38,7 @@
 //! Start reading at [`pool`] for what a pool promises, at [`image`] for identity and import;
 //! then `dir`, the simpler of the two back ends, and `lvm`. [`record`](mod@record) stands by itself.
 
+mod bulk;
 mod dir;
 mod error;
 pub mod image;

@@ -3,16 +3,20 @@
 use std::fs::File;
 use std::io;
 use std::ops::Range;
-use std::os::unix::fs::FileExt;
 use std::sync::atomic::{AtomicBool, Ordering};
 
 use rustix::fs::SeekFrom;
 use rustix::io::Errno;
 
+use crate::bulk::Bulk;
+
 /// One read or write of a copy.
 pub(crate) const PIECE_BYTES: usize = 1 << 20;
 /// Zeros are looked for in blocks of this size: a filesystem's usual block.
 const BLOCK_BYTES: usize = 4096;
+/// Fewer zeros are written with what is around them: a thin pool gives room in no smaller pieces,
+/// and each write is one more wait for the disk.
+const GAP_BYTES: usize = 64 << 10;
 
 /// Whether all of it is zeros.
 pub(crate) fn is_zero(bytes: &[u8]) -> bool {
@@ -22,7 +26,7 @@ pub(crate) fn is_zero(bytes: &[u8]) -> bool {
         && strides.remainder().iter().all(|byte| *byte == 0)
 }
 
-/// The parts of `bytes` that are worth writing: runs of blocks that are not zero.
+/// The parts of `bytes` that are worth writing: runs of blocks that are not zero, or nearly so.
 pub(crate) fn data_runs(bytes: &[u8]) -> Vec<Range<usize>> {
     let mut runs: Vec<Range<usize>> = Vec::new();
     for (index, block) in bytes.chunks(BLOCK_BYTES).enumerate() {
@@ -31,7 +35,7 @@ pub(crate) fn data_runs(bytes: &[u8]) -> Vec<Range<usize>> {
         }
         let start = index * BLOCK_BYTES;
         match runs.last_mut() {
-            Some(run) if run.end == start => run.end = start + block.len(),
+            Some(run) if start - run.end < GAP_BYTES => run.end = start + block.len(),
             _ => runs.push(start..start + block.len()),
         }
     }
@@ -65,9 +69,20 @@ pub(crate) fn copy(from: &File, to: &File, cancel: &AtomicBool) -> io::Result<bo
         Err(Errno::OPNOTSUPP | Errno::XDEV | Errno::INVAL | Errno::NOTTY | Errno::NOSYS) => {}
         Err(error) => return Err(error.into()),
     }
+    let (mut reader, mut writer) = (Bulk::new(from), Bulk::new(to));
+    let result = copy_data((from, &mut reader), (to, &mut writer), cancel);
+    reader.end(from)?;
+    writer.end(to)?;
+    result
+}
+
+fn copy_data(
+    (from, reader): (&File, &mut Bulk),
+    (to, writer): (&File, &mut Bulk),
+    cancel: &AtomicBool,
+) -> io::Result<bool> {
     let bytes = from.metadata()?.len();
     to.set_len(bytes)?;
-    let mut piece = vec![0; PIECE_BYTES];
     let mut offset = 0;
     while let Some(range) = next_data(from, offset, bytes)? {
         offset = range.start;
@@ -76,10 +91,9 @@ pub(crate) fn copy(from: &File, to: &File, cancel: &AtomicBool) -> io::Result<bo
                 return Ok(false);
             }
             let length = (range.end - offset).min(PIECE_BYTES as u64) as usize;
-            let piece = &mut piece[..length];
-            from.read_exact_at(piece, offset)?;
+            let piece = reader.read(from, offset, length)?;
             for run in data_runs(piece) {
-                to.write_all_at(&piece[run.clone()], offset + run.start as u64)?;
+                writer.write(to, &piece[run.clone()], offset + run.start as u64)?;
             }
             offset += length as u64;
         }
@@ -89,20 +103,20 @@ pub(crate) fn copy(from: &File, to: &File, cancel: &AtomicBool) -> io::Result<bo
 
 #[cfg(test)]
 mod tests {
-    use std::os::unix::fs::MetadataExt;
+    use std::os::unix::fs::{FileExt, MetadataExt};
 
     use super::*;
 
     #[test]
     fn runs_cover_all_that_is_not_zero_and_little_else() {
-        let mut bytes = vec![0_u8; 10 * BLOCK_BYTES + 100];
+        let mut bytes = vec![0_u8; 30 * BLOCK_BYTES + 100];
         assert!(data_runs(&bytes).is_empty());
         bytes[2 * BLOCK_BYTES - 1] = 1;
-        bytes[2 * BLOCK_BYTES] = 1;
-        bytes[10 * BLOCK_BYTES + 99] = 1;
+        bytes[4 * BLOCK_BYTES] = 1;
+        bytes[30 * BLOCK_BYTES + 99] = 1;
         let end = bytes.len();
         let block = BLOCK_BYTES;
-        assert_eq!(data_runs(&bytes), [block..3 * block, 10 * block..end]);
+        assert_eq!(data_runs(&bytes), [block..5 * block, 30 * block..end]);
         for length in [1, 63, 64, 65, 127, 4096] {
             let mut bytes = vec![0_u8; length];
             assert!(is_zero(&bytes));

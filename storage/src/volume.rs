@@ -1,8 +1,8 @@
 //! A volume that comes from elsewhere: written in order, and seen only when it is whole.
 
-use std::os::unix::fs::FileExt;
 use std::sync::Arc;
 
+use crate::bulk::Bulk;
 use crate::pool::{Pool, VolumeDraft, VolumeId, VolumeInfo};
 use crate::room::Room;
 use crate::{PoolError, Result, sparse};
@@ -13,6 +13,7 @@ use crate::{PoolError, Result, sparse};
 pub struct VolumeWriter {
     draft: Box<dyn VolumeDraft>,
     room: Room,
+    bulk: Bulk,
     bytes: u64,
     next: u64,
 }
@@ -24,7 +25,9 @@ impl VolumeWriter {
     /// [`PoolError::Invalid`] for a size that cannot be, [`PoolError::NoRoom`] for a full pool.
     pub fn new(pool: &Arc<dyn Pool>, bytes: u64) -> Result<Self> {
         let room = Room::of(pool)?;
-        Ok(Self { draft: pool.draft_volume(bytes)?, room, bytes, next: 0 })
+        let draft = pool.draft_volume(bytes)?;
+        let bulk = Bulk::new(draft.file());
+        Ok(Self { draft, room, bulk, bytes, next: 0 })
     }
 
     /// Writes content at `offset`, behind what was written before.
@@ -44,7 +47,7 @@ impl VolumeWriter {
         for run in sparse::data_runs(content) {
             self.room.take(run.len() as u64, file, path)?;
             let at = offset + run.start as u64;
-            file.write_all_at(&content[run], at).map_err(PoolError::io("write", path))?;
+            self.bulk.write(file, &content[run], at).map_err(PoolError::io("write", path))?;
         }
         Ok(())
     }

@@ -146,7 +146,7 @@ fn its_operators_repair_it(world: &mut World) -> Result<()> {
     vps.wait_ssh(&world.cluster)?;
 
     // The agent inside speaks for it.
-    let address = vps.address(&vpsctl)?;
+    let address = vps.address(&vpsctl)?.to_string();
     let guest = wait_for("the guest's agent", PATIENCE, || {
         Ok(vpsctl.json(&["domain", "guest", "vps1"]).ok())
     })?;

@@ -151,7 +151,7 @@ impl DirPool {
             return Err(self.not_found(what));
         };
         let bytes = file.metadata().map_err(PoolError::io("look at", &path))?.len();
-        Ok(Opened { file, path, bytes })
+        Ok(Opened::new(file, path, bytes))
     }
 
     /// Ends the making of a volume.

@@ -1,6 +1,5 @@
 //! Reading an image, a volume or a snapshot: what another node gets of it.
 
-use std::os::unix::fs::FileExt;
 use std::path::Path;
 
 use super::{CHUNK_BYTES, Digester};
@@ -65,12 +64,13 @@ impl Opened {
             return Ok(Step::End);
         };
         let offset = data.start - data.start % CHUNK_BYTES;
-        let mut bytes = vec![0; CHUNK_BYTES.min(self.bytes - offset) as usize];
-        self.file.read_exact_at(&mut bytes, offset).map_err(PoolError::io("read", &self.path))?;
-        if sparse::is_zero(&bytes) {
-            return Ok(Step::Zeros(offset + CHUNK_BYTES));
-        }
-        Ok(Step::Data(Chunk { offset, bytes }))
+        let length = CHUNK_BYTES.min(self.bytes - offset) as usize;
+        self.read(offset, length, |bytes| {
+            if sparse::is_zero(bytes) {
+                return Step::Zeros(offset + CHUNK_BYTES);
+            }
+            Step::Data(Chunk { offset, bytes: bytes.to_vec() })
+        })
     }
 
     fn next_chunk(&self, from: u64) -> Result<Option<Chunk>> {

@@ -1,9 +1,9 @@
 //! The one way by which an image comes into a pool.
 
-use std::os::unix::fs::FileExt;
 use std::sync::Arc;
 
 use super::{Digester, ImageLimits};
+use crate::bulk::Bulk;
 use crate::pool::{ImageDraft, ImageId, ImageInfo, Pool, SECTOR_BYTES, VOLUME_BYTES_MAX};
 use crate::room::Room;
 use crate::{PoolError, Result, sparse};
@@ -22,6 +22,7 @@ pub struct ImageWriter {
     next: u64,
     written: u64,
     room: Room,
+    bulk: Bulk,
 }
 
 impl ImageWriter {
@@ -37,14 +38,17 @@ impl ImageWriter {
             return Err(PoolError::invalid("image size", bytes, accepted));
         }
         let room = Room::of(pool)?;
+        let draft = pool.draft_image(bytes)?;
+        let bulk = Bulk::new(draft.file());
         Ok(Self {
-            draft: pool.draft_image(bytes)?,
+            draft,
             digester: Digester::new(bytes),
             limits,
             bytes,
             next: 0,
             written: 0,
             room,
+            bulk,
         })
     }
 
@@ -71,9 +75,8 @@ impl ImageWriter {
         for run in sparse::data_runs(content) {
             self.reserve(run.len() as u64)?;
             let at = offset + run.start as u64;
-            self.draft
-                .file()
-                .write_all_at(&content[run], at)
+            self.bulk
+                .write(self.draft.file(), &content[run], at)
                 .map_err(PoolError::io("write", self.draft.path()))?;
         }
         Ok(())

@@ -273,7 +273,7 @@ impl Inner {
         let path = self.device(&lv.name);
         let file = open_locked(&path, false, Claim::Shared, &what)?;
         let file = file.ok_or_else(|| self.not_found(what))?;
-        Ok(Opened { file, path, bytes })
+        Ok(Opened::new(file, path, bytes))
     }
 
     /// An empty logical volume under a name for what is unfinished, open for writing.

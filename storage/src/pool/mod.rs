@@ -7,13 +7,14 @@ mod usage;
 use std::fmt;
 use std::fs::File;
 use std::path::{Path, PathBuf};
-use std::sync::Arc;
 use std::sync::atomic::AtomicBool;
+use std::sync::{Arc, Mutex, PoisonError};
 
 pub use ids::{ImageId, Sha256, SnapshotId, VolumeId};
 pub use spec::PoolSpec;
 pub use usage::{Level, PoolUsage, Thresholds};
 
+use crate::bulk::Bulk;
 use crate::dir::DirPool;
 use crate::lvm::LvmPool;
 use crate::{PoolError, Result};
@@ -255,6 +256,26 @@ pub struct Opened {
     pub(crate) file: File,
     pub(crate) path: PathBuf,
     pub(crate) bytes: u64,
+    bulk: Mutex<Bulk>,
+}
+
+impl Opened {
+    pub(crate) fn new(file: File, path: PathBuf, bytes: u64) -> Self {
+        let bulk = Mutex::new(Bulk::new(&file));
+        Self { file, path, bytes, bulk }
+    }
+
+    /// Reads at most 1 MiB and gives it to `look`.
+    pub(crate) fn read<T>(
+        &self,
+        offset: u64,
+        length: usize,
+        look: impl FnOnce(&[u8]) -> T,
+    ) -> Result<T> {
+        let mut bulk = self.bulk.lock().unwrap_or_else(PoisonError::into_inner);
+        let read = bulk.read(&self.file, offset, length);
+        Ok(look(read.map_err(PoolError::io("read", &self.path))?))
+    }
 }
 
 /// An image that is not whole yet. When dropped before it is published, it is removed.
