@@ -9,6 +9,9 @@ use crate::virtio::blk::{Volume, is_zero};
 
 /// Read from a disk at once.
 const READ_BYTES: u64 = 256 << 10;
+/// The system begins to read so much before it is wanted: the disk works while the last bytes are
+/// sent. It takes only a little with each call, so it is told piece by piece.
+const AHEAD_BYTES: u64 = 4 << 20;
 /// Read for one message, sent or not: between two messages somebody may cancel.
 const LOOK_BYTES_MAX: u64 = 4 << 20;
 /// Known to be zero and told in one message: the other side may have to look at each byte.
@@ -83,6 +86,10 @@ pub(super) struct Pass<'a> {
     disk: u32,
     what: What,
     at: u64,
+    /// In front of this nothing is a hole, as far as that is known.
+    data_end: u64,
+    /// Up to here the system was told to read.
+    ahead: u64,
 }
 
 /// Bytes that are looked at, or are known to be zero.
@@ -94,12 +101,12 @@ enum Piece {
 impl<'a> Pass<'a> {
     /// The first: all that is allocated.
     pub(super) fn all(volume: &'a Volume, disk: u32, zeroed: bool) -> Self {
-        Self { volume, disk, what: What::All { zeroed }, at: 0 }
+        Self { volume, disk, what: What::All { zeroed }, at: 0, data_end: 0, ahead: 0 }
     }
 
     /// A later one: what was written.
     pub(super) fn blocks(volume: &'a Volume, disk: u32, blocks: BlockSet) -> Self {
-        Self { volume, disk, what: What::Blocks(blocks), at: 0 }
+        Self { volume, disk, what: What::Blocks(blocks), at: 0, data_end: 0, ahead: 0 }
     }
 
     /// Which disk, in the shape's order.
@@ -120,16 +127,27 @@ impl<'a> Pass<'a> {
         let end = self.volume.bytes();
         let (piece, at) = match &self.what {
             What::All { .. } => {
-                let data = self.volume.next_data(self.at)?;
-                match data {
+                // Asked once an extent: a filesystem may look through all of it to tell its end.
+                // What was discarded since is read as zeros.
+                let hole_end = if self.at < self.data_end {
+                    self.at
+                } else {
+                    let data = self.volume.next_data(self.at)?;
+                    let (start, stop) = data.unwrap_or((end, end));
+                    self.data_end = stop;
+                    start
+                };
+                match hole_end {
                     _ if self.at >= end => return Ok(None),
-                    Some((start, stop)) if start == self.at => {
-                        let stop = stop.min(start + read_max);
+                    start if start == self.at => {
+                        self.read_ahead();
+                        let stop = self.data_end.min(start + read_max);
                         (Piece::Data(start, stop - start), stop)
                     }
-                    _ => {
-                        let stop = data.map_or(end, |(start, _)| start);
-                        let stop = stop.min(self.at + HOLE_BYTES_MAX);
+                    start => {
+                        let stop = start.min(self.at + HOLE_BYTES_MAX);
+                        // The rest of the hole is asked for again.
+                        self.data_end = stop;
                         (Piece::Hole(self.at, stop - self.at), stop)
                     }
                 }
@@ -144,6 +162,16 @@ impl<'a> Pass<'a> {
         };
         self.at = at;
         Ok(Some(piece))
+    }
+
+    fn read_ahead(&mut self) {
+        let until = self.data_end.min(self.at + AHEAD_BYTES);
+        let mut from = self.ahead.max(self.at);
+        while from + READ_BYTES <= until {
+            self.volume.begin_reading(from, READ_BYTES);
+            from += READ_BYTES;
+        }
+        self.ahead = from;
     }
 
     /// The next message; its data are in the buffer, whose length is their bound. `None` at the

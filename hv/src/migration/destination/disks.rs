@@ -13,6 +13,9 @@ use crate::virtio::blk::tracker::{BLOCK_BYTES, BlockSet};
 /// So many bytes lie in the cache alone at most: making them durable must not take so long that
 /// the source thinks we are gone, least of all in the pause.
 const UNSYNCED_BYTES_MAX: u64 = 32 << 20;
+/// So much in one place goes to the disk at once, while more comes in; less waits to be made
+/// durable with its neighbours.
+const BEGIN_BYTES_MIN: u64 = 64 << 10;
 
 /// The disks that are filled, by the threads of all connections.
 #[derive(Default)]
@@ -37,10 +40,15 @@ fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
 
 impl Target {
     fn write(&self, bytes: &[u8], offset: u64) -> io::Result<()> {
+        let length = bytes.len() as u64;
         if let Some(written) = &self.written {
-            lock(written).insert(offset, bytes.len() as u64);
+            lock(written).insert(offset, length);
         }
-        self.volume.write_at(bytes, offset)
+        self.volume.write_at(bytes, offset)?;
+        if length >= BEGIN_BYTES_MIN {
+            self.volume.begin_writing(offset, length);
+        }
+        Ok(())
     }
 
     /// No other thread has to do with these bytes: a pass has each of them once.

@@ -179,6 +179,20 @@ impl Volume {
         self.file.write_all_at(bytes, offset)
     }
 
+    /// Has the system begin to write these bytes to the disk, so that making them durable later
+    /// has little left to wait for. Only a hint.
+    pub(crate) fn begin_writing(&self, offset: u64, bytes: u64) {
+        let (fd, flags) = (self.fd(), libc::SYNC_FILE_RANGE_WRITE);
+        // SAFETY: only tells the system about a range of an open file.
+        unsafe { libc::sync_file_range(fd, offset.cast_signed(), bytes.cast_signed(), flags) };
+    }
+
+    /// Has the system begin to read these bytes. Only a hint.
+    pub(crate) fn begin_reading(&self, offset: u64, bytes: u64) {
+        let bytes = std::num::NonZero::new(bytes);
+        let _ = rustix::fs::fadvise(&self.file, offset, bytes, rustix::fs::Advice::WillNeed);
+    }
+
     /// Makes these bytes zero, and gives their room back where that is sure to read as zeros.
     pub fn clear(&self, offset: u64, bytes: u64) -> io::Result<()> {
         if self.kind == Kind::File {
