@@ -5,13 +5,10 @@ use std::ops::Range;
 
 use super::wire::{EXTENTS_MAX, Extent};
 use crate::virtio::blk::tracker::{BLOCK_BYTES, BlockSet};
-use crate::virtio::blk::{Volume, is_zero};
+use crate::virtio::blk::{Straight, Volume, is_zero};
 
 /// Read from a disk at once.
-const READ_BYTES: u64 = 256 << 10;
-/// The system begins to read so much before it is wanted: the disk works while the last bytes are
-/// sent. It takes only a little with each call, so it is told piece by piece.
-const AHEAD_BYTES: u64 = 4 << 20;
+const READ_BYTES: u64 = 512 << 10;
 /// Read for one message, sent or not: between two messages somebody may cancel.
 const LOOK_BYTES_MAX: u64 = 4 << 20;
 /// Known to be zero and told in one message: the other side may have to look at each byte.
@@ -88,8 +85,8 @@ pub(super) struct Pass<'a> {
     at: u64,
     /// In front of this nothing is a hole, as far as that is known.
     data_end: u64,
-    /// Up to here the system was told to read.
-    ahead: u64,
+    /// For the first pass; what was written since is in the cache.
+    straight: Option<Straight>,
 }
 
 /// Bytes that are looked at, or are known to be zero.
@@ -101,12 +98,13 @@ enum Piece {
 impl<'a> Pass<'a> {
     /// The first: all that is allocated.
     pub(super) fn all(volume: &'a Volume, disk: u32, zeroed: bool) -> Self {
-        Self { volume, disk, what: What::All { zeroed }, at: 0, data_end: 0, ahead: 0 }
+        let straight = Straight::open(volume, false, READ_BYTES as usize);
+        Self { volume, disk, what: What::All { zeroed }, at: 0, data_end: 0, straight }
     }
 
     /// A later one: what was written.
     pub(super) fn blocks(volume: &'a Volume, disk: u32, blocks: BlockSet) -> Self {
-        Self { volume, disk, what: What::Blocks(blocks), at: 0, data_end: 0, ahead: 0 }
+        Self { volume, disk, what: What::Blocks(blocks), at: 0, data_end: 0, straight: None }
     }
 
     /// Which disk, in the shape's order.
@@ -140,7 +138,6 @@ impl<'a> Pass<'a> {
                 match hole_end {
                     _ if self.at >= end => return Ok(None),
                     start if start == self.at => {
-                        self.read_ahead();
                         let stop = self.data_end.min(start + read_max);
                         (Piece::Data(start, stop - start), stop)
                     }
@@ -164,14 +161,19 @@ impl<'a> Pass<'a> {
         Ok(Some(piece))
     }
 
-    fn read_ahead(&mut self) {
-        let until = self.data_end.min(self.at + AHEAD_BYTES);
-        let mut from = self.ahead.max(self.at);
-        while from + READ_BYTES <= until {
-            self.volume.begin_reading(from, READ_BYTES);
-            from += READ_BYTES;
+    /// Fills the buffer; or does not, and answers false, as all of it would be zeros.
+    fn read(&mut self, offset: u64, buffer: &mut [u8]) -> io::Result<bool> {
+        if let Some(straight) = &mut self.straight
+            && let Some(read) = straight.read(offset, buffer.len())?
+        {
+            let is_data = !is_zero(read);
+            if is_data {
+                buffer.copy_from_slice(read);
+            }
+            return Ok(is_data);
         }
-        self.ahead = from;
+        self.volume.read_at(buffer, offset)?;
+        Ok(true)
     }
 
     /// The next message; its data are in the buffer, whose length is their bound. `None` at the
@@ -199,12 +201,12 @@ impl<'a> Pass<'a> {
                 }
             };
             let end = used + bytes as usize;
-            self.volume.read_at(&mut buffer[used..end], offset)?;
+            let is_hole = !self.read(offset, &mut buffer[used..end])?;
             batch.looked_bytes += bytes;
             let before = batch.data_bytes;
             for from in (used..end).step_by(granule) {
                 let data = from..end.min(from + granule);
-                let (bytes, zero) = (data.len() as u64, is_zero(&buffer[data.clone()]));
+                let (bytes, zero) = (data.len() as u64, is_hole || is_zero(&buffer[data.clone()]));
                 let offset = offset + (from - used) as u64;
                 if !(zero && skip_zeros) {
                     batch.push(Extent { disk: self.disk, offset, bytes, zero });

@@ -5,10 +5,10 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Mutex, MutexGuard, PoisonError, RwLock};
 
 use super::super::MigrationError;
-use super::super::wire::Extent;
+use super::super::wire::{DATA_BYTES_MAX, Extent};
 use crate::machine::migratable::{MigratableDisk, MigratableVm};
-use crate::virtio::blk::Volume;
 use crate::virtio::blk::tracker::{BLOCK_BYTES, BlockSet};
+use crate::virtio::blk::{Straight, Volume};
 
 /// So many bytes lie in the cache alone at most: making them durable must not take so long that
 /// the source thinks we are gone, least of all in the pause.
@@ -16,6 +16,9 @@ const UNSYNCED_BYTES_MAX: u64 = 32 << 20;
 /// So much in one place goes to the disk at once, while more comes in; less waits to be made
 /// durable with its neighbours.
 const BEGIN_BYTES_MIN: u64 = 64 << 10;
+
+/// From this size on what comes is written past the cache; less waits there for its neighbours.
+const STRAIGHT_BYTES_MIN: usize = 256 << 10;
 
 /// The disks that are filled, by the threads of all connections.
 #[derive(Default)]
@@ -30,6 +33,8 @@ pub(super) struct Disks {
 /// A disk that is filled.
 struct Target {
     volume: Volume,
+    /// Those that no thread writes through just now: never more than there are connections.
+    straight: Mutex<Vec<Straight>>,
     /// Of one that read as zeros: what was written since. The rest needs no zeros.
     written: Option<Mutex<BlockSet>>,
 }
@@ -44,11 +49,27 @@ impl Target {
         if let Some(written) = &self.written {
             lock(written).insert(offset, length);
         }
+        if bytes.len() >= STRAIGHT_BYTES_MIN && self.write_straight(bytes, offset)? {
+            return Ok(());
+        }
         self.volume.write_at(bytes, offset)?;
         if length >= BEGIN_BYTES_MIN {
             self.volume.begin_writing(offset, length);
         }
         Ok(())
+    }
+
+    /// False where that cannot be done.
+    fn write_straight(&self, bytes: &[u8], offset: u64) -> io::Result<bool> {
+        let spare = lock(&self.straight).pop();
+        let Some(mut straight) =
+            spare.or_else(|| Straight::open(&self.volume, true, DATA_BYTES_MAX))
+        else {
+            return Ok(false);
+        };
+        let is_written = straight.write(bytes, offset);
+        lock(&self.straight).push(straight);
+        is_written
     }
 
     /// No other thread has to do with these bytes: a pass has each of them once.
@@ -80,7 +101,8 @@ impl Disks {
             let is_zero = disk.zeroed || target.make_empty();
             zeroed.push(is_zero);
             let written = is_zero.then(|| Mutex::new(BlockSet::none(target.bytes())));
-            targets.push(Some(Target { volume: target, written }));
+            let straight = Mutex::default();
+            targets.push(Some(Target { volume: target, straight, written }));
         }
         let targets = RwLock::new(targets);
         // Also what was emptied is to be durable.
