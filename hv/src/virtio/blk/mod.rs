@@ -33,5 +33,5 @@ mod volume;
 
 pub use device::Blk;
 pub use limits::Limits;
-pub(crate) use volume::{Closed, is_zero};
+pub(crate) use volume::{Closed, Straight, is_zero};
 pub use volume::{Volume, VolumeError};
