@@ -34,13 +34,16 @@ const RAMP: &str = "500ms";
 const FIO_PATIENCE: Duration = Duration::from_secs(60);
 
 /// Of the program's options, those of this benchmark.
-#[derive(Debug, Clone, Copy)]
+#[derive(Debug, Clone)]
 pub(super) struct Options {
     pub(super) is_cold: bool,
     pub(super) is_qemu_direct: bool,
+    /// Names of the kinds of work that are wanted; none: all.
+    pub(super) only: Vec<String>,
 }
 
 /// One kind of work.
+#[derive(Debug, Clone, Copy)]
 struct Work {
     name: &'static str,
     /// What fio is told besides what is the same for all.
@@ -95,6 +98,17 @@ const WORKS: [Work; 7] = [
         figure: Figure::FsyncUs,
     },
 ];
+
+/// A kind of work, and what was measured: Drover's figure and QEMU's.
+struct Row {
+    work: Work,
+    pairs: Vec<[f64; 2]>,
+}
+
+/// What `--only` takes.
+pub(super) fn work_names() -> [&'static str; WORKS.len()] {
+    WORKS.map(|work| work.name)
+}
 
 impl Work {
     /// Where the guest runs it.
@@ -151,7 +165,7 @@ impl Figure {
 }
 
 /// A guest that does nothing until it is asked to run fio, which lies in this archive.
-pub(super) fn guest(fio: &Path, options: Options) -> Result<Guest> {
+pub(super) fn guest(fio: &Path, options: &Options) -> Result<Guest> {
     if !fio.exists() {
         return Err(Error::other(format!("{}: not found, and needed", fio.display())));
     }
@@ -166,7 +180,7 @@ pub(super) fn guest(fio: &Path, options: Options) -> Result<Guest> {
 }
 
 /// Measures and prints.
-pub(super) fn measure(stage: &Stage, runs: u32, warm_up: u32, options: Options) -> Result<()> {
+pub(super) fn measure(stage: &Stage, runs: u32, warm_up: u32, options: &Options) -> Result<()> {
     let cache = if options.is_qemu_direct { "none" } else { "writeback" };
     println!(
         "guest: {GUEST_MEMORY_MIB} MiB, 1 vCPU, a thin volume of {} MiB on virtio-blk; \
@@ -188,11 +202,16 @@ pub(super) fn measure(stage: &Stage, runs: u32, warm_up: u32, options: Options) 
     guest::page(Who::Drover.address())?;
     drover.pause()?;
 
-    let mut pairs: Vec<Vec<[f64; 2]>> = WORKS.iter().map(|_| Vec::new()).collect();
+    let is_wanted = |name: &str| options.only.is_empty() || options.only.iter().any(|o| o == name);
+    let mut rows: Vec<Row> = WORKS
+        .into_iter()
+        .filter(|work| is_wanted(work.name))
+        .map(|work| Row { work, pairs: Vec::new() })
+        .collect();
     for run in 1..=warm_up + runs {
         let counted = run > warm_up;
         let label = if counted { format!("{}", run - warm_up) } else { "warm-up".to_owned() };
-        for (work, pairs) in WORKS.iter().zip(&mut pairs) {
+        for Row { work, pairs } in &mut rows {
             let pair = if run % 2 == 0 {
                 let first = one(&mut drover, work, run, options)?;
                 [first, one(&mut qemu, work, run, options)?]
@@ -212,12 +231,12 @@ pub(super) fn measure(stage: &Stage, runs: u32, warm_up: u32, options: Options) 
             }
         }
     }
-    summary(&pairs, options);
+    summary(&rows, options);
     Ok(())
 }
 
 /// One kind of work in one guest.
-fn one(mover: &mut dyn Mover, work: &Work, seed: u32, options: Options) -> Result<f64> {
+fn one(mover: &mut dyn Mover, work: &Work, seed: u32, options: &Options) -> Result<f64> {
     rustix::fs::sync();
     if options.is_cold {
         let path = "/proc/sys/vm/drop_caches";
@@ -229,15 +248,15 @@ fn one(mover: &mut dyn Mover, work: &Work, seed: u32, options: Options) -> Resul
     work.figure.read(&text)
 }
 
-fn summary(pairs: &[Vec<[f64; 2]>], options: Options) {
+fn summary(rows: &[Row], options: &Options) {
     let mut line = json!({
         "bench": "disk",
-        "runs": pairs[0].len(),
+        "runs": rows.first().map_or(0, |row| row.pairs.len()),
         "cold": options.is_cold,
         "qemu_cache": if options.is_qemu_direct { "none" } else { "writeback" },
     });
     println!("{}", heading());
-    for (work, pairs) in WORKS.iter().zip(pairs) {
+    for Row { work, pairs } in rows {
         let (name, unit) = (work.name, work.figure.unit());
         let of = |who: usize| Spread::of(pairs.iter().map(|pair| pair[who]));
         let ratio = Spread::of(pairs.iter().map(|[drover, qemu]| work.ratio(*drover, *qemu)));
