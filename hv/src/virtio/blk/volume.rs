@@ -14,6 +14,7 @@ use rustix::io::Errno;
 use super::requests::Span;
 use super::tracker::WriteTracker;
 
+mod cache;
 mod travel;
 
 pub(crate) use travel::{Closed, is_zero};
