@@ -15,6 +15,7 @@ use super::requests::Span;
 use super::tracker::WriteTracker;
 
 mod straight;
+mod cache;
 mod travel;
 
 pub(crate) use straight::Straight;
