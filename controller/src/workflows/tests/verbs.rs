@@ -119,7 +119,7 @@ fn rescue(lab: &mut Lab) -> Result<OperationRecord, Refusal> {
 
 fn reinstall(lab: &mut Lab, disk: u32, image: Option<&str>) -> Result<OperationRecord, Refusal> {
     let image = image.map(ImageId::trusted);
-    ask(lab, |cx, id| reinstall_domain(cx, id, disk, image.as_ref()))
+    ask(lab, |cx, id| reinstall_domain(cx, id, disk, image.as_ref(), false))
 }
 
 fn outcome(lab: &Lab, operation: &OperationRecord) -> (OperationState, String) {
@@ -187,6 +187,35 @@ fn a_reinstalled_disk_is_the_same_disk_with_other_content() {
     says(&mut lab, S::Stopped, ExitReason::Shutdown);
     assert_eq!(outcome(&lab, &begun), (OperationState::Failed, "VOLUME_FAILED".into()));
     assert!(lab.level("a").volumes[0].create, "its agent goes on trying");
+}
+
+/// A backup's content comes by an image that is deleted afterwards: the disk goes on saying what
+/// it was made of, and can be made of that again.
+#[test]
+fn an_image_that_only_brings_content_leaves_no_name_behind() {
+    let mut lab = stopped();
+    let carrier = ImageRecord {
+        id: "restore-1".into(),
+        digest: "digest-of-restore-1".into(),
+        size_bytes: GIB,
+        nodes: vec!["b".into()],
+        ..ImageRecord::default()
+    };
+    assert!(lab.commit(&Txn::new().put(&carrier)));
+    let image = ImageId::trusted("restore-1");
+    let begun = ask(&mut lab, |cx, id| reinstall_domain(cx, id, 0, Some(&image), true)).unwrap();
+    let wanted = &lab.level("a").volumes[0];
+    assert!(wanted.create && wanted.image_digest == "digest-of-restore-1", "{wanted:?}");
+    assert_eq!(wanted.image_sources.len(), 1, "from where the carrier lies: {wanted:?}");
+    assert_eq!(lab.domain("vm").spec.unwrap().disks[0].image, "images/debian");
+    assert_eq!(volume(&lab, "vm-0").unwrap().image, "debian");
+    volumes(&mut lab, VolumeState::Ready);
+    says(&mut lab, S::Stopped, ExitReason::Shutdown);
+    assert_eq!(outcome(&lab, &begun), DONE);
+
+    assert!(lab.commit(&Txn::new().delete::<ImageRecord>("restore-1")));
+    reinstall(&mut lab, 0, None).unwrap();
+    assert_eq!(lab.level("a").volumes[0].image_digest, "digest-of-debian");
 }
 
 #[test]

@@ -236,6 +236,8 @@ impl Work<'_> {
             request_id: request_id(),
             disk: u32::try_from(place).unwrap_or(u32::MAX),
             image: image.clone(),
+            // It is deleted afterwards: the disk must not be said to be made of it.
+            keep_image: true,
         };
         let under_way = |operation: &str| Some((place, operation.to_owned(), image.clone()));
         self.state.borrow_mut().under_way = under_way("");
