@@ -43,9 +43,9 @@ use crate::{
 const KNOWN_MAX: usize = 16_384;
 /// So many blocks are packed and written at once, each on a thread of its own.
 const WRITERS_MAX: usize = 4;
-/// A controller that says nothing for so long is given up. Between two blocks of a large disk
-/// there may be terabytes of zeros that its node reads.
-const SILENCE_MAX: Duration = Duration::from_secs(600);
+/// A controller that says nothing for so long is given up: where a node reads only zeros, it says
+/// so every few seconds. The controller itself is less patient, and says more.
+const SILENCE_MAX: Duration = Duration::from_secs(180);
 /// A disk's stream may break so often. What had come over by then does not come again.
 const BREAKS_MAX: u32 = 10;
 const BREAK_PAUSE: Duration = Duration::from_secs(1);
@@ -303,11 +303,18 @@ impl Work<'_> {
                     break Some(Ended::Broken(format!("{} without a word", time(SILENCE_MAX))));
                 }
             };
-            let Some(block) = reader.take(answer).map_err(Error::Local)? else {
-                let count = reader.block_total();
-                blocks = vec![None; count];
-                known.resize(count, None);
-                continue;
+            let block = match reader.take(answer).map_err(Error::Local)? {
+                Said::Size => {
+                    let count = reader.block_total();
+                    blocks = vec![None; count];
+                    known.resize(count, None);
+                    continue;
+                }
+                Said::Zeros { until } => {
+                    shown.at(until);
+                    continue;
+                }
+                Said::Block(block) => block,
             };
             blocks[block.index] = Some(block.digest);
             shown.at(((block.index + 1) * BLOCK_BYTES) as u64);
@@ -469,6 +476,18 @@ impl Block {
     }
 }
 
+/// What one message means.
+#[derive(Debug)]
+enum Said {
+    /// The first one: how large the disk is.
+    Size,
+    /// Nothing but zeros up to here.
+    Zeros {
+        until: u64,
+    },
+    Block(Block),
+}
+
 /// Checks a stream's messages: nothing is computed with that was not looked at.
 struct Reader<'a> {
     place: usize,
@@ -483,8 +502,7 @@ impl Reader<'_> {
         usize::try_from(self.size_bytes.unwrap_or(0).div_ceil(BLOCK_BYTES as u64)).unwrap_or(0)
     }
 
-    /// The block of a message; none of the first message, which says the size.
-    fn take(&mut self, answer: ReadSnapshotResponse) -> Result<Option<Block>, String> {
+    fn take(&mut self, answer: ReadSnapshotResponse) -> Result<Said, String> {
         const STEP: u64 = BLOCK_BYTES as u64;
         let place = self.place;
         let Some(size_bytes) = self.size_bytes else {
@@ -492,10 +510,17 @@ impl Reader<'_> {
                 return Err(format!("disk {place}: a size of {} bytes", answer.size_bytes));
             }
             self.size_bytes = Some(answer.size_bytes);
-            return Ok(None);
+            return Ok(Said::Size);
         };
         let offset = answer.offset;
         let index = offset / STEP;
+        if answer.digest.is_empty() && answer.data.is_empty() {
+            if offset > size_bytes || offset < self.next.saturating_mul(STEP).min(size_bytes) {
+                return Err(format!("disk {place}: zeros up to {offset}, out of order"));
+            }
+            self.next = offset.div_ceil(STEP);
+            return Ok(Said::Zeros { until: offset });
+        }
         if !offset.is_multiple_of(STEP) || offset >= size_bytes || index < self.next {
             return Err(format!(
                 "disk {place}: a block at {offset}, out of order or no place of one"
@@ -514,7 +539,7 @@ impl Reader<'_> {
             n if n == length => {}
             n => return Err(format!("disk {place}: block {index} has {n} bytes of {length}")),
         }
-        Ok(Some(Block { index, digest, data: answer.data }))
+        Ok(Said::Block(Block { index, digest, data: answer.data }))
     }
 }
 
@@ -537,15 +562,19 @@ mod tests {
         let reader = || {
             let mut reader = Reader { place: 0, said: &said, size_bytes: None, next: 0 };
             let first = ReadSnapshotResponse { size_bytes: MIB + 512, ..Default::default() };
-            assert!(reader.take(first).unwrap().is_none());
+            assert!(matches!(reader.take(first).unwrap(), Said::Size));
             assert_eq!(reader.block_total(), 2);
             reader
         };
-        assert!(reader().take(answer(0, known, &[])).unwrap().unwrap().data.is_empty());
+        let block = |said: Said| match said {
+            Said::Block(block) => block,
+            other => panic!("{other:?}"),
+        };
+        assert!(block(reader().take(answer(0, known, &[])).unwrap()).data.is_empty());
         let mut tail = vec![5; 512];
         let padded = [&tail[..], &vec![0; BLOCK_BYTES - 512]].concat();
         let mut reader_at_end = reader();
-        let last = reader_at_end.take(answer(MIB, Digest::of(&padded), &tail)).unwrap().unwrap();
+        let last = block(reader_at_end.take(answer(MIB, Digest::of(&padded), &tail)).unwrap());
         assert!(last.whole(0).unwrap() == padded);
         assert!(reader_at_end.take(answer(0, known, &[])).is_err(), "out of order");
         tail[0] = 6;
@@ -561,6 +590,15 @@ mod tests {
         ] {
             assert!(reader().take(answer(offset, digest, data)).is_err(), "{offset}");
         }
+        let zeros = |offset| ReadSnapshotResponse { offset, ..Default::default() };
+        let mut waiting = reader();
+        for until in [MIB, MIB, MIB + 512] {
+            let said = waiting.take(zeros(until)).unwrap();
+            assert!(matches!(said, Said::Zeros { until: at } if at == until), "{said:?}");
+        }
+        assert!(waiting.take(zeros(MIB)).is_err(), "it goes back");
+        assert!(waiting.take(answer(MIB, Digest::of(&padded), &tail)).is_err(), "not zeros then");
+        assert!(reader().take(zeros(MIB + 513)).is_err(), "beyond the end");
         let odd = ReadSnapshotResponse { digest: vec![1; 31].into(), ..Default::default() };
         assert!(reader().take(odd).unwrap_err().contains("no SHA-256"));
         for size_bytes in [0, u64::MAX] {
