@@ -566,6 +566,26 @@ fn a_save_that_is_given_up_loses_nothing() {
     }
 }
 
+/// The guest powered itself off just then: it stays off, and what it was saved to is of no use.
+#[test]
+fn a_guest_that_powers_itself_off_as_its_save_is_given_up_stays_off() {
+    let mut lab = running();
+    let begun = save(&mut lab);
+    volumes(&mut lab, VolumeState::Ready);
+    says(&mut lab, S::Running, ExitReason::Unspecified);
+    lab.cancel(&begun.id).unwrap();
+    lab.settle();
+    assert_eq!(outcome(&lab, &begun).0, OperationState::Cancelled);
+    // Of the run before; the agent takes the new epoch on and starts nothing.
+    says_under(&mut lab, 1, S::Stopped, ExitReason::Shutdown);
+    says(&mut lab, S::Stopped, ExitReason::Shutdown);
+    assert_eq!(
+        (lab.domain("vm").state(), power(&lab)),
+        (DomainState::Stopped, PowerState::Stopped)
+    );
+    assert!(volume(&lab, "vm-memory").is_none());
+}
+
 #[test]
 fn a_save_needs_room() {
     let mut lab = running();
