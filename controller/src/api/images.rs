@@ -14,13 +14,14 @@ use drover_proto::v1::{
 };
 use futures::stream::{self, Stream, StreamExt};
 use tokio::sync::{mpsc, oneshot};
-use tokio::time::{Instant, timeout};
+use tokio::time::timeout;
 use tokio_stream::wrappers::ReceiverStream;
 use tonic::{Request, Response, Status, Streaming};
 
 use super::agents;
 use super::errors::{Fault, excerpt, invalid};
-use super::service::{CALL_WAIT, Service};
+use super::requests::Call;
+use super::service::Service;
 use super::{page, validate};
 use crate::model::{ID_SYNTAX, ImageId, ImageRecord, NodeId, World, garbage};
 use crate::scheduler::NodeView;
@@ -55,9 +56,7 @@ impl ImageService for Service {
         request: Request<GetImageRequest>,
     ) -> Result<Response<Image>, Status> {
         let id = validate::image("name", &request.get_ref().name)?;
-        let row = self.read().await?.get::<ImageRecord>(id.as_str());
-        let row = row.ok_or_else(|| Refusal::NotFound { name: id.name() })?;
-        Ok(Response::new(present(&row)))
+        Ok(Response::new(self.image(&id).await?))
     }
 
     async fn list_images(
@@ -77,10 +76,11 @@ impl ImageService for Service {
         &self,
         request: Request<DeleteImageRequest>,
     ) -> Result<Response<DeleteImageResponse>, Status> {
-        let request = request.into_inner();
+        let mut request = request.into_inner();
+        let request_id = std::mem::take(&mut request.request_id);
+        let call = Call::new("DeleteImage", request_id, &request)?;
         let id = validate::image("name", &request.name)?;
-        self.decide(Instant::now() + CALL_WAIT, |cx, _| Ok((delete(cx, &id, &request.etag)?, ())))
-            .await?;
+        self.once(&call, |cx| delete(cx, &id, &request.etag)).await?;
         Ok(Response::new(DeleteImageResponse {}))
     }
 }
@@ -93,7 +93,15 @@ impl Service {
         let Some(Message::Spec(spec)) = first.and_then(|first| first.message) else {
             return Err(invalid("message", "", "spec, in the first message").into());
         };
-        let (id, spec) = checked(spec)?;
+        let (id, mut spec) = checked(spec)?;
+        let request_id = std::mem::take(&mut spec.request_id);
+        let call = Call::new("ImportImage", request_id, &spec)?;
+        if call.is_done(&self.read().await?)? {
+            let (image, bytes) = (self.image(&id).await?, spec.file_bytes);
+            let image = Some(image);
+            let said = ImportImageResponse { bytes_done: bytes, bytes_total: bytes, image };
+            return Ok(Box::pin(stream::iter([Ok(said)])));
+        }
         let (node, pool, address) = self.look(|cx| receiver(cx, &id, &spec)).await?;
         let spec = ImportImageSpec { pool, ..spec };
 
@@ -106,7 +114,7 @@ impl Service {
         let inputs = stream::once(async { first }).chain(rest).take_until(stopped);
         let outputs = AgentServiceClient::new(channel).import_image(inputs).await?.into_inner();
         let (answers, receiver) = mpsc::channel(QUEUE);
-        tokio::spawn(self.clone().relay(id, node, outputs, answers, stop));
+        tokio::spawn(self.clone().relay(call, id, node, outputs, answers, stop));
         Ok(Box::pin(ReceiverStream::new(receiver)))
     }
 
@@ -114,6 +122,7 @@ impl Service {
     /// more when this ends.
     async fn relay(
         self,
+        call: Call,
         id: ImageId,
         node: NodeId,
         mut outputs: Streaming<ImportImageResponse>,
@@ -136,7 +145,7 @@ impl Service {
                 Ok(Ok(Some(said))) => match &said.image {
                     None => Ok(said),
                     Some(image) => self
-                        .register(&id, &node, image)
+                        .register(&call, &id, &node, image)
                         .await
                         .map(|image| ImportImageResponse { image: Some(image), ..said })
                         .map_err(Status::from),
@@ -150,9 +159,14 @@ impl Service {
         }
     }
 
-    async fn register(&self, id: &ImageId, node: &NodeId, said: &Image) -> Result<Image, Fault> {
-        let deadline = Instant::now() + CALL_WAIT;
-        self.decide(deadline, |cx, _| {
+    async fn register(
+        &self,
+        call: &Call,
+        id: &ImageId,
+        node: &NodeId,
+        said: &Image,
+    ) -> Result<Image, Fault> {
+        self.once(call, |cx| {
             absent(cx, id)?;
             let record = ImageRecord {
                 id: id.as_str().to_owned(),
@@ -161,10 +175,13 @@ impl Service {
                 create_time: Some(timestamp(cx.now.wall_ms)),
                 nodes: vec![node.as_str().to_owned()],
             };
-            let txn = Txn::new().term_is(cx.term).absent::<ImageRecord>(id.as_str()).put(&record);
-            Ok((txn, ()))
+            Ok(Txn::new().term_is(cx.term).absent::<ImageRecord>(id.as_str()).put(&record))
         })
         .await?;
+        self.image(id).await
+    }
+
+    async fn image(&self, id: &ImageId) -> Result<Image, Fault> {
         let row = self.read().await?.get::<ImageRecord>(id.as_str());
         Ok(present(&row.ok_or_else(|| Refusal::NotFound { name: id.name() })?))
     }

@@ -25,6 +25,8 @@ pub(crate) struct Content {
     pub(crate) disks: Vec<Vec<u8>>,
     pub(crate) snapshots: BTreeMap<String, Vec<Vec<u8>>>,
     pub(crate) images: BTreeMap<String, Vec<u8>>,
+    /// By the request's id.
+    pub(crate) imported: BTreeMap<String, Image>,
     /// Of blocks that were sent with their data.
     pub(crate) sent_bytes: usize,
     /// The next stream breaks when so many blocks have been sent.
