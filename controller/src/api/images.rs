@@ -23,11 +23,11 @@ use super::errors::{Fault, excerpt, invalid};
 use super::requests::Call;
 use super::service::Service;
 use super::{page, validate};
-use crate::model::{ID_SYNTAX, ImageId, ImageRecord, NodeId, World, garbage};
+use crate::model::{ID_SYNTAX, ImageId, ImageRecord, NodeId};
 use crate::scheduler::NodeView;
-use crate::store::{Txn, Versioned};
-use crate::workflows::begin::{check_etag, etag};
-use crate::workflows::{Context, Refusal, timestamp};
+use crate::store::Versioned;
+use crate::workflows::begin::etag;
+use crate::workflows::{Context, Refusal, image};
 
 /// The caller says what it wants within this.
 const FIRST_WAIT: Duration = Duration::from_secs(10);
@@ -80,7 +80,7 @@ impl ImageService for Service {
         let request_id = std::mem::take(&mut request.request_id);
         let call = Call::new("DeleteImage", request_id, &request)?;
         let id = validate::image("name", &request.name)?;
-        self.once(&call, |cx| delete(cx, &id, &request.etag)).await?;
+        self.once(&call, |cx| image::delete(cx, &id, &request.etag)).await?;
         Ok(Response::new(DeleteImageResponse {}))
     }
 }
@@ -166,31 +166,13 @@ impl Service {
         node: &NodeId,
         said: &Image,
     ) -> Result<Image, Fault> {
-        self.once(call, |cx| {
-            absent(cx, id)?;
-            let record = ImageRecord {
-                id: id.as_str().to_owned(),
-                digest: said.digest.clone(),
-                size_bytes: said.size_bytes,
-                create_time: Some(timestamp(cx.now.wall_ms)),
-                nodes: vec![node.as_str().to_owned()],
-            };
-            Ok(Txn::new().term_is(cx.term).absent::<ImageRecord>(id.as_str()).put(&record))
-        })
-        .await?;
+        self.once(call, |cx| image::register(cx, id, node, said)).await?;
         self.image(id).await
     }
 
     async fn image(&self, id: &ImageId) -> Result<Image, Fault> {
         let row = self.read().await?.get::<ImageRecord>(id.as_str());
         Ok(present(&row.ok_or_else(|| Refusal::NotFound { name: id.name() })?))
-    }
-}
-
-fn absent(cx: &Context<'_>, id: &ImageId) -> Result<(), Refusal> {
-    match cx.world.images.contains_key(id.as_str()) {
-        true => Err(Refusal::AlreadyExists { name: id.name() }),
-        false => Ok(()),
     }
 }
 
@@ -230,7 +212,7 @@ fn receiver(
     id: &ImageId,
     spec: &ImportImageSpec,
 ) -> Result<(NodeId, String, String), Refusal> {
-    absent(cx, id)?;
+    image::absent(cx, id)?;
     let only = validate::maybe_node("spec.node", &spec.node)?;
     let view = cx.world.cluster_view(cx.observed);
     let room = |node: &NodeView| {
@@ -264,29 +246,6 @@ fn receiver(
         reason: "NO_POOL",
         message: format!("{} {why}: vpsctl pool list", only.name()),
     })
-}
-
-/// Forgets an image; the nodes are told to remove their copies, unless another image is the same.
-fn delete(cx: &Context<'_>, id: &ImageId, given: &str) -> Result<Txn, Refusal> {
-    let row = cx.world.images.get(id.as_str());
-    let row = row.ok_or_else(|| Refusal::NotFound { name: id.name() })?;
-    check_etag(&id.name(), given, row.mod_revision)?;
-    let mut txn = Txn::new().term_is(cx.term).unchanged(row).delete::<ImageRecord>(id.as_str());
-    let world: &World = cx.world;
-    let same = |other: &&Versioned<ImageRecord>| {
-        other.value.digest == row.value.digest && other.value.id != row.value.id
-    };
-    if world.images.values().any(|other| same(&other)) {
-        return Ok(txn);
-    }
-    for (node, seen) in &cx.observed.nodes {
-        let known = world.nodes.contains_key(node);
-        let held = seen.images.iter().filter(|held| known && held.digest == row.value.digest);
-        for image in held {
-            txn = txn.put(&garbage(node.as_str(), &image.pool, "", &image.digest));
-        }
-    }
-    Ok(txn)
 }
 
 fn present(row: &Versioned<ImageRecord>) -> Image {
