@@ -126,6 +126,8 @@ pub struct DomainView {
     pub needs: Resources,
     /// Of the pools.
     pub disks: PoolNeeds,
+    /// What a move copies of its disks: what they take, as far as that is known, else their sizes.
+    pub disk_bytes: u64,
     /// Whether it can be moved.
     pub mobility: Mobility,
     /// How many of its snapshots lie on its node: they stay there when it moves.
