@@ -138,6 +138,23 @@ async fn zeros_that_are_read_are_a_sign_of_life() {
     assert_eq!(places, [1, 2, 3, 4, 5, 6, 7, 8]);
 }
 
+/// Of an image likewise; who fetches it skips them.
+#[tokio::test(flavor = "multi_thread")]
+async fn an_images_zeros_are_a_sign_of_life() {
+    let node = node().await;
+    let digest = node.import_content().await;
+    // Written, and not a hole.
+    overwrite(node.dir.path(), &digest, MIB as u64, &vec![0; 2 * MIB]);
+    let image = node.pool().open_image(digest.parse().unwrap()).unwrap();
+    let all = std::sync::Mutex::new(Vec::new());
+    images::give_out(&image, Duration::ZERO, |answer| {
+        let said = answer.unwrap();
+        all.lock().unwrap().push((said.offset / MIB as u64, said.data.len()));
+        true
+    });
+    assert_eq!(*all.lock().unwrap(), [(0, 0), (0, MIB), (2, 0), (3, 0), (3, MIB), (4, 512)]);
+}
+
 #[tokio::test(flavor = "multi_thread")]
 async fn bad_reads_are_refused() {
     let node = source().await;
