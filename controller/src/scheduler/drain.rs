@@ -8,7 +8,9 @@ use std::collections::BTreeMap;
 use std::time::Duration;
 
 use super::place::{PlaceOptions, Strategy, place, shortage};
-use super::view::{ClusterView, DomainView, Mobility, NodeView, Resources, size, stays_behind};
+use super::view::{
+    ClusterView, DomainView, Mobility, NodeView, Resources, size, stays_behind, vcpus,
+};
 use crate::model::{DomainId, NodeId};
 
 /// Below this rate a migration is not worth starting beside others: with 100 ms of pause it
@@ -223,7 +225,7 @@ fn what_would_help(room: &ClusterView, needs: Resources, choice: &PlaceOptions) 
         parts.push(size(lacks.memory_bytes));
     }
     if lacks.vcpus > 0 {
-        parts.push(format!("{} vCPUs", lacks.vcpus));
+        parts.push(vcpus(lacks.vcpus));
     }
     if parts.is_empty() {
         return "make room in a pool of its disks' ids on another node".into();

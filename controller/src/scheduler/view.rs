@@ -164,6 +164,12 @@ pub(crate) fn stays_behind(snapshots: usize, from: &str) -> String {
     }
 }
 
+/// vCPUs for people.
+pub(crate) fn vcpus(count: u32) -> String {
+    let plural = if count == 1 { "" } else { "s" };
+    format!("{count} vCPU{plural}")
+}
+
 /// Bytes for people: whole MiB, or GiB with one decimal from 10 GiB on.
 pub(crate) fn size(bytes: u64) -> String {
     const MIB: u64 = 1 << 20;
