@@ -14,8 +14,8 @@ use rustix::io::Errno;
 use super::requests::Span;
 use super::tracker::WriteTracker;
 
-mod straight;
 mod cache;
+mod straight;
 mod travel;
 
 pub(crate) use straight::Straight;
