@@ -18,7 +18,8 @@ const FLAG: &str = "fragile=lvm:fragile/thin,overcommit=50";
 /// Where the disk is, in 512-byte sectors.
 const PLACE: &str = "set -e; size=2097152; start=$(($(blockdev --getsz /dev/vdc) - size)); ";
 /// All that the disk is called by.
-const FIND: &str = "disk=$(losetup -nO NAME -j /dev/vdc || true); disk=${disk:-/dev/mapper/lab_disk}; ";
+const FIND: &str =
+    "disk=$(losetup -nO NAME -j /dev/vdc || true); disk=${disk:-/dev/mapper/lab_disk}; ";
 const SETTINGS: &str = "/etc/drover/agent.env";
 
 /// What the pool stands on.
@@ -90,8 +91,8 @@ fn take_away(world: &World, host: &str) -> Result<()> {
     restart_agent(world, host)?;
     let script = format!(
         "{PLACE}{FIND}vgremove --quiet --force --force --yes {POOL}; \
-         pvremove --quiet --force --force --yes $disk; \
-         case $disk in /dev/loop*) losetup -d $disk;; *) dmsetup remove lab_disk;; esac; \
+         pvremove --quiet --force --force --yes $disk; udevadm settle; \
+         case $disk in /dev/loop*) losetup -d $disk;; *) dmsetup remove --retry lab_disk;; esac; \
          echo 500 > /proc/sys/vm/dirty_writeback_centisecs; \
          echo 3000 > /proc/sys/vm/dirty_expire_centisecs"
     );
@@ -104,6 +105,7 @@ fn force_away(world: &World, host: &str) -> Result<()> {
         world.cluster.wait_agent(host, None)?;
     }
     let _ = repair_disk(world, host);
+    let _ = world.lab().ssh(host)?.run(&format!("lvremove -q -f -y {POOL}/others"));
     for domain in world.cluster.domains()? {
         let delete = ["domain", "delete", &domain.name, "--force"];
         world.ends(&world.vpsctl().start(&delete)?)?;

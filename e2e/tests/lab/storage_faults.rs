@@ -131,10 +131,13 @@ fn a_disk_returns_errors(world: &mut World) -> Result<()> {
         ensure!(world.cluster.agent_pid(HOST)? == agent, "the agent has ended");
         world.unnoticed(watch)?;
 
-        // A thin pool that could not write its metadata is activated anew by its operator.
+        // A thin pool that could not write its metadata stays read-only until its operator has it
+        // checked.
         repair_disk(world, HOST)?;
         world.succeeds(&vpsctl.start(&["domain", "stop", "web1"])?)?;
-        let activate = format!("vgchange -q -an {POOL} && lvchange -q -ay -K {POOL}/thin");
+        let check = "global/thin_check_options=[\"-q\",\"--clear-needs-check-flag\"]";
+        let activate =
+            format!("vgchange -q -an {POOL} && lvchange -q -ay -K --config '{check}' {POOL}/thin");
         world.lab().ssh(HOST)?.run(&activate)?;
         wait_pool(world, HOST, "ready")?;
         has_event(world, HOST, "POOL_READY")?;
