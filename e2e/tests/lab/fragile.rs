@@ -105,7 +105,6 @@ fn force_away(world: &World, host: &str) -> Result<()> {
         world.cluster.wait_agent(host, None)?;
     }
     let _ = repair_disk(world, host);
-    let _ = world.lab().ssh(host)?.run(&format!("lvremove -q -f -y {POOL}/others"));
     for domain in world.cluster.domains()? {
         let delete = ["domain", "delete", &domain.name, "--force"];
         world.ends(&world.vpsctl().start(&delete)?)?;
@@ -165,11 +164,10 @@ pub(crate) fn wait_disk(
     world: &World,
     guest: &Guest,
     what: &str,
-    patience: std::time::Duration,
     good: impl Fn(&DiskFigures) -> bool,
 ) -> Result<DiskFigures> {
     let mut last = None;
-    wait_for(&format!("{}: {what}", guest.name), patience, || {
+    wait_for(&format!("{}: {what}", guest.name), PATIENCE, || {
         let now = world.lab().netns().run(|| Ok(DiskFigures::of(guest).ok()))?;
         last = now.or(last);
         Ok(now.filter(|figures| good(figures)))

@@ -1,8 +1,6 @@
 //! Disks and pools that fail under running guests: power lost during writes, a volume group that is
-//! missing at the agent's start, a disk that returns errors, a thin pool that is really full.
+//! missing at the agent's start, a disk that returns errors.
 //! No flushed write is lost, guests get errors and no silence, neighbours and agent go on.
-
-use std::time::Duration;
 
 use drover_e2e::Result;
 use drover_e2e::guests::Guest;
@@ -11,21 +9,17 @@ use crate::fragile::{
     Disk, POOL, attach, break_disk, has_event, lost_nothing, repair_disk, wait_disk, wait_pool,
     with_pool,
 };
-use crate::world::{PATIENCE, World};
+use crate::world::World;
 use crate::{Test, ensure};
 
 pub(crate) const TESTS: &[Test] = &[
     ("storage_faults::power_is_lost_during_writes", power_is_lost_during_writes),
     ("storage_faults::a_disk_returns_errors", a_disk_returns_errors),
-    ("storage_faults::a_thin_pool_is_full", a_thin_pool_is_full),
 ];
 
 const HOST: &str = "host3";
 /// vpsctl's exit code when no node has the room.
 const NO_ROOM: i32 = 5;
-/// A write for which there is no room fails within this, filling included; LVM's default would hold
-/// it back for 60 s.
-const FULL_PATIENCE: Duration = Duration::from_secs(50);
 const KERNEL: &str = "/var/lib/drover/boot/vmlinuz";
 
 fn guest(name: &str, number: u8, mib: u32, kib_per_second: u32) -> Guest {
@@ -50,7 +44,7 @@ fn power_is_lost_during_writes(world: &mut World) -> Result<()> {
     with_pool(world, HOST, Disk::Volatile, 256, |world| {
         let guest = guest("web1", 11, 64, 2048);
         create(world, &guest)?;
-        let before = wait_disk(world, &guest, "two hundred writes", PATIENCE, |d| d.flushed > 200)?;
+        let before = wait_disk(world, &guest, "two hundred writes", |d| d.flushed > 200)?;
         ensure!(before.wrong == 0, "its disk fails already: {before:?}");
         let ssh = world.lab().ssh(HOST)?;
         let write = |what: &str, place: u32, sync: &str| {
@@ -92,9 +86,8 @@ fn power_is_lost_during_writes(world: &mut World) -> Result<()> {
         if !at_rest.is_running() {
             world.succeeds(&world.vpsctl().start(&["domain", "start", "web1"])?)?;
         }
-        let after = wait_disk(world, &guest, "flushes again", PATIENCE, |d| {
-            d.flushed > d.kept && d.writes > 0
-        })?;
+        let after =
+            wait_disk(world, &guest, "flushes again", |d| d.flushed > d.kept && d.writes > 0)?;
         println!("  flushed up to {}; {} is there after the power cut", before.flushed, after.kept);
         ensure!(after.kept >= before.flushed, "a flushed write is lost: {before:?}, {after:?}");
         ensure!(after.wrong == 0, "its disk is damaged: {after:?}");
@@ -109,12 +102,12 @@ fn a_disk_returns_errors(world: &mut World) -> Result<()> {
         let watch = world.domain_with_client(&Guest::new("web2", 12), HOST)?;
         let guest = guest("web1", 11, 64, 2048);
         create(world, &guest)?;
-        wait_disk(world, &guest, "forty writes", PATIENCE, |d| d.flushed > 40)?;
+        wait_disk(world, &guest, "forty writes", |d| d.flushed > 40)?;
         let vmms = world.cluster.vmm_pids(HOST)?;
         let agent = world.cluster.agent_pid(HOST)?;
 
         break_disk(world, HOST)?;
-        let broken = wait_disk(world, &guest, "errors", PATIENCE, |d| d.failed > 2)?;
+        let broken = wait_disk(world, &guest, "errors", |d| d.failed > 2)?;
         lost_nothing(&broken)?;
         let pool = wait_pool(world, HOST, "failed")?;
         println!("  the pool: {}", pool["state_reason"]);
@@ -142,7 +135,7 @@ fn a_disk_returns_errors(world: &mut World) -> Result<()> {
         wait_pool(world, HOST, "ready")?;
         has_event(world, HOST, "POOL_READY")?;
         world.succeeds(&vpsctl.start(&["domain", "start", "web1"])?)?;
-        let after = wait_disk(world, &guest, "flushes again", PATIENCE, |d| d.writes > 20)?;
+        let after = wait_disk(world, &guest, "flushes again", |d| d.writes > 20)?;
         println!("  flushed up to {}; {} is there", broken.flushed, after.kept);
         ensure!(after.kept >= broken.flushed, "a flushed write is lost: {broken:?}, {after:?}");
         ensure!(after.wrong == 0, "its disk is damaged: {after:?}");
@@ -151,54 +144,6 @@ fn a_disk_returns_errors(world: &mut World) -> Result<()> {
         world.succeeds(&vpsctl.start(&["snapshot", "create", "web1", "of-whole"])?)?;
         vpsctl.run(&["snapshot", "delete", "of-whole", "--yes"])?;
         delete(world, &["web1", "web2"])
-    })
-}
-
-/// It fills up, which is said; nothing new comes; at its end a guest's writes fail, at once, and
-/// those who have their room go on. With more room all go on.
-fn a_thin_pool_is_full(world: &mut World) -> Result<()> {
-    with_pool(world, HOST, Disk::Breakable, 64, |world| {
-        // Somebody's own volume takes the most of it.
-        let others = format!(
-            "set -e; lvcreate -q -y -V 44M --thinpool thin -n others {POOL}; \
-             dd if=/dev/zero of=/dev/{POOL}/others bs=1M count=40 oflag=direct status=none"
-        );
-        world.lab().ssh(HOST)?.run(&others)?;
-        // It has all its blocks after some hundred writes to 32 of them.
-        let settled = guest("web1", 11, 8, 4096);
-        create(world, &settled)?;
-        wait_disk(world, &settled, "all its blocks", PATIENCE, |d| d.flushed > 450)?;
-        let greedy = guest("web2", 12, 512, 1024);
-        create(world, &greedy)?;
-
-        wait_pool(world, HOST, "filling")?;
-        let begin = std::time::Instant::now();
-        has_event(world, HOST, "POOL_TROUBLED")?;
-        let disk = format!("size=8MiB,pool={POOL}");
-        let line = ["domain", "create", "web3", "--memory", "128MiB", "--kernel", KERNEL];
-        world.refuses(&[&line[..], &["--disk", &disk]].concat(), NO_ROOM, &[POOL])?;
-
-        let full = wait_disk(world, &greedy, "errors", FULL_PATIENCE, |d| d.failed > 0)?;
-        println!("  full {:.0} s after the threshold: {full:?}", begin.elapsed().as_secs_f64());
-        lost_nothing(&full)?;
-        let pool = wait_pool(world, HOST, "failed")?;
-        println!("  the pool: {}", pool["state_reason"]);
-        let before = wait_disk(world, &settled, "an answer", PATIENCE, |_| true)?;
-        let goes_on = |d: &drover_e2e::guests::DiskFigures| d.writes > before.writes + 64;
-        let after = wait_disk(world, &settled, "writes to the room it has", PATIENCE, goes_on)?;
-        ensure!(after.wrong == 0, "its neighbour took its room: {after:?}");
-
-        let extend = format!("lvextend -q -L +96M {POOL}/thin");
-        world.lab().ssh(HOST)?.run(&extend)?;
-        wait_pool(world, HOST, "ready")?;
-        has_event(world, HOST, "POOL_READY")?;
-        let before = wait_disk(world, &greedy, "an answer", PATIENCE, |_| true)?;
-        let after = wait_disk(world, &greedy, "writes again", PATIENCE, |d| {
-            d.flushed > before.flushed + 16
-        })?;
-        lost_nothing(&after)?;
-        delete(world, &["web1", "web2"])?;
-        world.lab().ssh(HOST)?.run(&format!("lvremove -q -y {POOL}/others")).map(drop)
     })
 }
 
