@@ -27,7 +27,12 @@ pub struct Guest {
     pub fill_mib: u32,
     /// The kernel tells of its boot on the console: each letter costs an emulated host dearly.
     pub kernel_messages: bool,
+    /// A disk that a process of the guest keeps writing to, in the words of `--disk`.
+    pub disk: Option<String>,
 }
+
+/// What that process writes and flushes.
+const WRITTEN_KIB_S: u32 = 512;
 
 impl Guest {
     /// 128 MiB and one vCPU, 1 MiB of it dirtied twice a second, 8 MiB of noise.
@@ -41,6 +46,7 @@ impl Guest {
             dirty_interval_ms: 500,
             fill_mib: 8,
             kernel_messages: false,
+            disk: None,
         }
     }
 
@@ -58,12 +64,16 @@ impl Guest {
     pub fn command_line(&self) -> String {
         format!(
             "console=ttyS0{} panic=-1 drover.ip={}/24 drover.dirty_mib={} \
-             drover.dirty_interval_ms={} drover.fill_mib={}",
+             drover.dirty_interval_ms={} drover.fill_mib={}{}",
             if self.kernel_messages { "" } else { " quiet" },
             self.address(),
             self.dirty_mib,
             self.dirty_interval_ms,
-            self.fill_mib
+            self.fill_mib,
+            match self.disk {
+                Some(_) => format!(" drover.disk=/dev/vda drover.disk_kib={WRITTEN_KIB_S}"),
+                None => String::new(),
+            }
         )
     }
 
@@ -76,6 +86,9 @@ impl Guest {
         let mut arguments = vec!["domain", "create", &self.name, "--memory", &memory];
         arguments.extend(["--vcpus", &vcpus, "--kernel", KERNEL, "--initramfs", INITRAMFS]);
         arguments.extend(["--command-line", &line, "--net", &net]);
+        if let Some(disk) = &self.disk {
+            arguments.extend(["--disk", disk]);
+        }
         if let Some(node) = node {
             arguments.extend(["--node", node]);
         }

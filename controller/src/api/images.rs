@@ -1,6 +1,7 @@
 //! `drover.v1.ImageService`. An import goes through the leader to one node's agent, which
 //! converts and keeps it; its row is written when the agent has all of it.
 
+use std::collections::BTreeSet;
 use std::pin::Pin;
 use std::time::Duration;
 
@@ -262,11 +263,16 @@ fn delete(cx: &Context<'_>, id: &ImageId, given: &str) -> Result<Txn, Refusal> {
     if world.images.values().any(|other| same(&other)) {
         return Ok(txn);
     }
+    let mut told = BTreeSet::new();
     for (node, seen) in &cx.observed.nodes {
         let known = world.nodes.contains_key(node);
         let held = seen.images.iter().filter(|held| known && held.digest == row.value.digest);
         for image in held {
-            txn = txn.put(&garbage(node.as_str(), &image.pool, "", &image.digest));
+            let pool = (image.pool.as_str(), world.shared_uid(node.as_str(), &image.pool));
+            // In a shared pool it is removed once.
+            if pool.1.is_empty() || told.insert(pool.1) {
+                txn = txn.put(&garbage(node.as_str(), pool, "", &image.digest));
+            }
         }
     }
     Ok(txn)

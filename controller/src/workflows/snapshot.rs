@@ -6,7 +6,8 @@
 //!
 //! Parts are as independent of their volumes as copies would be: the volume may get other content
 //! or go, the domain may move away. They lie on the node on which they were taken, and end with
-//! their row or with the domain.
+//! their row or with the domain. What lies in pools that a move's destination shares goes along:
+//! its row names that node then.
 //!
 //! Restoring puts new volumes, filled with the parts, in the place of the old ones
 //! (`content`). The snapshot stays.
@@ -251,7 +252,17 @@ pub(super) fn discard(cx: &Context<'_>, txn: Txn, row: &Versioned<SnapshotRecord
     if cx.node(node).is_none() {
         return txn;
     }
-    parts.iter().fold(txn, |txn, part| txn.put(&snapshot_garbage(node, part)))
+    parts.iter().fold(txn, |txn, part| {
+        txn.put(&snapshot_garbage(node, cx.world.shared_uid(node, &part.pool), part))
+    })
+}
+
+/// A move has ended: the snapshots that lie where the domain is now, too, are its node's.
+pub(super) fn follow_domain(work: &mut Work<'_>, from: &str, to: &str) {
+    for row in work.cx.world.goes_along(&work.row.value, from, to) {
+        let snapshot = SnapshotRecord { node: to.to_owned(), ..row.value.clone() };
+        work.write(|txn| txn.unchanged(row).put(&snapshot));
+    }
 }
 
 /// Whose it is.

@@ -31,9 +31,9 @@ use shared::Shared;
 
 use crate::lock::{Claim, open_locked};
 use crate::pool::{
-    Contents, ImageClaim, ImageDraft, ImageId, ImageInfo, Opened, Pool, PoolSpec, PoolUsage, SnapshotDraft,
-    SnapshotId, SnapshotInfo, VolumeDraft, VolumeId, VolumeInfo, grows, holds_source, round_up,
-    same_size,
+    Contents, ImageClaim, ImageDraft, ImageId, ImageInfo, Opened, Pool, PoolSpec, PoolUsage,
+    SnapshotDraft, SnapshotId, SnapshotInfo, VolumeDraft, VolumeId, VolumeInfo, grows,
+    holds_source, round_up, same_size,
 };
 use crate::{PoolError, Result, sparse};
 
@@ -414,9 +414,8 @@ impl Pool for DirPool {
                 Err(_) => strange(&place, &name),
             }
         }
-        all.strangers.retain(|name| {
-            !is_shared || !name.rsplit('/').next().is_some_and(shared::is_removed)
-        });
+        all.strangers
+            .retain(|name| !is_shared || !name.rsplit('/').next().is_some_and(shared::is_removed));
         // Had it gone meanwhile, all of it would be missing.
         self.check_present()?;
         Ok(all)

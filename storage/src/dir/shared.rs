@@ -46,7 +46,7 @@ impl Shared {
         let file = File::open(&path).map_err(|error| match error.kind() {
             io::ErrorKind::NotFound => format!(
                 "{}: is not there: mount the filesystem; or, if this is to be a new pool: \
-                 uuidgen > {}",
+                 cp /proc/sys/kernel/random/uuid {}",
                 path.display(),
                 path.display()
             ),

@@ -85,7 +85,9 @@ mod tests {
 
     #[test]
     fn good_ones_are_read_and_shown_alike() {
-        for text in ["lvm:vg0/thin", "lvm:a.b_c-d+1/POOL", "dir:/var/lib/drover/pool", "shared:/mnt/a"] {
+        for text in
+            ["lvm:vg0/thin", "lvm:a.b_c-d+1/POOL", "dir:/var/lib/drover/pool", "shared:/mnt/a"]
+        {
             assert_eq!(text.parse::<PoolSpec>().unwrap().to_string(), text);
         }
     }
