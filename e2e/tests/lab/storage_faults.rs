@@ -2,8 +2,8 @@
 //! missing at the agent's start, a disk that returns errors.
 //! No flushed write is lost, guests get errors and no silence, neighbours and agent go on.
 
-use drover_e2e::Result;
 use drover_e2e::guests::Guest;
+use drover_e2e::{Error, Result};
 
 use crate::fragile::{
     Disk, POOL, attach, break_disk, has_event, lost_nothing, repair_disk, wait_disk, wait_pool,
@@ -124,14 +124,16 @@ fn a_disk_returns_errors(world: &mut World) -> Result<()> {
         ensure!(world.cluster.agent_pid(HOST)? == agent, "the agent has ended");
         world.unnoticed(watch)?;
 
-        // A thin pool that could not write its metadata stays read-only until its operator has it
-        // checked.
+        // A thin pool that could not write its metadata stays read-only until its operator does as
+        // its reason says.
         repair_disk(world, HOST)?;
         world.succeeds(&vpsctl.start(&["domain", "stop", "web1"])?)?;
-        let check = "global/thin_check_options=[\"-q\",\"--clear-needs-check-flag\"]";
-        let activate =
-            format!("vgchange -q -an {POOL} && lvchange -q -ay -K --config '{check}' {POOL}/thin");
-        world.lab().ssh(HOST)?.run(&activate)?;
+        let why = pool["state_reason"].as_str().unwrap_or_default();
+        let way = why.split_once(" are stopped, by: ").and_then(|(_, ways)| ways.split(';').next());
+        let Some(way) = way else {
+            return Err(Error::other(format!("it should say what puts it right: {pool}")));
+        };
+        world.lab().ssh(HOST)?.run(way)?;
         wait_pool(world, HOST, "ready")?;
         has_event(world, HOST, "POOL_READY")?;
         world.succeeds(&vpsctl.start(&["domain", "start", "web1"])?)?;
