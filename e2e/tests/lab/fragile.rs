@@ -154,6 +154,15 @@ pub(crate) fn wait_pool(world: &World, host: &str, state: &str) -> Result<Value>
     .map_err(|e| Error::other(format!("{e}; it is {last}")))
 }
 
+/// Waits until the kernel says that the thin pool has no room left.
+pub(crate) fn wait_full(world: &World, host: &str) -> Result<()> {
+    let status = format!("dmsetup status {POOL}-thin-tpool");
+    wait_for("a full thin pool", PATIENCE, || {
+        let status = world.lab().ssh(host)?.run(&status)?;
+        Ok(status.contains("out_of_data_space").then_some(()))
+    })
+}
+
 /// There is an event of this kind about the host's pool.
 pub(crate) fn has_event(world: &World, host: &str, kind: &str) -> Result<()> {
     let subject = format!("nodes/{host}");
