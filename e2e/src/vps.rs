@@ -70,10 +70,10 @@ pub struct Vps {
 }
 
 impl Vps {
-    /// Small: 512 MiB, 4 GiB of disk.
+    /// Small: 512 MiB, 1 GiB of disk.
     pub fn new(cluster: &Cluster, name: &str) -> Self {
         let lab = cluster.lab().name().to_owned();
-        Self { name: name.to_owned(), memory_mib: 512, disk_gib: 4, user_data: None, lab }
+        Self { name: name.to_owned(), memory_mib: 512, disk_gib: 1, user_data: None, lab }
     }
 
     /// Asks for it; the operation's name.
