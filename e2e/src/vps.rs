@@ -2,7 +2,7 @@
 
 use std::fs;
 use std::net::Ipv4Addr;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 use std::time::Duration;
 
@@ -153,6 +153,13 @@ impl Vps {
         run(&mut self.command(cluster, script)?)
     }
 
+    /// Copies a file into its owner's home.
+    pub fn push(&self, cluster: &Cluster, file: &Path) -> Result<()> {
+        let name = file.file_name().unwrap_or_default().to_string_lossy();
+        let content = fs::File::open(file).map_err(Error::io("cannot open", file))?;
+        run(self.command(cluster, &format!("cat > {name}"))?.stdin(content)).map(drop)
+    }
+
     /// Waits until its owner can log in.
     pub fn wait_ssh(&self, cluster: &Cluster) -> Result<()> {
         wait_for(&format!("SSH on {}", self.name), BOOT_PATIENCE, || {
@@ -171,7 +178,7 @@ fn key(lab: &str) -> Result<PathBuf> {
         let mut keygen = Command::new("ssh-keygen");
         keygen.args(["-q", "-t", "ed25519", "-N", "", "-C", "owner", "-f"]).arg(&new);
         run(&mut keygen)?;
-        let public = |path: &std::path::Path| PathBuf::from(format!("{}.pub", path.display()));
+        let public = |path: &Path| PathBuf::from(format!("{}.pub", path.display()));
         fs::rename(public(&new), public(&path)).map_err(Error::io("cannot move", &new))?;
         fs::rename(&new, &path).map_err(Error::io("cannot move", &new))?;
     }
