@@ -14,7 +14,7 @@ use tonic::{Request, Response, Status};
 use super::errors::Fault;
 use super::service::{CALL_WAIT, Service};
 use super::{page, validate};
-use crate::model::{Observed, VolumeId, VolumeRecord, World};
+use crate::model::{DomainId, Observed, OperationId, VolumeId, VolumeRecord, World};
 use crate::store::Versioned;
 use crate::workflows::Refusal;
 use crate::workflows::begin::etag;
@@ -166,9 +166,17 @@ impl Service {
     }
 }
 
+/// The operation in which a running domain's guest gets the volume or lets go of it.
+fn plugged_by(world: &World, domain: &DomainId, record: &VolumeRecord) -> String {
+    let held = world.domains.get(domain).map(|row| row.value.operation.as_str());
+    let held = held.and_then(|id| world.operation(&OperationId::trusted(id)));
+    let its = held.filter(|held| held.volume == record.id);
+    its.map(|held| format!("operations/{}", held.id)).unwrap_or_default()
+}
+
 fn present(row: &Versioned<VolumeRecord>, world: &World, observed: &Observed) -> Volume {
     let record = &row.value;
-    let domain = crate::model::DomainId::trusted(&record.domain);
+    let domain = DomainId::trusted(&record.domain);
     // Its domain's, or where it was left.
     let node = world.domains.get(&domain).map_or(&record.node, |row| &row.value.node).clone();
     let said = observed.volume(&node, &record.uid);
@@ -193,5 +201,6 @@ fn present(row: &Versioned<VolumeRecord>, world: &World, observed: &Observed) ->
         image: full("images", &record.image),
         create_time: record.create_time,
         etag: etag(row.mod_revision),
+        operation: plugged_by(world, &domain, record),
     }
 }

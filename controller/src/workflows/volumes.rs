@@ -1,5 +1,5 @@
 //! Volumes that no domain has: made on a node, given to a domain of that node and taken back,
-//! deleted by name only.
+//! deleted by name only. [`plug`](super::plug) waits for the guest of a domain that runs.
 //!
 //! A domain's volume lies where the domain is, and its row names no node. One that no domain has
 //! lies on the node that its row names, is in what that node is told, and counts as promised
@@ -10,10 +10,10 @@ use drover_proto::v1::{Disk, EventSeverity, OperationKind, OperationState, Volum
 use super::begin::{
     Begun, FILL_WAIT_MS, busy, check_etag, known_domain, known_node, operation, reserve,
 };
-use super::content::{discard, resting};
+use super::content::discard;
 use super::refusal::Refusal;
 use super::step::{Context, Step, end, error, is_overdue, timestamp};
-use super::storage;
+use super::{plug, storage};
 use crate::model::{
     DomainId, DomainRecord, ImageRecord, NodeId, OperationRecord, VolumeId, VolumeRecord,
     is_rescued, serial,
@@ -132,11 +132,11 @@ pub fn delete_volume(cx: &Context<'_>, id: &VolumeId, etag: &str) -> Result<Txn,
     Ok(discard(txn, node, row))
 }
 
-/// Gives a volume to a domain of its node that is at rest, as its last disk.
+/// Gives a volume to a domain of its node that is at rest or runs, as its last disk.
 ///
 /// # Errors
 /// There is no such volume or domain; it has changed, is not READY, or a domain has it; the domain
-/// is held, not at rest, on another node, or has all the disks that it can have.
+/// is held, between two states, on another node, or has all the disks that it can have.
 pub fn attach_volume(
     cx: &Context<'_>,
     id: &VolumeId,
@@ -154,14 +154,15 @@ pub fn attach_volume(
         let message = format!("{} has failed: {}", id.name(), row.value.state_reason);
         return refuse("VOLUME_NOT_READY", message);
     }
-    let owner = resting(cx, domain)?;
+    let (owner, runs) = plug::owner(cx, domain)?;
     let (here, there) = (&row.value.node, &owner.value.node);
     if here != there {
         let message = format!(
-            "{} lies on nodes/{here}, and {} on nodes/{there}: migrate the stopped domain to \
+            "{} lies on nodes/{here}, and {} on nodes/{there}: migrate the {}domain to \
              nodes/{here} first",
             id.name(),
-            domain.name()
+            domain.name(),
+            if runs { "" } else { "stopped " }
         );
         return refuse("OTHER_NODE", message);
     }
@@ -186,14 +187,18 @@ pub fn attach_volume(
     });
     domain.as_str().clone_into(&mut volume.domain);
     volume.node.clear();
+    volume.slot = plug::free_slot(cx, &owner.value);
+    if runs {
+        return Ok(plug::begin(cx, OperationKind::AttachVolume, (row, volume), owner, record));
+    }
     Ok(written(cx, row, &volume, owner, &record, "VOLUME_ATTACHED"))
 }
 
-/// Takes a volume from its domain, which is at rest; it stays on the node.
+/// Takes a volume from its domain, which is at rest or runs; it stays on the node.
 ///
 /// # Errors
-/// There is none, it has changed, no domain has it, the domain is held or not at rest, or it is the
-/// disk that the others are counted from.
+/// There is none, it has changed, no domain has it, the domain is held or between two states, or it
+/// is the disk that the others are counted from, or one that stays while the guest runs.
 pub fn detach_volume(cx: &Context<'_>, id: &VolumeId, etag: &str) -> Result<Txn, Refusal> {
     let row = known(cx, id)?;
     check_etag(&id.name(), etag, row.mod_revision)?;
@@ -203,7 +208,7 @@ pub fn detach_volume(cx: &Context<'_>, id: &VolumeId, etag: &str) -> Result<Txn,
         return refuse("NOT_ATTACHED", format!("no domain has {}", id.name()));
     }
     let domain = DomainId::trusted(&row.value.domain);
-    let owner = resting(cx, &domain)?;
+    let (owner, runs) = plug::owner(cx, &domain)?;
     let mut record = owner.value.clone();
     let disks = &mut record.spec.get_or_insert_default().disks;
     let name = id.name();
@@ -217,8 +222,14 @@ pub fn detach_volume(cx: &Context<'_>, id: &VolumeId, etag: &str) -> Result<Txn,
             format!("{name} is the first disk of {}: detach the others first", domain.name());
         return refuse("FIRST_DISK", message);
     }
-    disks.remove(place);
     let mut volume = row.value.clone();
+    if runs {
+        plug::may_go(&owner.value, &volume, place)?;
+        volume.detaching = true;
+        return Ok(plug::begin(cx, OperationKind::DetachVolume, (row, volume), owner, record));
+    }
+    disks.remove(place);
+    volume.slot = 0;
     volume.domain.clear();
     volume.node.clone_from(&owner.value.node);
     Ok(written(cx, row, &volume, owner, &record, "VOLUME_DETACHED"))

@@ -22,6 +22,9 @@ impl Wiring for TestWiring {
         lines.push(fd.try_clone()?);
         Ok(lines.len() as u32 - 1)
     }
+    fn remove_irqfd(&self, _: &EventFd, _: u32) -> std::io::Result<()> {
+        Ok(())
+    }
     fn stage_msi(&self, line: u32, message: MsiMessage) {
         self.staged.lock().unwrap().push((line, message));
     }
@@ -31,6 +34,10 @@ impl Wiring for TestWiring {
     }
     fn add_ioeventfd(&self, fd: &EventFd, address: u64) -> std::io::Result<()> {
         self.io_events.lock().unwrap().push((fd.try_clone()?, address));
+        Ok(())
+    }
+    fn remove_ioeventfd(&self, _: &EventFd, address: u64) -> std::io::Result<()> {
+        self.io_events.lock().unwrap().retain(|(_, wired)| *wired != address);
         Ok(())
     }
 }
@@ -52,7 +59,8 @@ fn config_read(bus: &PciBus, slot: u32, register: u32) -> u32 {
 
 #[test]
 fn a_guest_finds_the_host_bridge_and_nothing_else() {
-    let bus = PciBus::new(Arc::new(TestWiring::default()));
+    let event = EventFd::new(libc::EFD_NONBLOCK).unwrap();
+    let bus = PciBus::new(Arc::new(TestWiring::default()), HotPlug::new(event, Box::new(|| ())));
     assert_eq!(config_read(&bus, 0, 0), 0x0008_1b36);
     assert_eq!(config_read(&bus, 0, 8) >> 8, 0x06_0000);
     for slot in 1..32 {
@@ -79,7 +87,7 @@ fn space() -> ConfigSpace {
 }
 
 #[test]
-fn bars_size_and_stay_where_they_are() {
+fn bars_size_and_move_among_the_windows() {
     let mut space = space();
     let read = |space: &ConfigSpace| {
         let mut data = [0; 4];
@@ -89,15 +97,41 @@ fn bars_size_and_stay_where_they_are() {
     assert_eq!(read(&space), 0xe010_0000);
     space.write(0x10, &u32::MAX.to_le_bytes());
     assert_eq!(read(&space), 0xffff_8000);
-    space.write(0x10, &0xd000_0000_u32.to_le_bytes());
-    assert_eq!(read(&space), 0xe010_0000);
+    space.write(4, &command::MEMORY.to_le_bytes());
+    for (written, window) in [
+        (0xe000_0000_u32, Some((0xe000_0000, 0x8000))),
+        (0xe230_8fff, Some((0xe230_8000, 0x8000))),
+        (MMIO_END as u32 - 0x8000, Some((MMIO_END - 0x8000, 0x8000))),
+        // Where guests have memory, or the interrupt controllers.
+        (0xd000_0000, None),
+        (MMIO_END as u32, None),
+        (u32::MAX, None),
+        (0, None),
+    ] {
+        space.write(0x10, &written.to_le_bytes());
+        assert_eq!((read(&space), space.window()), (written & !0x7fff, window));
+    }
+    space.reset();
+    assert_eq!((read(&space), space.window()), (0xe010_0000, None));
+}
+
+/// A state from before BARs could move: its guest was sizing one.
+#[test]
+fn an_old_state_in_the_middle_of_sizing_is_read() {
+    let mut out = Encoder::new();
+    space().save(&mut out);
+    let mut bytes = out.into_bytes();
+    *bytes.last_mut().unwrap() = 1;
+    let mut space = space();
+    space.restore(&mut Decoder::new(&bytes)).unwrap();
+    assert_eq!(space.u32_at(0x10), 0xffff_8000);
 }
 
 #[test]
 fn only_writable_bits_change_and_a_reset_undoes_them() {
     let mut space = space();
     space.write(0, &[0xff; 256]);
-    assert_eq!(space.u32_at(0), 0x0002_0001);
+    assert_eq!((space.u32_at(0), space.u32_at(0x10)), (0x0002_0001, 0xffff_8000));
     assert_eq!(space.command(), command::MEMORY | command::BUS_MASTER | command::INTX_DISABLE);
     assert_eq!(space.u16_at(0x4a), 0xc002);
     space.reset();

@@ -188,8 +188,12 @@ impl Supervisor {
             let _ = events.try_send(Event::Guest);
         });
         let console = Arc::clone(&self.shared.console);
-        let machine = Machine::new(&self.options.config, purpose, console, on_exit)?;
+        let events = self.events.clone();
+        // When the queue is full, it is seen after the next event.
+        let on_eject = Box::new(move || drop(events.try_send(Event::Guest)));
+        let machine = Machine::new(&self.options.config, purpose, console, on_exit, on_eject)?;
         self.shared.set_machine(&machine);
+        self.tell_disks();
         Ok(Box::new(machine))
     }
 
@@ -244,6 +248,7 @@ impl Supervisor {
                     }
                 }
             }
+            self.remove_ejected();
             if let Some(record) = self.guest_ended() {
                 return record;
             }
@@ -257,6 +262,8 @@ impl Supervisor {
             Request::PowerButton => self.power_button()?,
             Request::Reset => self.reset()?,
             Request::SetDiskLimits(request) => self.set_disk_limits(request)?,
+            Request::AttachDisk(request) => self.attach_disk(request)?,
+            Request::DetachDisk(request) => self.detach_disk(&request)?,
             Request::SetGeneration(request) => self.set_generation(&request)?,
             Request::GrowDisk(request) => return Ok(self.grow_disk(request)?),
             Request::PrepareIncoming(request) => {
@@ -305,6 +312,7 @@ impl Supervisor {
 
     /// A new machine in place of the present one.
     fn restart(&mut self) -> Result<(), ExitRecord> {
+        self.forget_detaching();
         // The old one first: it has the taps and the memory.
         self.shared.forget_machine();
         let failed = |error: &dyn std::fmt::Display| {

@@ -35,7 +35,7 @@ Examples:
     Create(CreateVolumeArgs),
     /// Delete a volume that no domain has, for ever
     Delete(VolumeName),
-    /// Give a volume to a stopped domain of its node, as its last disk
+    /// Give a volume to a domain of its node, as its last disk; it may run
     Attach {
         #[command(flatten)]
         name: VolumeName,
@@ -45,7 +45,10 @@ Examples:
         #[arg(long)]
         read_only: bool,
     },
-    /// Take a volume from its domain, which must be stopped; it stays on the node
+    /// Take a volume from its domain; it stays on the node
+    ///
+    /// The guest of a running domain is asked to let go of it: unmount it there first. One that
+    /// does not within a minute keeps it.
     Detach(VolumeName),
 }
 

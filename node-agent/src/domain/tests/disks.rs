@@ -38,6 +38,49 @@ fn a_disk_changes_while_its_domain_runs() {
     assert_eq!(agent.until_state(ObservedState::Running).state_reason, "");
 }
 
+/// A disk more and a disk less: its VMM is told, and what it then has is reported.
+#[test]
+fn a_disk_comes_and_goes_while_its_domain_runs() {
+    const DATA: &str = "0193f2a6-7e3c-7000-8000-00000000da7a";
+    let host = Host::new();
+    let agent = host.agent();
+    let says = ["AttachDisk", "DetachDisk"];
+    let with = |data: bool| {
+        let mut assignment = with_disk(&host, "", host.run(3));
+        assignment.disks[0].slot = 16;
+        if data {
+            let disk = AssignedDisk {
+                volume_uid: DATA.into(),
+                pool: "main".into(),
+                serial: "data".into(),
+                slot: 17,
+                ..Default::default()
+            };
+            assignment.disks.push(disk);
+            let spec = assignment.spec.as_mut().unwrap();
+            spec.disks.push(spec.disks[0].clone());
+        }
+        assignment
+    };
+    let volumes = || vec![volume(true), WantedVolume { uid: DATA.into(), ..volume(true) }];
+    agent.wish_with(&host, vec![with(false)], volumes());
+    agent.until_state(ObservedState::Running);
+    let config = drover_hv::config::DomainConfig::load(&host.files().config).unwrap();
+    assert_eq!(config.disks[0].slot, Some(16));
+    agent.wish_with(&host, vec![with(true)], volumes());
+    let told = host.until_told(|told| !told.is_empty(), &says);
+    assert_eq!(told, ["AttachDisk data 17"]);
+    drop(agent);
+
+    // Another agent asks for nothing twice.
+    let agent = host.agent();
+    agent.wish_with(&host, vec![with(true)], volumes());
+    agent.until_state(ObservedState::Running);
+    agent.wish_with(&host, vec![with(false)], volumes());
+    let told = host.until_told(|told| told.len() > 1, &says);
+    assert_eq!(told[1..], ["DetachDisk data"]);
+}
+
 const RESCUE: &str = "0193f2a6-7e3c-7000-8000-00000000beef";
 
 /// The rescue disk is booted in place of whatever the domain boots from, as its own root, before
