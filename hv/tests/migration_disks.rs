@@ -22,6 +22,8 @@ use drover_proto::v1::{MigrationPhase, MigrationReport};
 use tempfile::TempDir;
 
 const EPOCH: u64 = 5;
+/// Most connections here. (One, where a test's own words are the other side.)
+const CONNECTIONS: u16 = 3;
 const BUSY: Habits = Habits { hot_pages: 64, rest: Duration::from_micros(300) };
 /// Longest time that anything here may take.
 const PATIENCE: Duration = Duration::from_secs(30);
@@ -72,7 +74,8 @@ impl Nodes {
         let its_control = control.clone();
         let thread = std::thread::spawn(move || {
             let (migration_id, token) = ("m".into(), "secret".into());
-            let config = DestinationConfig { migration_id, token, shape: vm.shape() };
+            let (shape, connections) = (vm.shape(), CONNECTIONS);
+            let config = DestinationConfig { migration_id, token, shape, connections };
             let outcome = incoming.run(&mut vm, &config, &its_control, &mut |_| {});
             (vm, outcome)
         });
@@ -86,6 +89,7 @@ impl Nodes {
             address: address.into(),
             to_epoch: EPOCH,
             limits: Limits::from_request(None, shape.memory_bytes, shape.disk_bytes()).unwrap(),
+            connections: CONNECTIONS,
             state_dir: self.dir.path().join("state"),
             shape,
         }
@@ -169,6 +173,7 @@ fn the_copy_is_the_disk_of_the_pause() {
         let (moved, _) = there.thread.join().unwrap();
         assert_eq!(vm.disks_then.len(), 2);
         assert!(vm.disks_then == moved.disks_then, "a block was lost");
+        assert!(vm.memory_then == moved.memory_then, "a page was lost");
         assert!(vm.disks_then[0].len() as u64 == DISK_BYTES);
     }
 }
@@ -246,8 +251,8 @@ fn a_cut_link_leaves_the_disks_in_one_place() {
             };
             let mut vm = nodes.source(disks("here"));
             let there = nodes.destination(disks("there"));
-            let address = common::cable::proxy(&there.address, there_max, back_max);
-            let (outcome, _) = nodes.send(&mut vm, &address);
+            let cables = common::cable::proxy(&there.address, there_max, back_max);
+            let (outcome, _) = nodes.send(&mut vm, &cables.address);
             match outcome {
                 SourceOutcome::Succeeded => {
                     endings.insert("moved");

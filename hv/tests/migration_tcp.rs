@@ -7,9 +7,10 @@ mod common;
 
 use std::io::{Read, Write};
 use std::net::TcpStream;
-use std::time::Duration;
+use std::sync::atomic::Ordering;
+use std::time::{Duration, Instant};
 
-use common::cable::proxy;
+use common::cable::{Cables, End, Fate, cables, proxy};
 use common::{FakeVm, Habits, Runners, shape};
 use drover_hv::machine::migratable::MigratableVm;
 use drover_hv::migration::{
@@ -20,7 +21,13 @@ use drover_proto::agent::v1::{MigrationProgress, ObservedMigration};
 use tempfile::TempDir;
 
 const EPOCH: u64 = 5;
+/// Most connections here, unless a test says otherwise.
+const CONNECTIONS: u16 = 3;
+/// Longest time that anything here may take.
+const PATIENCE: Duration = Duration::from_secs(40);
 const CALM: Habits = Habits { hot_pages: 64, rest: Duration::from_micros(50) };
+/// It writes everywhere, and still converges.
+const BUSY: Habits = Habits { hot_pages: common::PAGES, rest: Duration::from_micros(50) };
 /// More than goes over: never converges with a tight limit.
 const WILD: Habits = Habits { hot_pages: common::PAGES, rest: Duration::ZERO };
 
@@ -36,6 +43,14 @@ struct Destination {
 }
 
 fn destination(runners: &Runners, change: impl FnOnce(&mut FakeVm)) -> Destination {
+    destination_with(runners, CONNECTIONS, change)
+}
+
+fn destination_with(
+    runners: &Runners,
+    connections: u16,
+    change: impl FnOnce(&mut FakeVm),
+) -> Destination {
     let incoming = Incoming::bind("127.0.0.1:0").unwrap();
     let address = incoming.address().to_owned();
     let control = DestinationControl::new(EPOCH).unwrap();
@@ -43,8 +58,8 @@ fn destination(runners: &Runners, change: impl FnOnce(&mut FakeVm)) -> Destinati
     change(&mut vm);
     let its_control = control.clone();
     let thread = std::thread::spawn(move || {
-        let config =
-            DestinationConfig { migration_id: "m".into(), token: "secret".into(), shape: shape() };
+        let (migration_id, token) = ("m".into(), "secret".into());
+        let config = DestinationConfig { migration_id, token, shape: shape(), connections };
         let mut seen = Vec::new();
         let mut observer = |observed: &ObservedMigration| seen.push(observed.progress());
         let outcome = incoming.run(&mut vm, &config, &its_control, &mut observer);
@@ -60,6 +75,7 @@ fn config(address: &str, dir: &TempDir) -> SourceConfig {
         address: address.into(),
         to_epoch: EPOCH,
         limits: limits(),
+        connections: CONNECTIONS,
         state_dir: dir.path().into(),
         shape: shape(),
     }
@@ -90,6 +106,7 @@ fn a_running_machine_moves_whole() {
     // What it wrote there since is in its hot pages.
     let hot = (CALM.hot_pages * 4096) as usize;
     assert_eq!(moved.contents()[hot..], vm.contents()[hot..]);
+    assert!(moved.memory_then == vm.memory_then, "a page was lost");
 
     let handover = Handover { migration_id: "m".into(), to_epoch: EPOCH };
     assert_eq!(Handover::read(dir.path()).unwrap(), Some(handover));
@@ -226,8 +243,8 @@ fn a_cut_link_leaves_the_guest_in_one_place() {
         let runners = Runners::default();
         let mut vm = FakeVm::running(&runners, CALM);
         let there = destination(&runners, |_| {});
-        let address = proxy(&there.address, there_max, back_max);
-        let (outcome, _) = send(&mut vm, &config(&address, &dir));
+        let cables = proxy(&there.address, there_max, back_max);
+        let (outcome, _) = send(&mut vm, &config(&cables.address, &dir));
         match outcome {
             SourceOutcome::Succeeded => {
                 endings.insert("moved");
@@ -283,4 +300,177 @@ fn a_state_directory_that_cannot_be_written_fails_before_the_pause() {
     assert_eq!(last.report.unwrap().pause_us, 0);
     assert!(vm.is_running());
     there.thread.join().unwrap();
+}
+
+/// A guest that writes all of its memory, and passes that are spread over connections: each page
+/// at the destination is that of the pause, however many there are; and with a side that wants
+/// fewer, or an older one that knows of one, there are fewer.
+#[test]
+fn memory_is_whole_over_any_number_of_connections() {
+    let dir = TempDir::new().unwrap();
+    for (here, there_max, made) in [(1, 1, 1), (4, 1, 1), (1, 4, 1), (4, 2, 2), (4, 4, 4)] {
+        for _ in 0..3 {
+            let runners = Runners::default();
+            let mut vm = FakeVm::running(&runners, BUSY);
+            let there = destination_with(&runners, there_max, |_| {});
+            let cables = uncut(&there.address);
+            let mut config = config(&cables.address, &dir);
+            config.connections = here;
+            config.limits.downtime = Duration::from_secs(1);
+            let (outcome, _) = send(&mut vm, &config);
+            assert!(matches!(outcome, SourceOutcome::Succeeded), "{outcome:?}");
+            let (moved, outcome, _) = there.thread.join().unwrap();
+            assert!(matches!(outcome, DestinationOutcome::Running), "{outcome:?}");
+            assert!(moved.memory_then == vm.memory_then, "a page was lost");
+            assert_eq!(cables.made.load(Ordering::SeqCst), made, "{here} and {there_max}");
+            remove_handover(dir.path()).unwrap();
+        }
+    }
+}
+
+fn uncut(to: &str) -> Cables {
+    proxy(to, u64::MAX, u64::MAX)
+}
+
+/// Any one connection's end is the end of the attempt, before it has begun, in its middle, and on
+/// the way back: the guest goes on here, and the next attempt moves it.
+#[test]
+fn the_end_of_any_connection_fails_the_attempt() {
+    let dir = TempDir::new().unwrap();
+    // JOIN is 29 bytes, its answer 12; behind them it is chance how much each is given.
+    let there = [1, 28, 30, 5000, 300_000].map(|bytes| (bytes, u64::MAX));
+    let back = [1, 11].map(|bytes| (u64::MAX, bytes));
+    let mut in_the_middle = 0;
+    for (there_max, back_max) in there.into_iter().chain(back) {
+        for connection in 1..usize::from(CONNECTIONS) {
+            let runners = Runners::default();
+            let mut vm = FakeVm::running(&runners, BUSY);
+            let there = destination(&runners, |_| {});
+            let fate = Fate { connection, there_max, back_max, end: End::Cut };
+            let cables = cables(&there.address, fate);
+            let began = Instant::now();
+            let (outcome, _) = send(&mut vm, &config(&cables.address, &dir));
+            let there = there.thread.join().unwrap();
+            let late = there_max >= 30 && back_max == u64::MAX;
+            if late && matches!(outcome, SourceOutcome::Succeeded) {
+                assert!(matches!(there.1, DestinationOutcome::Running));
+                assert!(there.0.memory_then == vm.memory_then, "a page was lost");
+            } else {
+                assert!(matches!(outcome, SourceOutcome::Failed(_)), "{fate:?}: {outcome:?}");
+                in_the_middle += u32::from(late);
+                assert!(began.elapsed() < PATIENCE / 4, "{fate:?}: it was not noticed");
+                assert!(vm.is_running());
+                assert!(matches!(there.1, DestinationOutcome::Failed(_)), "{:?}", there.1);
+                let again = destination(&runners, |_| {});
+                let (outcome, _) = send(&mut vm, &config(&again.address, &dir));
+                assert!(matches!(outcome, SourceOutcome::Succeeded), "{outcome:?}");
+                let (moved, _, _) = again.thread.join().unwrap();
+                assert!(moved.memory_then == vm.memory_then, "a page was lost");
+            }
+            remove_handover(dir.path()).unwrap();
+        }
+    }
+    assert!(in_the_middle > 0, "none was cut in the middle of pages");
+}
+
+/// One connection goes silent in the middle of what it carries, and the others go on: it is
+/// noticed when its time is over, and the guest goes on.
+#[test]
+fn a_connection_that_goes_silent_is_noticed() {
+    let (runners, dir) = (Runners::default(), TempDir::new().unwrap());
+    let mut vm = FakeVm::running(&runners, BUSY);
+    let there = destination(&runners, |_| {});
+    let (connection, end) = (1, End::Silent);
+    let fate = Fate { connection, there_max: 5000, back_max: u64::MAX, end };
+    let cables = cables(&there.address, fate);
+    let began = Instant::now();
+    let (outcome, _) = send(&mut vm, &config(&cables.address, &dir));
+    assert!(matches!(outcome, SourceOutcome::Failed(_)), "{outcome:?}");
+    assert!(began.elapsed() < PATIENCE && vm.is_running());
+    let (_, outcome, _) = there.thread.join().unwrap();
+    assert!(matches!(outcome, DestinationOutcome::Failed(_)), "{outcome:?}");
+}
+
+/// Between WELCOME and the source's further connections strangers get in: with a wrong token, a
+/// wrong index, one that is taken, other words, none at all. Each is refused, or waits by itself;
+/// the attempt goes on.
+#[test]
+fn strangers_do_not_join() {
+    use drover_hv::migration::wire::{self, Hello, Join, Kind};
+    let runners = Runners::default();
+    let there = destination_with(&runners, 3, |_| {});
+    let mut first = Peer::connect(&there.address);
+    let (migration_id, token) = ("m".to_owned(), "secret".to_owned());
+    let (to_epoch, shape) = (EPOCH, shape());
+    let hello = Hello { migration_id, token, to_epoch, shape }.encode();
+    first.0.write_all(&wire::greeting(Kind::Hello, hello.len(), 3)).unwrap();
+    first.0.write_all(&hello).unwrap();
+    let (header, _) = first.read();
+    assert_eq!((header[4], wire::connections(&header)), (Kind::Welcome as u8, 3));
+
+    let silent = Peer::connect(&there.address);
+    let join = |id: &str, token: &str, index| {
+        let join = Join { migration_id: id.into(), token: token.into(), index }.encode();
+        let mut peer = Peer::connect(&there.address);
+        peer.send(Kind::Join, &join);
+        let (header, payload) = peer.read();
+        (peer, header[4], payload)
+    };
+    let refused = |id, token, index| {
+        let (_, kind, payload) = join(id, token, index);
+        assert_eq!(kind, Kind::Refuse as u8, "{id} {token} {index}");
+        wire::decode_reason(&payload).unwrap()
+    };
+    let unknown = "this migration is not expected here";
+    assert_eq!(refused("m", "guess", 1), unknown);
+    assert_eq!(refused("another", "secret", 1), unknown);
+    assert_eq!(refused("m", "secret", 0), "index: 0; accepted: one that is not taken");
+    assert_eq!(refused("m", "secret", 3), "index: 3; accepted: 1 to 2");
+    assert_eq!(refused("m", "secret", u16::MAX), "index: 65535; accepted: 1 to 2");
+    let mut loud = Peer::connect(&there.address);
+    loud.send(Kind::Hello, &hello);
+    assert_eq!(loud.read().0[4], Kind::Refuse as u8);
+    let mut garbage = Peer::connect(&there.address);
+    garbage.0.write_all(&[0xee; 64]).unwrap();
+
+    let (second, kind, _) = join("m", "secret", 2);
+    assert_eq!(kind, Kind::Joined as u8);
+    assert_eq!(refused("m", "secret", 2), "index: 2; accepted: one that is not taken");
+    let (third, kind, _) = join("m", "secret", 1);
+    assert_eq!(kind, Kind::Joined as u8);
+    // It is complete, and goes on as ever: nothing was sent, and that is what has come.
+    let round = wire::encode_round(1, wire::Sent::default());
+    first.send(Kind::Round, &round);
+    let (header, payload) = first.read();
+    assert_eq!((header[4], payload), (Kind::RoundAck as u8, round));
+    first.send(Kind::Abort, &wire::encode_reason("enough"));
+    let (_, outcome, _) = there.thread.join().unwrap();
+    let DestinationOutcome::Failed(error) = outcome else { panic!("{outcome:?}") };
+    assert_eq!(error.to_string(), "the other side gave up: enough");
+    drop((silent, second, third));
+}
+
+/// The source of a test's own words.
+struct Peer(TcpStream);
+
+impl Peer {
+    fn connect(address: &str) -> Self {
+        let stream = TcpStream::connect(address).unwrap();
+        stream.set_read_timeout(Some(PATIENCE)).unwrap();
+        Self(stream)
+    }
+
+    fn send(&mut self, kind: drover_hv::migration::wire::Kind, payload: &[u8]) {
+        self.0.write_all(&drover_hv::migration::wire::header(kind, payload.len())).unwrap();
+        self.0.write_all(payload).unwrap();
+    }
+
+    fn read(&mut self) -> ([u8; 12], Vec<u8>) {
+        let mut header = [0; 12];
+        self.0.read_exact(&mut header).unwrap();
+        let (_, length) = drover_hv::migration::wire::parse_header(header).unwrap();
+        let mut payload = vec![0; length];
+        self.0.read_exact(&mut payload).unwrap();
+        (header, payload)
+    }
 }

@@ -1,7 +1,8 @@
 //! The cluster as its members' addresses: a call goes to the member that answered last, and to
 //! the next one when that cannot answer.
 //!
-//! What becomes an operation carries a request id, so that asking again after a lost answer is safe.
+//! What becomes an operation, and what makes or deletes a network or an image, carries a request id,
+//! so that asking again after a lost answer is safe.
 
 use std::{
     error::Error as _,

@@ -251,7 +251,8 @@ fn refusal_hint(status: &Status) -> Option<String> {
 
 /// How to see what there is of the kind that is missing.
 fn missing_hint(message: &str) -> Option<String> {
-    const NOUNS: [&str; 6] = ["snapshot", "domain", "image", "volume", "network", "node"];
+    const NOUNS: [&str; 7] =
+        ["snapshot", "domain", "image", "volume", "network", "node", "operation"];
     let noun = NOUNS.iter().find(|noun| message.contains(&format!("{noun}s/")))?;
     Some(format!("vpsctl {noun} list shows those that exist"))
 }

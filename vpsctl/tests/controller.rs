@@ -277,7 +277,7 @@ fn no_room_is_said_before_anything_is_done() {
     let dry_run = [&CREATE[..], &["--dry-run"]].concat();
     let detached = [&CREATE[..], &["--detach"]].concat();
     for args in [&CREATE[..], &dry_run, &detached] {
-        cluster.run(args).says(5, "error: no node can take 1 vCPUs and 128 MiB of memory");
+        cluster.run(args).says(5, "error: no node can take 1 vCPU and 128 MiB of memory");
     }
     for noun in ["domain", "operation"] {
         assert_eq!(cluster.run(&[noun, "list", "-o", "json"]).stdout, "[]\n");

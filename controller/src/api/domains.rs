@@ -187,7 +187,13 @@ impl DomainService for Service {
         };
         let operation = self
             .begin("ReinstallDomain", &request_id, &request, |cx| {
-                reinstall::reinstall_domain(cx, &id, request.disk, image.as_ref())
+                reinstall::reinstall_domain(
+                    cx,
+                    &id,
+                    request.disk,
+                    image.as_ref(),
+                    request.keep_image,
+                )
             })
             .await?;
         Ok(Response::new(operation))

@@ -14,19 +14,20 @@ use drover_proto::v1::{
 };
 use futures::stream::{self, Stream, StreamExt};
 use tokio::sync::{mpsc, oneshot};
-use tokio::time::{Instant, timeout};
+use tokio::time::timeout;
 use tokio_stream::wrappers::ReceiverStream;
 use tonic::{Request, Response, Status, Streaming};
 
 use super::agents;
 use super::errors::{Fault, excerpt, invalid};
-use super::service::{CALL_WAIT, Service};
+use super::requests::Call;
+use super::service::Service;
 use super::{page, validate};
-use crate::model::{ID_SYNTAX, ImageId, ImageRecord, NodeId, World, garbage};
+use crate::model::{ID_SYNTAX, ImageId, ImageRecord, NodeId};
 use crate::scheduler::NodeView;
-use crate::store::{Txn, Versioned};
-use crate::workflows::begin::{check_etag, etag};
-use crate::workflows::{Context, Refusal, timestamp};
+use crate::store::Versioned;
+use crate::workflows::begin::etag;
+use crate::workflows::{Context, Refusal, image};
 
 /// The caller says what it wants within this.
 const FIRST_WAIT: Duration = Duration::from_secs(10);
@@ -55,9 +56,7 @@ impl ImageService for Service {
         request: Request<GetImageRequest>,
     ) -> Result<Response<Image>, Status> {
         let id = validate::image("name", &request.get_ref().name)?;
-        let row = self.read().await?.get::<ImageRecord>(id.as_str());
-        let row = row.ok_or_else(|| Refusal::NotFound { name: id.name() })?;
-        Ok(Response::new(present(&row)))
+        Ok(Response::new(self.image(&id).await?))
     }
 
     async fn list_images(
@@ -77,10 +76,11 @@ impl ImageService for Service {
         &self,
         request: Request<DeleteImageRequest>,
     ) -> Result<Response<DeleteImageResponse>, Status> {
-        let request = request.into_inner();
+        let mut request = request.into_inner();
+        let request_id = std::mem::take(&mut request.request_id);
+        let call = Call::new("DeleteImage", request_id, &request)?;
         let id = validate::image("name", &request.name)?;
-        self.decide(Instant::now() + CALL_WAIT, |cx, _| Ok((delete(cx, &id, &request.etag)?, ())))
-            .await?;
+        self.once(&call, |cx| image::delete(cx, &id, &request.etag)).await?;
         Ok(Response::new(DeleteImageResponse {}))
     }
 }
@@ -93,7 +93,15 @@ impl Service {
         let Some(Message::Spec(spec)) = first.and_then(|first| first.message) else {
             return Err(invalid("message", "", "spec, in the first message").into());
         };
-        let (id, spec) = checked(spec)?;
+        let (id, mut spec) = checked(spec)?;
+        let request_id = std::mem::take(&mut spec.request_id);
+        let call = Call::new("ImportImage", request_id, &spec)?;
+        if call.is_done(&self.read().await?)? {
+            let (image, bytes) = (self.image(&id).await?, spec.file_bytes);
+            let image = Some(image);
+            let said = ImportImageResponse { bytes_done: bytes, bytes_total: bytes, image };
+            return Ok(Box::pin(stream::iter([Ok(said)])));
+        }
         let (node, pool, address) = self.look(|cx| receiver(cx, &id, &spec)).await?;
         let spec = ImportImageSpec { pool, ..spec };
 
@@ -106,7 +114,7 @@ impl Service {
         let inputs = stream::once(async { first }).chain(rest).take_until(stopped);
         let outputs = AgentServiceClient::new(channel).import_image(inputs).await?.into_inner();
         let (answers, receiver) = mpsc::channel(QUEUE);
-        tokio::spawn(self.clone().relay(id, node, outputs, answers, stop));
+        tokio::spawn(self.clone().relay(call, id, node, outputs, answers, stop));
         Ok(Box::pin(ReceiverStream::new(receiver)))
     }
 
@@ -114,6 +122,7 @@ impl Service {
     /// more when this ends.
     async fn relay(
         self,
+        call: Call,
         id: ImageId,
         node: NodeId,
         mut outputs: Streaming<ImportImageResponse>,
@@ -136,7 +145,7 @@ impl Service {
                 Ok(Ok(Some(said))) => match &said.image {
                     None => Ok(said),
                     Some(image) => self
-                        .register(&id, &node, image)
+                        .register(&call, &id, &node, image)
                         .await
                         .map(|image| ImportImageResponse { image: Some(image), ..said })
                         .map_err(Status::from),
@@ -150,30 +159,20 @@ impl Service {
         }
     }
 
-    async fn register(&self, id: &ImageId, node: &NodeId, said: &Image) -> Result<Image, Fault> {
-        let deadline = Instant::now() + CALL_WAIT;
-        self.decide(deadline, |cx, _| {
-            absent(cx, id)?;
-            let record = ImageRecord {
-                id: id.as_str().to_owned(),
-                digest: said.digest.clone(),
-                size_bytes: said.size_bytes,
-                create_time: Some(timestamp(cx.now.wall_ms)),
-                nodes: vec![node.as_str().to_owned()],
-            };
-            let txn = Txn::new().term_is(cx.term).absent::<ImageRecord>(id.as_str()).put(&record);
-            Ok((txn, ()))
-        })
-        .await?;
+    async fn register(
+        &self,
+        call: &Call,
+        id: &ImageId,
+        node: &NodeId,
+        said: &Image,
+    ) -> Result<Image, Fault> {
+        self.once(call, |cx| image::register(cx, id, node, said)).await?;
+        self.image(id).await
+    }
+
+    async fn image(&self, id: &ImageId) -> Result<Image, Fault> {
         let row = self.read().await?.get::<ImageRecord>(id.as_str());
         Ok(present(&row.ok_or_else(|| Refusal::NotFound { name: id.name() })?))
-    }
-}
-
-fn absent(cx: &Context<'_>, id: &ImageId) -> Result<(), Refusal> {
-    match cx.world.images.contains_key(id.as_str()) {
-        true => Err(Refusal::AlreadyExists { name: id.name() }),
-        false => Ok(()),
     }
 }
 
@@ -213,7 +212,7 @@ fn receiver(
     id: &ImageId,
     spec: &ImportImageSpec,
 ) -> Result<(NodeId, String, String), Refusal> {
-    absent(cx, id)?;
+    image::absent(cx, id)?;
     let only = validate::maybe_node("spec.node", &spec.node)?;
     let view = cx.world.cluster_view(cx.observed);
     let room = |node: &NodeView| {
@@ -247,29 +246,6 @@ fn receiver(
         reason: "NO_POOL",
         message: format!("{} {why}: vpsctl pool list", only.name()),
     })
-}
-
-/// Forgets an image; the nodes are told to remove their copies, unless another image is the same.
-fn delete(cx: &Context<'_>, id: &ImageId, given: &str) -> Result<Txn, Refusal> {
-    let row = cx.world.images.get(id.as_str());
-    let row = row.ok_or_else(|| Refusal::NotFound { name: id.name() })?;
-    check_etag(&id.name(), given, row.mod_revision)?;
-    let mut txn = Txn::new().term_is(cx.term).unchanged(row).delete::<ImageRecord>(id.as_str());
-    let world: &World = cx.world;
-    let same = |other: &&Versioned<ImageRecord>| {
-        other.value.digest == row.value.digest && other.value.id != row.value.id
-    };
-    if world.images.values().any(|other| same(&other)) {
-        return Ok(txn);
-    }
-    for (node, seen) in &cx.observed.nodes {
-        let known = world.nodes.contains_key(node);
-        let held = seen.images.iter().filter(|held| known && held.digest == row.value.digest);
-        for image in held {
-            txn = txn.put(&garbage(node.as_str(), &image.pool, "", &image.digest));
-        }
-    }
-    Ok(txn)
 }
 
 fn present(row: &Versioned<ImageRecord>) -> Image {

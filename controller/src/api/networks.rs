@@ -5,11 +5,11 @@ use drover_proto::v1::{
     CreateNetworkRequest, DeleteNetworkRequest, DeleteNetworkResponse, GetNetworkRequest,
     ListNetworksRequest, ListNetworksResponse, Network,
 };
-use tokio::time::Instant;
 use tonic::{Request, Response, Status};
 
 use super::errors::Fault;
-use super::service::{CALL_WAIT, Service};
+use super::requests::Call;
+use super::service::Service;
 use super::{page, validate};
 use crate::model::{NetworkId, NetworkRecord, World};
 use crate::workflows::{Refusal, network};
@@ -20,14 +20,14 @@ impl NetworkService for Service {
         &self,
         request: Request<CreateNetworkRequest>,
     ) -> Result<Response<Network>, Status> {
-        let given = request.into_inner().network;
+        let mut request = request.into_inner();
+        let request_id = std::mem::take(&mut request.request_id);
+        let call = Call::new("CreateNetwork", request_id, &request)?;
+        let given = request.network;
         let name = given.as_ref().map_or("", |network| network.name.as_str());
         let id = validate::network_id("network.name", name)?;
         let network = validate::network(given.as_ref())?;
-        self.decide(Instant::now() + CALL_WAIT, |cx, _| {
-            Ok((network::create(cx, &id, &network)?, ()))
-        })
-        .await?;
+        self.once(&call, |cx| network::create(cx, &id, &network)).await?;
         Ok(Response::new(self.network(&id).await?))
     }
 
@@ -58,12 +58,11 @@ impl NetworkService for Service {
         &self,
         request: Request<DeleteNetworkRequest>,
     ) -> Result<Response<DeleteNetworkResponse>, Status> {
-        let request = request.into_inner();
+        let mut request = request.into_inner();
+        let request_id = std::mem::take(&mut request.request_id);
+        let call = Call::new("DeleteNetwork", request_id, &request)?;
         let id = validate::network_id("name", &request.name)?;
-        self.decide(Instant::now() + CALL_WAIT, |cx, _| {
-            Ok((network::delete(cx, &id, &request.etag)?, ()))
-        })
-        .await?;
+        self.once(&call, |cx| network::delete(cx, &id, &request.etag)).await?;
         Ok(Response::new(DeleteNetworkResponse {}))
     }
 }

@@ -1,5 +1,6 @@
 //! Request ids: the same id with the same request answers the same operation, whoever is asked
-//! and however often.
+//! and however often. What makes no operation is carried out once, and answered as done after
+//! that.
 
 use drover_proto::v1::Operation;
 use prost::Message;
@@ -36,20 +37,11 @@ impl Service {
                 if let Some(held) = answered(view, request_id, &digest)? {
                     return Ok((Txn::new(), held));
                 }
-                let Begun { mut txn, operation } = begin(cx)?;
+                let Begun { txn, operation } = begin(cx)?;
                 // What runs already and is only changed by this does not tell whether it was.
                 let is_new = view.get::<OperationRecord>(&operation.id).is_none();
                 begun = is_new.then(|| OperationId::trusted(&operation.id));
-                if !request_id.is_empty() {
-                    let row = RequestRecord {
-                        id: request_id.to_owned(),
-                        digest: digest.to_vec().into(),
-                        operation: operation.id.clone(),
-                        time: Some(timestamp(cx.now.wall_ms)),
-                    };
-                    txn = txn.absent::<RequestRecord>(request_id).put(&row);
-                }
-                Ok((txn, operation))
+                Ok((remember(cx, txn, request_id, &digest, &operation.id), operation))
             })
             .await;
         let id = match (decided, begun) {
@@ -64,6 +56,80 @@ impl Service {
     }
 }
 
+/// A call that makes no operation, as far as it tells one from another.
+#[derive(Clone)]
+pub(super) struct Call {
+    request_id: String,
+    digest: [u8; 16],
+}
+
+impl Call {
+    /// `request` is the request without its id.
+    pub(super) fn new(
+        method: &str,
+        request_id: String,
+        request: &impl Message,
+    ) -> Result<Self, Refusal> {
+        check(&request_id)?;
+        Ok(Self { digest: digest(method, &request.encode_to_vec()), request_id })
+    }
+
+    /// Whether it was carried out.
+    pub(super) fn is_done(&self, view: &View) -> Result<bool, Refusal> {
+        Ok(known(view, &self.request_id, &self.digest)?.is_some())
+    }
+}
+
+impl Service {
+    /// Carries a call out, if it has not been.
+    pub(super) async fn once(
+        &self,
+        call: &Call,
+        mut decide: impl FnMut(&Context<'_>) -> Result<Txn, Refusal>,
+    ) -> Result<(), Fault> {
+        let decided = self
+            .decide(Instant::now() + CALL_WAIT, |cx, view| {
+                if call.is_done(view)? {
+                    return Ok((Txn::new(), ()));
+                }
+                Ok((remember(cx, decide(cx)?, &call.request_id, &call.digest, ""), ()))
+            })
+            .await;
+        match decided {
+            // Perhaps it was written all the same.
+            Err(Fault::Unknown) if call.is_done(&self.read().await?)? => Ok(()),
+            decided => decided.map(|_| ()),
+        }
+    }
+}
+
+/// The transaction is that of this request.
+fn remember(cx: &Context<'_>, txn: Txn, request_id: &str, digest: &[u8], operation: &str) -> Txn {
+    if request_id.is_empty() {
+        return txn;
+    }
+    let row = RequestRecord {
+        id: request_id.to_owned(),
+        digest: digest.to_vec().into(),
+        operation: operation.to_owned(),
+        time: Some(timestamp(cx.now.wall_ms)),
+    };
+    txn.absent::<RequestRecord>(request_id).put(&row)
+}
+
+/// What was carried out under this id, which must have been the same.
+fn known(view: &View, request_id: &str, digest: &[u8]) -> Result<Option<RequestRecord>, Refusal> {
+    if request_id.is_empty() {
+        return Ok(None);
+    }
+    let Some(row) = view.get::<RequestRecord>(request_id) else { return Ok(None) };
+    if row.value.digest != digest {
+        let expected = "a new UUID: this one was used for another request";
+        return Err(invalid("request_id", request_id, expected));
+    }
+    Ok(Some(row.value))
+}
+
 fn check(request_id: &str) -> Result<(), Refusal> {
     if request_id.is_empty() || is_request_id(request_id) {
         return Ok(());
@@ -76,23 +142,16 @@ fn answered(
     request_id: &str,
     digest: &[u8],
 ) -> Result<Option<OperationRecord>, Refusal> {
-    if request_id.is_empty() {
-        return Ok(None);
-    }
-    let Some(row) = view.get::<RequestRecord>(request_id) else { return Ok(None) };
-    if row.value.digest != digest {
-        let expected = "a new UUID: this one was used for another request";
-        return Err(invalid("request_id", request_id, expected));
-    }
-    match view.get::<OperationRecord>(&row.value.operation) {
+    let Some(row) = known(view, request_id, digest)? else { return Ok(None) };
+    match view.get::<OperationRecord>(&row.operation) {
         Some(operation) => Ok(Some(operation.value)),
         None => Err(Refusal::Precondition {
-            subject: format!("operations/{}", row.value.operation),
+            subject: format!("operations/{}", row.operation),
             reason: "REQUEST_DONE",
             message: format!(
                 "request_id: it was accepted as operations/{}, which has ended and is no longer \
                  kept: look at the resource",
-                row.value.operation
+                row.operation
             ),
         }),
     }

@@ -511,7 +511,10 @@ pub(super) fn duration(
                 max.as_secs_f64(),
                 default.as_secs_f64()
             );
-            let value = format!("{} s {} ns", given.seconds, given.nanos);
+            let value = match given.nanos {
+                0 => format!("{} s", given.seconds),
+                nanos => format!("{} s {nanos} ns", given.seconds),
+            };
             Err(invalid(field, &value, &expected))
         }
     }

@@ -132,7 +132,7 @@ pub fn garbage(node: &str, pool: &str, volume_uid: &str, image_digest: &str) -> 
         pool: pool.to_owned(),
         volume_uid: volume_uid.to_owned(),
         image_digest: image_digest.to_owned(),
-        snapshot_uid: String::new(),
+        ..GarbageRecord::default()
     }
 }
 

@@ -228,6 +228,16 @@ impl World {
         needs
     }
 
+    /// What a move copies of its volumes.
+    fn disk_bytes(&self, domain: &DomainRecord, observed: &Observed) -> u64 {
+        let of = |volume: &VolumeRecord| {
+            let said = observed.volume(&domain.node, &volume.uid);
+            let taken = said.map(|said| said.allocated_bytes).filter(|bytes| *bytes > 0);
+            taken.map_or(volume.size_bytes, |bytes| bytes.min(volume.size_bytes))
+        };
+        self.volumes_of(domain).map(|row| of(&row.value)).fold(0, u64::saturating_add)
+    }
+
     /// The first of its volumes that is not there to be copied.
     #[must_use]
     pub fn unready(&self, domain: &DomainRecord) -> Option<&VolumeRecord> {
@@ -276,6 +286,7 @@ impl World {
                 node: NodeId::parse(&row.value.node).ok(),
                 needs: needs(&row.value),
                 disks: self.pool_needs(&row.value),
+                disk_bytes: self.disk_bytes(&row.value, observed),
                 mobility: self.mobility(&row.value),
                 snapshots: stay.copied().unwrap_or_default(),
                 cpu_millicores: usage.map_or(0, |usage| usage.cpu_millicores),

@@ -8,7 +8,9 @@ use std::collections::BTreeMap;
 use std::time::Duration;
 
 use super::place::{PlaceOptions, Strategy, place, shortage};
-use super::view::{ClusterView, DomainView, Mobility, NodeView, Resources, size, stays_behind};
+use super::view::{
+    ClusterView, DomainView, Mobility, NodeView, Resources, size, stays_behind, vcpus,
+};
 use crate::model::{DomainId, NodeId};
 
 /// Below this rate a migration is not worth starting beside others: with 100 ms of pause it
@@ -24,7 +26,8 @@ pub const PARALLEL_MOVES_MAX: u32 = 16;
 /// Fixed cost of a move beside its copying: preparing, switching over, settling.
 const MOVE_OVERHEAD: Duration = Duration::from_secs(1);
 
-/// Pre-copy sends more than the memory once: this share on top, in percent.
+/// Pre-copy sends more than once what a guest goes on writing: this share of memory and disks on
+/// top, in percent.
 const RESENT_PERCENT: u64 = 20;
 
 /// A line that is blocked names so many nodes with their reasons: it is kept with each domain.
@@ -54,7 +57,7 @@ pub struct ProposedMove {
     pub reason: String,
     /// Its memory.
     pub memory_bytes: u64,
-    /// From memory and its share of the link.
+    /// From memory, what its disks take, and its share of the link.
     pub expected_time: Duration,
 }
 
@@ -153,9 +156,9 @@ fn plan_move(
                 Strategy::BestFit => "best fit",
                 Strategy::Spread => "emptiest",
             };
-            let disk_bytes = domain.disks.values().sum::<u64>();
+            let disk_bytes = domain.disk_bytes;
             let (what, expected_time) = match live {
-                true => ("", copy_time(memory_bytes, rate)),
+                true => ("", copy_time(with_resent(memory_bytes, disk_bytes), rate)),
                 false if disk_bytes > 0 => {
                     ("; not running, its disks are copied", copy_time(disk_bytes, rate))
                 }
@@ -222,7 +225,7 @@ fn what_would_help(room: &ClusterView, needs: Resources, choice: &PlaceOptions) 
         parts.push(size(lacks.memory_bytes));
     }
     if lacks.vcpus > 0 {
-        parts.push(format!("{} vCPUs", lacks.vcpus));
+        parts.push(vcpus(lacks.vcpus));
     }
     if parts.is_empty() {
         return "make room in a pool of its disks' ids on another node".into();
@@ -235,7 +238,11 @@ fn rate_of_one(link: u64, parallel: u32, bandwidth_max: u64) -> u64 {
     if bandwidth_max == 0 { share } else { share.min(bandwidth_max) }
 }
 
-fn copy_time(memory_bytes: u64, rate: u64) -> Duration {
-    let bytes = memory_bytes.saturating_mul(100 + RESENT_PERCENT) / 100;
+/// What a live move sends.
+fn with_resent(memory_bytes: u64, disk_bytes: u64) -> u64 {
+    memory_bytes.saturating_add(disk_bytes).saturating_mul(100 + RESENT_PERCENT) / 100
+}
+
+fn copy_time(bytes: u64, rate: u64) -> Duration {
     MOVE_OVERHEAD + Duration::from_millis(bytes.saturating_mul(1000) / rate.max(1))
 }

@@ -30,4 +30,4 @@ pub use view::{
     ClusterView, DomainView, LINK_BYTES_PER_SECOND, Mobility, NodeView, PoolNeeds, PoolView,
     Resources,
 };
-pub(crate) use view::{size, stays_behind};
+pub(crate) use view::{size, stays_behind, vcpus};

@@ -2,7 +2,7 @@
 
 use std::collections::BTreeMap;
 
-use super::view::{ClusterView, NodeView, PoolNeeds, Resources, size};
+use super::view::{ClusterView, NodeView, PoolNeeds, Resources, size, vcpus};
 use crate::model::NodeId;
 
 /// Why the nodes that the caller did not ask for were passed over.
@@ -137,8 +137,10 @@ pub(crate) fn shortage(node: &NodeView, needs: Resources, disks: &PoolNeeds) -> 
     let mut lacks = Vec::new();
     if free.vcpus < needs.vcpus {
         lacks.push(format!(
-            "needs {} vCPUs, {} of {} free",
-            needs.vcpus, free.vcpus, node.capacity.vcpus
+            "needs {}, {} of {} free",
+            vcpus(needs.vcpus),
+            free.vcpus,
+            node.capacity.vcpus
         ));
     }
     if free.memory_bytes < needs.memory_bytes {

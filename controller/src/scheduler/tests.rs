@@ -39,6 +39,7 @@ fn node(vcpus: u32, mib: u64) -> NodeView {
 fn domain(on: usize, vcpus: u32, mib: u64) -> DomainView {
     DomainView {
         disks: PoolNeeds::new(),
+        disk_bytes: 0,
         node: Some(node_id(on)),
         needs: Resources { vcpus, memory_bytes: mib * MIB },
         mobility: Mobility::Live,
@@ -233,6 +234,23 @@ fn a_failed_destination_is_left_out_for_that_domain_only() {
     let again = plan_drain(&view, &node_id(1), &DrainOptions { failed, ..Default::default() });
     assert_eq!(again.moves[0].to, Some(node_id(3)));
     assert_eq!(again.moves[1].to, Some(node_id(2)));
+}
+
+/// A disk of 10 GiB over 1 Gbit/s is most of the time that a move takes.
+#[test]
+fn local_disks_take_their_time() {
+    let with = |disk_mib, mobility| {
+        let vm = DomainView { disk_bytes: disk_mib * MIB, mobility, ..domain(1, 1, 512) };
+        let view = cluster(vec![node(4, 4096), node(4, 4096)], vec![vm]);
+        plan_drain(&view, &node_id(1), &DrainOptions::default()).expected_time.as_secs_f64()
+    };
+    let sends = |mib: f64| 1.0 + mib * (1 << 20) as f64 / LINK_BYTES_PER_SECOND as f64;
+    let near = |a: f64, b: f64| assert!((a - b).abs() < 0.01, "{a} {b}");
+    near(with(0, Mobility::Live), sends(512.0 * 1.2));
+    near(with(10_240, Mobility::Live), sends((512.0 + 10_240.0) * 1.2));
+    // Nobody writes to what does not run.
+    near(with(10_240, Mobility::Cold), sends(10_240.0));
+    assert_eq!(with(0, Mobility::Cold), 0.0);
 }
 
 #[test]

@@ -126,6 +126,8 @@ pub struct DomainView {
     pub needs: Resources,
     /// Of the pools.
     pub disks: PoolNeeds,
+    /// What a move copies of its disks: what they take, as far as that is known, else their sizes.
+    pub disk_bytes: u64,
     /// Whether it can be moved.
     pub mobility: Mobility,
     /// How many of its snapshots lie on its node: they stay there when it moves.
@@ -160,6 +162,12 @@ pub(crate) fn stays_behind(snapshots: usize, from: &str) -> String {
         1 => format!("; its snapshot stays on nodes/{from}"),
         count => format!("; its {count} snapshots stay on nodes/{from}"),
     }
+}
+
+/// vCPUs for people.
+pub(crate) fn vcpus(count: u32) -> String {
+    let plural = if count == 1 { "" } else { "s" };
+    format!("{count} vCPU{plural}")
 }
 
 /// Bytes for people: whole MiB, or GiB with one decimal from 10 GiB on.

@@ -25,6 +25,8 @@ pub(super) const MIB: u64 = 1 << 20;
 pub(super) enum Source<'a> {
     /// It must be no larger than the volume.
     Image(&'a ImageRecord),
+    /// The same, but the volume goes on saying what it was made of before.
+    Carrier(&'a ImageRecord),
     /// It must lie on the volume's node, in its pool, and be no larger.
     Snapshot(&'a SnapshotPart),
     /// Zeros.
@@ -52,7 +54,7 @@ pub(super) fn replace_content(
     domain.generation_id = cx.ids.uuid();
     let old = garbage(&domain.node, &volume.value.pool, &volume.value.uid, "");
     let mut txn = txn.unchanged(volume).put(&new).put(&old);
-    if let Source::Image(image) = source {
+    if let Source::Image(image) | Source::Carrier(image) = source {
         txn = txn.present::<ImageRecord>(image.id.clone());
     }
     (txn, new)
@@ -63,12 +65,13 @@ fn fill(volume: &mut VolumeRecord, source: Source<'_>) {
     volume.image_size_bytes = 0;
     volume.snapshot_part.clear();
     volume.snapshot_volume_uid.clear();
+    if let Source::Image(image) | Source::Carrier(image) = source {
+        volume.image_digest.clone_from(&image.digest);
+        volume.image_size_bytes = image.size_bytes;
+    }
     match source {
-        Source::Image(image) => {
-            volume.image.clone_from(&image.id);
-            volume.image_digest.clone_from(&image.digest);
-            volume.image_size_bytes = image.size_bytes;
-        }
+        Source::Image(image) => volume.image.clone_from(&image.id),
+        Source::Carrier(_) => {}
         // The image's name stays: it is what the disk was first made of.
         Source::Snapshot(part) => {
             volume.snapshot_part.clone_from(&part.uid);
@@ -114,7 +117,7 @@ pub(super) fn new_volume(
     };
     fill(&mut volume, source);
     let mut txn = txn.absent::<VolumeRecord>(id).put(&volume);
-    if let Source::Image(image) = source {
+    if let Source::Image(image) | Source::Carrier(image) = source {
         txn = txn.present::<ImageRecord>(image.id.clone());
     }
     Ok((txn, volume))

@@ -1,6 +1,6 @@
 //! What a node shall run: derived from the rows each time, so that it cannot drift from them.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 
 use drover_proto::agent::v1::assignment::Role;
 use drover_proto::agent::v1::{
@@ -114,9 +114,11 @@ fn assigned(disk: Option<&Disk>, volume: &VolumeRecord) -> AssignedDisk {
 
 fn owned(world: &World, volume: &VolumeRecord) -> WantedVolume {
     let create = volume.state() == VolumeState::Creating;
-    let image = world.images.get(&volume.image).filter(|_| create);
-    let holders = image.into_iter().flat_map(|row| &row.value.nodes);
-    let addresses = holders.filter_map(|node| world.nodes.get(&NodeId::trusted(node)));
+    // By its digest: what the volume is said to be made of may be another one's name.
+    let images =
+        world.images.values().filter(|row| create && row.value.digest == volume.image_digest);
+    let holders: BTreeSet<&String> = images.flat_map(|row| &row.value.nodes).collect();
+    let addresses = holders.into_iter().filter_map(|node| world.nodes.get(&NodeId::trusted(node)));
     WantedVolume {
         create,
         image_digest: volume.image_digest.clone(),

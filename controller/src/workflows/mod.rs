@@ -21,6 +21,7 @@
 //! - [`drain`]: drains and balances, made of migrations
 //! - [`snapshot`]: taken, kept, put back; [`volumes`]: those that no domain has
 //! - [`nodes`]: registration, leases; `storage`: volumes, images and what is to be removed
+//! - [`image`]: made and forgotten; [`network`]: who has which address
 //! - [`begin`]: what accepts an operation, for the API; `moving`: where that is a move
 //! - [`reinstall`], [`rescue`], [`resize`], [`save`]: an operator's verbs on one domain, each from its
 //!   beginning to its end; `content`: volumes that get other content
@@ -36,6 +37,7 @@ pub mod desired;
 pub mod drain;
 pub mod driver;
 pub mod housekeeping;
+pub mod image;
 pub mod migration;
 mod moving;
 pub mod network;

@@ -217,6 +217,10 @@ fn saved(work: &mut Work<'_>) {
 /// The guest's own decision becomes what is wanted: nothing starts it again by itself.
 fn powered_off(work: &mut Work<'_>, message: &str) {
     work.domain.set_desired_power(PowerState::Stopped);
+    // A save was given up, and it ended before it was seen to run on: what it wrote is of no use.
+    if has_memory(&work.domain) {
+        work.drop_memory();
+    }
     work.event(EventSeverity::Info, "DOMAIN_STOPPED", message.into());
     work.set_state(DomainState::Stopped, message);
 }

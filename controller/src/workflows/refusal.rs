@@ -1,7 +1,7 @@
 //! Why something is not begun. Every text names the thing, what it is, and what would be
 //! accepted; the API turns each into one gRPC status.
 
-use crate::scheduler::{NoRoom, Resources, size};
+use crate::scheduler::{NoRoom, Resources, size, vcpus};
 
 /// Nothing was changed.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
@@ -88,7 +88,7 @@ fn what(needs: Resources) -> String {
     if needs == Resources::default() {
         return "it".into();
     }
-    format!("{} vCPUs and {} of memory", needs.vcpus, size(needs.memory_bytes))
+    format!("{} and {} of memory", vcpus(needs.vcpus), size(needs.memory_bytes))
 }
 
 /// At most so many bytes of a text, and a mark where it was cut.

@@ -13,7 +13,8 @@ use super::step::{Context, Work, error};
 use crate::model::{DomainId, ImageId, ImageRecord, VolumeRecord};
 use crate::store::{Txn, Versioned};
 
-/// Puts an image's content on a disk: the one that it was made of when `image` is empty.
+/// Puts an image's content on a disk: the one that it was made of when `image` is empty. The disk
+/// is said to be made of it from then on, unless `keep_image` says that it only brings content.
 ///
 /// # Errors
 /// There is no such domain, disk or image; the domain is held, or not at rest; its node is lost;
@@ -23,6 +24,7 @@ pub fn reinstall_domain(
     id: &DomainId,
     disk: u32,
     image: Option<&ImageId>,
+    keep_image: bool,
 ) -> Result<Begun, Refusal> {
     let row = resting(cx, id)?;
     if cx.is_lost(&row.value.node) {
@@ -46,11 +48,13 @@ pub fn reinstall_domain(
             ),
         });
     }
-    if let Some(disk) = disks.and_then(|disks| disks.get_mut(disk as usize)) {
+    let source = if keep_image { Source::Carrier(image) } else { Source::Image(image) };
+    if let Some(disk) = disks.and_then(|disks| disks.get_mut(disk as usize))
+        && !keep_image
+    {
         disk.image = format!("images/{}", image.id);
     }
-    let txn = Txn::new();
-    let (txn, new) = replace_content(cx, txn, &mut domain, volume, Source::Image(image));
+    let (txn, new) = replace_content(cx, Txn::new(), &mut domain, volume, source);
     let mut operation = operation(cx, OperationKind::ReinstallDomain, id.name(), FILL_WAIT_MS);
     let message = format!("volumes/{} becomes images/{}", new.id, image.id);
     operation.status_message.clone_from(&message);

@@ -2,7 +2,8 @@
 //!
 //! A row is CREATING until its node's agent has all parts, and only until then may the agent take
 //! it. The operation that takes it holds the domain, so it does not move meanwhile. A taking that
-//! fails leaves nothing: the row goes, and its parts, made or not, are garbage.
+//! fails leaves nothing: the row goes, and its parts, made or not, are garbage, for a while also
+//! after a report without them: one may have been on its way.
 //!
 //! Parts are as independent of their volumes as copies would be: the volume may get other content
 //! or go, the domain may move away. They lie on the node on which they were taken, and end with
@@ -23,14 +24,16 @@ use super::content::{Source, replace_content, resting};
 use super::refusal::Refusal;
 use super::step::{Context, Step, Work, error, timestamp};
 use crate::model::{
-    DomainId, DomainRecord, NodeId, OperationId, SnapshotId, SnapshotPart, SnapshotRecord,
-    VolumeRecord, is_at_rest, snapshot_garbage, unready,
+    DomainId, DomainRecord, GarbageRecord, NodeId, OperationId, SnapshotId, SnapshotPart,
+    SnapshotRecord, VolumeRecord, is_at_rest, snapshot_garbage, unready,
 };
 use crate::scheduler::listed;
 use crate::store::{Txn, Versioned};
 
 /// Taking one costs seconds: freezing the guest is bounded, and nothing is copied.
 const TAKE_WAIT_MS: i64 = 2 * 60_000;
+/// A part of one that was given up may come so late, and is removed then.
+const LATE_MS_MAX: i64 = 5 * 60_000;
 /// Restoring clones, and copies where a pool cannot: so long, and
 const RESTORE_WAIT_MS: i64 = 10 * 60_000;
 /// at this rate at least, bytes in a millisecond.
@@ -251,7 +254,12 @@ pub(super) fn discard(cx: &Context<'_>, txn: Txn, row: &Versioned<SnapshotRecord
     if cx.node(node).is_none() {
         return txn;
     }
-    parts.iter().fold(txn, |txn, part| txn.put(&snapshot_garbage(node, part)))
+    // A part that its node was told to make may come after a report without it.
+    let is_open = row.value.state() == SnapshotState::Creating;
+    let keep_until = is_open.then(|| timestamp(cx.now.wall_ms + LATE_MS_MAX));
+    parts.iter().fold(txn, |txn, part| {
+        txn.put(&GarbageRecord { keep_until, ..snapshot_garbage(node, part) })
+    })
 }
 
 /// Whose it is.

@@ -13,7 +13,7 @@ use drover_proto::v1::{Disk, DomainState, EventSeverity, PoolState, VolumeState}
 
 use super::plug;
 use super::refusal::Refusal;
-use super::step::{Context, Step, timestamp};
+use super::step::{Context, Step, millis, timestamp};
 use crate::model::{
     DomainId, DomainRecord, GarbageRecord, ImageId, ImageRecord, NodeId, NodeRecord, VolumeId,
     VolumeRecord, garbage, serial,
@@ -113,12 +113,10 @@ fn strays(cx: &Context<'_>) -> Vec<Step> {
 fn removed(cx: &Context<'_>, row: &Versioned<GarbageRecord>) -> Option<Step> {
     let garbage = &row.value;
     let node = NodeId::trusted(&garbage.node);
+    let may_come = garbage.keep_until.as_ref().is_some_and(|until| cx.now.wall_ms < millis(until));
+    let seen = cx.observed.nodes.get(&node);
     let gone = !cx.world.nodes.contains_key(&node)
-        || cx
-            .observed
-            .nodes
-            .get(&node)
-            .is_some_and(|seen| seen.is_without(garbage, row.mod_revision));
+        || !may_come && seen.is_some_and(|seen| seen.is_without(garbage, row.mod_revision));
     let txn = || Txn::new().term_is(cx.term).unchanged(row);
     gone.then(|| Step {
         subject: node.name(),

@@ -10,10 +10,11 @@ use drover_proto::agent::v1::{
 };
 use drover_proto::v1::image_service_client::ImageServiceClient;
 use drover_proto::v1::import_image_request::Message;
+use drover_proto::v1::network_service_client::NetworkServiceClient;
 use drover_proto::v1::{
-    ConsoleInput, ConsoleOutput, DeleteImageRequest, GetImageRequest, Guest, Image, ImageFormat,
-    ImportImageRequest, ImportImageResponse, ImportImageSpec, ListPoolsRequest,
-    ReadSnapshotResponse,
+    ConsoleInput, ConsoleOutput, CreateNetworkRequest, DeleteImageRequest, DeleteNetworkRequest,
+    GetImageRequest, Guest, Image, ImageFormat, ImportImageRequest, ImportImageResponse,
+    ImportImageSpec, ListPoolsRequest, Network, ReadSnapshotResponse,
 };
 use futures::Stream;
 use futures::stream::{self, StreamExt};
@@ -193,10 +194,65 @@ async fn an_image_is_imported_and_deleted() {
     let refused = client.import_image(again).await.unwrap_err();
     assert_eq!(refused.code(), Code::AlreadyExists);
     let name = "images/deb".to_owned();
-    let delete = DeleteImageRequest { name: name.clone(), etag: String::new() };
+    let delete = DeleteImageRequest { name: name.clone(), ..Default::default() };
     client.delete_image(delete).await.unwrap();
     let missing = client.get_image(GetImageRequest { name }).await.unwrap_err();
     assert_eq!(missing.code(), Code::NotFound);
+}
+
+/// A second try after a lost answer does nothing twice, and is not taken for something else.
+#[tokio::test(flavor = "multi_thread")]
+async fn what_makes_no_operation_is_carried_out_once() {
+    const ID: &str = "11111111-2222-4333-8444-555555555555";
+    let world = world().await;
+    let import = async |spec: &ImportImageSpec, data: Option<&'static [u8]>| {
+        let data = data.map(|data| message(Message::Data(data.into())));
+        let messages: Vec<_> =
+            [message(Message::Spec(spec.clone()))].into_iter().chain(data).collect();
+        let answers = world.client().import_image(stream::iter(messages)).await?.into_inner();
+        let answers: Vec<_> = within("the import", answers.collect()).await;
+        answers.into_iter().next_back().unwrap()
+    };
+    let spec = ImportImageSpec { request_id: ID.into(), ..spec("images/deb") };
+    let first = import(&spec, Some(b"abcdef")).await.unwrap().image.unwrap();
+    // The file need not come again.
+    let again = import(&spec, None).await.unwrap();
+    let same = again.image.unwrap();
+    assert_eq!((same.name, same.digest, again.bytes_done), (first.name, first.digest, 6));
+    assert_eq!(world.ends.borrow().len(), 1, "the agent was asked once");
+    let other = ImportImageSpec { name: "images/other".into(), ..spec };
+    let refused = import(&other, None).await.unwrap_err();
+    assert_eq!(refused.code(), Code::InvalidArgument, "{refused}");
+    assert!(refused.message().starts_with("request_id: "), "{refused}");
+
+    let id = |last: u8| format!("11111111-2222-4333-8444-55555555555{last}");
+    let name = "images/deb".to_owned();
+    let delete = DeleteImageRequest { name: name.clone(), request_id: id(1), ..Default::default() };
+    for _ in 0..2 {
+        world.client().delete_image(delete.clone()).await.unwrap();
+    }
+    let anew = DeleteImageRequest { request_id: id(2), ..delete };
+    let missing = world.client().delete_image(anew).await.unwrap_err();
+    assert_eq!(missing.code(), Code::NotFound);
+
+    let channel = world.controllers.client(1).channel();
+    let mut networks = NetworkServiceClient::new(channel);
+    let name = "networks/lan".to_owned();
+    let network =
+        Network { name: name.clone(), subnet: "10.0.0.0/24".into(), ..Network::default() };
+    let create = CreateNetworkRequest { network: Some(network), request_id: id(3) };
+    let made = networks.create_network(create.clone()).await.unwrap().into_inner();
+    assert_eq!(networks.create_network(create.clone()).await.unwrap().into_inner(), made);
+    let anew = CreateNetworkRequest { request_id: id(4), ..create };
+    let taken = networks.create_network(anew).await.unwrap_err();
+    assert_eq!(taken.code(), Code::AlreadyExists);
+    let delete = DeleteNetworkRequest { name, request_id: id(5), ..Default::default() };
+    for _ in 0..2 {
+        networks.delete_network(delete.clone()).await.unwrap();
+    }
+    let bad = DeleteNetworkRequest { request_id: "x".into(), ..delete };
+    let refused = networks.delete_network(bad).await.unwrap_err();
+    assert_eq!(refused.code(), Code::InvalidArgument, "{refused}");
 }
 
 /// The agent must not wait for the rest for ever.

@@ -24,8 +24,8 @@ const MIB: u64 = 1 << 20;
 /// Of the only block that is not zeros.
 const DIGEST: [u8; 32] = [7; 32];
 
-/// What the agent answers: a disk of 2 MiB with one block, whose data it leaves out when the caller
-/// knows it. It must be asked for a part of a snapshot.
+/// What the agent answers: a disk of 2 MiB, zeros first, then one block, whose data it leaves out
+/// when the caller knows it. It must be asked for a part of a snapshot.
 pub(crate) async fn blocks(
     mut input: Streaming<ReadVolumeRequest>,
 ) -> Result<Vec<ReadSnapshotResponse>, Status> {
@@ -51,7 +51,8 @@ pub(crate) async fn blocks(
         data: data.into(),
         ..ReadSnapshotResponse::default()
     };
-    Ok(vec![size, block])
+    let zeros = ReadSnapshotResponse { offset: MIB, ..ReadSnapshotResponse::default() };
+    Ok(vec![size, zeros, block])
 }
 
 fn snapshots(world: &World) -> SnapshotServiceClient<Channel> {
@@ -129,10 +130,11 @@ async fn a_snapshot_is_taken_read_put_back_and_deleted() {
 
     let all = read(&world, vec![spec(&name, 0)]).await.unwrap();
     assert_eq!(all[0].size_bytes, 2 * MIB);
-    assert_eq!((all[1].offset, all[1].data.len()), (MIB, 1 << 20));
+    assert_eq!((all[1].offset, all[1].digest.len()), (MIB, 0), "a sign of life is passed on");
+    assert_eq!((all[2].offset, all[2].data.len()), (MIB, 1 << 20));
     let messages = vec![spec(&name, 0), known(0, &[0; 32]), known(1, &DIGEST)];
     let changed = read(&world, messages).await.unwrap();
-    assert!(changed[1].data.is_empty() && changed[1].digest == DIGEST.as_slice());
+    assert!(changed[2].data.is_empty() && changed[2].digest == DIGEST.as_slice());
 
     let volume = GetVolumeRequest { name: "volumes/vm-0".into() };
     let before = volumes(&world).get_volume(volume.clone()).await.unwrap().into_inner();

@@ -20,9 +20,9 @@ use super::guest;
 use super::migration::Mover;
 use super::qemu::{self, Qemu};
 use super::stage::{Guest, Stage, Who};
-use super::stats::{Spread, heading, rounded, row};
+use super::stats::{self, Spread, heading, rounded};
 use super::volume::{self, Volume};
-use crate::client::fetch_slow;
+use crate::client::{fetch_path, fetch_slow};
 use crate::{Error, Result};
 
 const VOLUME: &str = "bench-disk";
@@ -31,16 +31,20 @@ const VOLUME_BYTES: u64 = 1 << 30;
 const GUEST_MEMORY_MIB: u64 = 384;
 const RUNTIME: &str = "2s";
 const RAMP: &str = "500ms";
-const FIO_PATIENCE: Duration = Duration::from_secs(60);
+/// Many times what fio takes: a host with other work may stand still for a minute.
+const FIO_PATIENCE: Duration = Duration::from_secs(180);
 
 /// Of the program's options, those of this benchmark.
-#[derive(Debug, Clone, Copy)]
+#[derive(Debug, Clone)]
 pub(super) struct Options {
     pub(super) is_cold: bool,
     pub(super) is_qemu_direct: bool,
+    /// Names of the kinds of work that are wanted; none: all.
+    pub(super) only: Vec<String>,
 }
 
 /// One kind of work.
+#[derive(Debug, Clone, Copy)]
 struct Work {
     name: &'static str,
     /// What fio is told besides what is the same for all.
@@ -95,6 +99,26 @@ const WORKS: [Work; 7] = [
         figure: Figure::FsyncUs,
     },
 ];
+
+/// A kind of work, and what was measured: Drover's figure and QEMU's.
+struct Row {
+    work: Work,
+    pairs: Vec<[f64; 2]>,
+}
+
+impl Row {
+    /// Drover's figures, QEMU's, their ratios.
+    fn spreads(&self) -> [Spread; 3] {
+        let of = |who: usize| Spread::of(self.pairs.iter().map(|pair| pair[who]));
+        let ratios = self.pairs.iter().map(|[drover, qemu]| self.work.ratio(*drover, *qemu));
+        [of(0), of(1), Spread::of(ratios)]
+    }
+}
+
+/// What `--only` takes.
+pub(super) fn work_names() -> [&'static str; WORKS.len()] {
+    WORKS.map(|work| work.name)
+}
 
 impl Work {
     /// Where the guest runs it.
@@ -151,7 +175,7 @@ impl Figure {
 }
 
 /// A guest that does nothing until it is asked to run fio, which lies in this archive.
-pub(super) fn guest(fio: &Path, options: Options) -> Result<Guest> {
+pub(super) fn guest(fio: &Path, options: &Options) -> Result<Guest> {
     if !fio.exists() {
         return Err(Error::other(format!("{}: not found, and needed", fio.display())));
     }
@@ -166,7 +190,7 @@ pub(super) fn guest(fio: &Path, options: Options) -> Result<Guest> {
 }
 
 /// Measures and prints.
-pub(super) fn measure(stage: &Stage, runs: u32, warm_up: u32, options: Options) -> Result<()> {
+pub(super) fn measure(stage: &Stage, runs: u32, warm_up: u32, options: &Options) -> Result<()> {
     let cache = if options.is_qemu_direct { "none" } else { "writeback" };
     println!(
         "guest: {GUEST_MEMORY_MIB} MiB, 1 vCPU, a thin volume of {} MiB on virtio-blk; \
@@ -188,17 +212,38 @@ pub(super) fn measure(stage: &Stage, runs: u32, warm_up: u32, options: Options) 
     guest::page(Who::Drover.address())?;
     drover.pause()?;
 
-    let mut pairs: Vec<Vec<[f64; 2]>> = WORKS.iter().map(|_| Vec::new()).collect();
+    let is_wanted = |name: &str| options.only.is_empty() || options.only.iter().any(|o| o == name);
+    let mut rows: Vec<Row> = WORKS
+        .into_iter()
+        .filter(|work| is_wanted(work.name))
+        .map(|work| Row { work, pairs: Vec::new() })
+        .collect();
+    let result = rounds(&mut drover, &mut qemu, &mut rows, [warm_up, runs], options);
+    rows.retain(|row| !row.pairs.is_empty());
+    summary(&rows);
+    result?;
+    println!("{}", line(&rows, options));
+    Ok(())
+}
+
+/// Rounds that are not counted, and those that are.
+fn rounds(
+    drover: &mut dyn Mover,
+    qemu: &mut dyn Mover,
+    rows: &mut [Row],
+    [warm_up, runs]: [u32; 2],
+    options: &Options,
+) -> Result<()> {
     for run in 1..=warm_up + runs {
         let counted = run > warm_up;
         let label = if counted { format!("{}", run - warm_up) } else { "warm-up".to_owned() };
-        for (work, pairs) in WORKS.iter().zip(&mut pairs) {
+        for Row { work, pairs } in rows.iter_mut() {
             let pair = if run % 2 == 0 {
-                let first = one(&mut drover, work, run, options)?;
-                [first, one(&mut qemu, work, run, options)?]
+                let first = one(drover, work, run, options)?;
+                [first, one(qemu, work, run, options)?]
             } else {
-                let first = one(&mut qemu, work, run, options)?;
-                [one(&mut drover, work, run, options)?, first]
+                let first = one(qemu, work, run, options)?;
+                [one(drover, work, run, options)?, first]
             };
             let [drover, qemu] = pair;
             println!(
@@ -212,45 +257,59 @@ pub(super) fn measure(stage: &Stage, runs: u32, warm_up: u32, options: Options) 
             }
         }
     }
-    summary(&pairs, options);
     Ok(())
 }
 
 /// One kind of work in one guest.
-fn one(mover: &mut dyn Mover, work: &Work, seed: u32, options: Options) -> Result<f64> {
+fn one(mover: &mut dyn Mover, work: &Work, seed: u32, options: &Options) -> Result<f64> {
     rustix::fs::sync();
     if options.is_cold {
         let path = "/proc/sys/vm/drop_caches";
         std::fs::write(path, "1").map_err(Error::io("cannot write", path))?;
     }
     mover.resume()?;
-    let text = fetch_slow(mover.who().address(), &work.path(seed), FIO_PATIENCE)?;
+    let address = mover.who().address();
+    let text = fetch_slow(address, &work.path(seed), FIO_PATIENCE).map_err(|error| {
+        // Other threads of the guest answer this: they tell a guest that hangs from its disk.
+        let page = match fetch_path(address, "/") {
+            Ok(_) => "answers".to_owned(),
+            Err(error) => format!("does not: {error}"),
+        };
+        let who = mover.who().name();
+        Error::other(format!("{who}, {}: {error}; the guest's page {page}", work.name))
+    })?;
     mover.pause()?;
     work.figure.read(&text)
 }
 
-fn summary(pairs: &[Vec<[f64; 2]>], options: Options) {
+fn summary(rows: &[Row]) {
+    println!("{}", heading());
+    for row in rows {
+        let [drover, qemu, ratio] = row.spreads();
+        println!("{} ({})", row.work.name, row.work.figure.unit());
+        println!("{}", stats::row("  drover", &drover));
+        println!("{}", stats::row("  qemu", &qemu));
+        println!("{}", stats::row("  ratio, above 1: better", &ratio));
+    }
+}
+
+/// The last line.
+fn line(rows: &[Row], options: &Options) -> Value {
     let mut line = json!({
         "bench": "disk",
-        "runs": pairs[0].len(),
+        "runs": rows.first().map_or(0, |row| row.pairs.len()),
         "cold": options.is_cold,
         "qemu_cache": if options.is_qemu_direct { "none" } else { "writeback" },
     });
-    println!("{}", heading());
-    for (work, pairs) in WORKS.iter().zip(pairs) {
-        let (name, unit) = (work.name, work.figure.unit());
-        let of = |who: usize| Spread::of(pairs.iter().map(|pair| pair[who]));
-        let ratio = Spread::of(pairs.iter().map(|[drover, qemu]| work.ratio(*drover, *qemu)));
-        println!("{name} ({unit})");
-        println!("{}", row("  drover", &of(0)));
-        println!("{}", row("  qemu", &of(1)));
-        println!("{}", row("  ratio, above 1: better", &ratio));
+    for row in rows {
+        let (name, unit) = (row.work.name, row.work.figure.unit());
+        let [drover, qemu, ratio] = row.spreads();
         line[format!("{name}_ratio")] = rounded(ratio.p50).into();
         line[format!("{name}_ratio_spread")] = ratio.json();
-        line[format!("drover_{name}_{unit}_p50")] = rounded(of(0).p50).into();
-        line[format!("qemu_{name}_{unit}_p50")] = rounded(of(1).p50).into();
+        line[format!("drover_{name}_{unit}_p50")] = rounded(drover.p50).into();
+        line[format!("qemu_{name}_{unit}_p50")] = rounded(qemu.p50).into();
     }
-    println!("{line}");
+    line
 }
 
 #[cfg(test)]

@@ -75,7 +75,7 @@ pub struct BenchArgs {
     fio: PathBuf,
 }
 
-#[derive(Debug, Clone, Copy, Subcommand)]
+#[derive(Debug, Clone, Subcommand)]
 enum What {
     /// Move a busy guest between two VMMs of one host, without a disk and with one: total time,
     /// pause, bytes.
@@ -101,6 +101,9 @@ enum What {
         /// QEMU goes past the host's page cache (cache=none).
         #[arg(long)]
         qemu_direct: bool,
+        /// Only this kind of work; may be given several times.
+        #[arg(long, value_name = "WORK", value_parser = disk::work_names())]
+        only: Vec<String>,
     },
     /// From starting a VMM to the guest's init, and the VMM's own memory.
     Boot,
@@ -129,8 +132,8 @@ pub fn main(lab: &str, args: &BenchArgs) -> Result<ExitCode> {
 fn measure(args: &BenchArgs) -> Result<()> {
     let stage = |guest| Stage::build(&args.vmm, &args.boot_dir, guest);
     let (runs, warm_up) = (args.runs, args.warm_up);
-    match args.what {
-        What::Migration { vhost, probe, only, qemu_zeros } => {
+    match &args.what {
+        &What::Migration { vhost, probe, only, qemu_zeros } => {
             let mut line = Map::from_iter([("bench".to_owned(), "migration".into())]);
             if only != Some(Part::Disk) {
                 let options = migration::Options { vhost, probe };
@@ -144,9 +147,10 @@ fn measure(args: &BenchArgs) -> Result<()> {
             println!("{}", Value::from(line));
             Ok(())
         }
-        What::Disk { cold, qemu_direct } => {
-            let options = disk::Options { is_cold: cold, is_qemu_direct: qemu_direct };
-            disk::measure(&stage(disk::guest(&args.fio, options)?)?, runs, warm_up, options)
+        What::Disk { cold, qemu_direct, only } => {
+            let options =
+                disk::Options { is_cold: *cold, is_qemu_direct: *qemu_direct, only: only.clone() };
+            disk::measure(&stage(disk::guest(&args.fio, &options)?)?, runs, warm_up, &options)
         }
         What::Boot => boot::measure(&stage(Guest::small())?, runs, warm_up),
     }
@@ -204,8 +208,8 @@ impl BenchArgs {
         let mut flags = Vec::new();
         let mut flag = |name: &str, is_set: bool| flags.extend(is_set.then(|| name.to_owned()));
         let mut words = Vec::new();
-        match self.what {
-            What::Migration { vhost, probe, only, qemu_zeros } => {
+        match &self.what {
+            &What::Migration { vhost, probe, only, qemu_zeros } => {
                 words.push("migration".to_owned());
                 flag("--vhost", vhost);
                 flag("--probe", probe);
@@ -213,10 +217,11 @@ impl BenchArgs {
                 flag("--only=disk", only == Some(Part::Disk));
                 flag("--qemu-zeros", qemu_zeros);
             }
-            What::Disk { cold, qemu_direct } => {
+            What::Disk { cold, qemu_direct, only } => {
                 words.push("disk".to_owned());
-                flag("--cold", cold);
-                flag("--qemu-direct", qemu_direct);
+                flag("--cold", *cold);
+                flag("--qemu-direct", *qemu_direct);
+                only.iter().for_each(|work| flag(&format!("--only={work}"), true));
             }
             What::Boot => words.push("boot".to_owned()),
         }

@@ -5,10 +5,10 @@ use std::ops::Range;
 
 use super::wire::{EXTENTS_MAX, Extent};
 use crate::virtio::blk::tracker::{BLOCK_BYTES, BlockSet};
-use crate::virtio::blk::{Volume, is_zero};
+use crate::virtio::blk::{Straight, Volume, is_zero};
 
 /// Read from a disk at once.
-const READ_BYTES: u64 = 256 << 10;
+const READ_BYTES: u64 = 512 << 10;
 /// Read for one message, sent or not: between two messages somebody may cancel.
 const LOOK_BYTES_MAX: u64 = 4 << 20;
 /// Known to be zero and told in one message: the other side may have to look at each byte.
@@ -83,6 +83,10 @@ pub(super) struct Pass<'a> {
     disk: u32,
     what: What,
     at: u64,
+    /// In front of this nothing is a hole, as far as that is known.
+    data_end: u64,
+    /// For the first pass; what was written since is in the cache.
+    straight: Option<Straight>,
 }
 
 /// Bytes that are looked at, or are known to be zero.
@@ -94,12 +98,13 @@ enum Piece {
 impl<'a> Pass<'a> {
     /// The first: all that is allocated.
     pub(super) fn all(volume: &'a Volume, disk: u32, zeroed: bool) -> Self {
-        Self { volume, disk, what: What::All { zeroed }, at: 0 }
+        let straight = Straight::open(volume, false, READ_BYTES as usize);
+        Self { volume, disk, what: What::All { zeroed }, at: 0, data_end: 0, straight }
     }
 
     /// A later one: what was written.
     pub(super) fn blocks(volume: &'a Volume, disk: u32, blocks: BlockSet) -> Self {
-        Self { volume, disk, what: What::Blocks(blocks), at: 0 }
+        Self { volume, disk, what: What::Blocks(blocks), at: 0, data_end: 0, straight: None }
     }
 
     /// Which disk, in the shape's order.
@@ -120,16 +125,26 @@ impl<'a> Pass<'a> {
         let end = self.volume.bytes();
         let (piece, at) = match &self.what {
             What::All { .. } => {
-                let data = self.volume.next_data(self.at)?;
-                match data {
+                // Asked once an extent: a filesystem may look through all of it to tell its end.
+                // What was discarded since is read as zeros.
+                let hole_end = if self.at < self.data_end {
+                    self.at
+                } else {
+                    let data = self.volume.next_data(self.at)?;
+                    let (start, stop) = data.unwrap_or((end, end));
+                    self.data_end = stop;
+                    start
+                };
+                match hole_end {
                     _ if self.at >= end => return Ok(None),
-                    Some((start, stop)) if start == self.at => {
-                        let stop = stop.min(start + read_max);
+                    start if start == self.at => {
+                        let stop = self.data_end.min(start + read_max);
                         (Piece::Data(start, stop - start), stop)
                     }
-                    _ => {
-                        let stop = data.map_or(end, |(start, _)| start);
-                        let stop = stop.min(self.at + HOLE_BYTES_MAX);
+                    start => {
+                        let stop = start.min(self.at + HOLE_BYTES_MAX);
+                        // The rest of the hole is asked for again.
+                        self.data_end = stop;
                         (Piece::Hole(self.at, stop - self.at), stop)
                     }
                 }
@@ -144,6 +159,21 @@ impl<'a> Pass<'a> {
         };
         self.at = at;
         Ok(Some(piece))
+    }
+
+    /// Fills the buffer; or does not, and answers false, as all of it would be zeros.
+    fn read(&mut self, offset: u64, buffer: &mut [u8]) -> io::Result<bool> {
+        if let Some(straight) = &mut self.straight
+            && let Some(read) = straight.read(offset, buffer.len())?
+        {
+            let is_data = !is_zero(read);
+            if is_data {
+                buffer.copy_from_slice(read);
+            }
+            return Ok(is_data);
+        }
+        self.volume.read_at(buffer, offset)?;
+        Ok(true)
     }
 
     /// The next message; its data are in the buffer, whose length is their bound. `None` at the
@@ -171,12 +201,12 @@ impl<'a> Pass<'a> {
                 }
             };
             let end = used + bytes as usize;
-            self.volume.read_at(&mut buffer[used..end], offset)?;
+            let is_hole = !self.read(offset, &mut buffer[used..end])?;
             batch.looked_bytes += bytes;
             let before = batch.data_bytes;
             for from in (used..end).step_by(granule) {
                 let data = from..end.min(from + granule);
-                let (bytes, zero) = (data.len() as u64, is_zero(&buffer[data.clone()]));
+                let (bytes, zero) = (data.len() as u64, is_hole || is_zero(&buffer[data.clone()]));
                 let offset = offset + (from - used) as u64;
                 if !(zero && skip_zeros) {
                     batch.push(Extent { disk: self.disk, offset, bytes, zero });

@@ -42,7 +42,7 @@ struct SourceShared {
 struct SourceInner {
     cancelled: bool,
     handed_over: bool,
-    socket: Option<TcpStream>,
+    sockets: Vec<TcpStream>,
 }
 
 impl SourceControl {
@@ -65,7 +65,7 @@ impl SourceControl {
             return Err(ControlError::HandedOver);
         }
         inner.cancelled = true;
-        if let Some(socket) = &inner.socket {
+        for socket in &inner.sockets {
             // It may be gone already.
             let _ = socket.shutdown(Shutdown::Both);
         }
@@ -78,13 +78,13 @@ impl SourceControl {
         self.inner().cancelled
     }
 
-    /// From now on `cancel` interrupts this connection.
-    pub(super) fn set_socket(&self, socket: TcpStream) {
+    /// From now on `cancel` interrupts this connection too.
+    pub(super) fn add_socket(&self, socket: TcpStream) {
         let mut inner = self.inner();
         if inner.cancelled {
             let _ = socket.shutdown(Shutdown::Both);
         }
-        inner.socket = Some(socket);
+        inner.sockets.push(socket);
     }
 
     /// The hand-over is about to be written: from now on `cancel` is too late. False when it was

@@ -27,6 +27,11 @@ impl Courtesy {
         Self { before: stands_back.then_some(before) }
     }
 
+    /// For a thread that this one starts, and which stands back as this one does.
+    pub(super) fn inherited(&self) -> Inherited {
+        Inherited(self.before)
+    }
+
     /// Steps forward again.
     pub(super) fn end(&mut self) {
         if let Some(before) = self.before.take()
@@ -34,6 +39,17 @@ impl Courtesy {
         {
             tracing::warn!(%error, "the migration's thread keeps its low priority");
         }
+    }
+}
+
+/// The courtesy of a thread that has just begun.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct Inherited(Option<i32>);
+
+impl Inherited {
+    /// Called by that thread.
+    pub(super) fn begin(self) -> Courtesy {
+        Courtesy { before: self.0 }
     }
 }
 

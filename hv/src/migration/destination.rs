@@ -1,27 +1,35 @@
-//! The destination's shell: does what [`DestinationMachine`] says. [`disks`] are the guest's.
+//! The destination's shell: does what [`DestinationMachine`] says. [`disks`] are the guest's;
+//! [`inbox`] is where all goes that comes in, on the first connection and on those of the
+//! [`receivers`].
 
 mod disks;
+mod inbox;
+mod receivers;
 
 use std::io;
 use std::net::{TcpListener, ToSocketAddrs};
 use std::os::fd::{AsFd, BorrowedFd};
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use drover_proto::agent::v1::{MigrationProgress, MigrationRole, ObservedMigration};
-use rustix::event::{PollFd, PollFlags, Timespec, poll};
 
 use super::courtesy::Courtesy;
 use super::destination_machine::{
     DestinationAction, DestinationEvent, DestinationMachine, DestinationState,
 };
 use super::features::Shape;
-use super::link::{Link, protocol, reason};
-use super::wire::{self, Hello, Kind, RUN_BYTES, Sent};
-use super::{DestinationControl, IDLE_TIMEOUT, LISTEN_TIMEOUT, MigrationError, Observer, pages};
+use super::link::{Link, Received, protocol, reason, wait_for};
+use super::wire::{self, CONNECTIONS_MAX, Hello, Kind, Sent};
+use super::{
+    CONNECT_TIMEOUT, DestinationControl, IDLE_TIMEOUT, LISTEN_TIMEOUT, MigrationError, Observer,
+    pages,
+};
 use crate::machine::migratable::MigratableVm;
-use crate::memory::GuestMemory;
 use crate::state;
 use disks::Disks;
+use inbox::Inbox;
+use receivers::Receivers;
 
 /// Connections that were not the source's, before it is called an attack.
 const STRANGERS_MAX: u32 = 64;
@@ -37,6 +45,8 @@ pub struct DestinationConfig {
     pub token: String,
     /// Of the machine that waits here.
     pub shape: Shape,
+    /// Most connections; the source may offer fewer. [`super::connections`] is what it costs.
+    pub connections: u16,
 }
 
 /// How it ended.
@@ -91,9 +101,9 @@ impl Incoming {
             deadline,
             strangers: 0,
             link: None,
-            disks: Disks::default(),
-            pages: 0,
-            rounds: 0,
+            receivers: None,
+            inbox: None,
+            buffer: Vec::new(),
             image: Vec::new(),
             times: Times::default(),
             courtesy: Courtesy::begin(),
@@ -112,11 +122,11 @@ struct Destination<'a, 'o> {
     deadline: Instant,
     strangers: u32,
     link: Option<Link>,
-    disks: Disks,
-    /// Pages that came, zero ones included.
-    pages: u64,
-    /// Passes over memory that are complete.
-    rounds: u32,
+    /// From WELCOME on.
+    receivers: Option<Receivers>,
+    inbox: Option<Arc<Inbox>>,
+    /// Of what comes on the first connection.
+    buffer: Vec<u8>,
     image: Vec<u8>,
     times: Times,
     courtesy: Courtesy,
@@ -168,6 +178,7 @@ impl Destination<'_, '_> {
         match action {
             DestinationAction::Listen => self.listen(),
             DestinationAction::Greet => self.greet(),
+            DestinationAction::Join => self.join(),
             DestinationAction::Receive => self.receive(),
             DestinationAction::Restore => {
                 let state = state::decode(&std::mem::take(&mut self.image))?;
@@ -177,11 +188,12 @@ impl Destination<'_, '_> {
                 Ok(DestinationEvent::Restored)
             }
             DestinationAction::SyncDisks => {
-                let (synced, time) = timed(|| self.disks.sync());
-                self.times.sync = time;
+                let disks = &self.inbox()?.disks;
+                let (synced, time) = timed(|| disks.sync());
                 synced?;
                 // Whoever fills a disk that the guest can only read has it open twice.
-                self.disks = Disks::default();
+                disks.close();
+                self.times.sync = time;
                 Ok(DestinationEvent::Synced)
             }
             DestinationAction::AwaitCommit => {
@@ -254,7 +266,7 @@ impl Destination<'_, '_> {
                 }
             }
             let listener = self.incoming.listener.as_fd();
-            if let Err(error) = wait_for(&[listener, self.wake()], left) {
+            if let Err(error) = wait_for(&[listener, self.wake()], Some(left)) {
                 self.error = Some(failed(error));
                 return Ok(DestinationEvent::Failed);
             }
@@ -267,11 +279,11 @@ impl Destination<'_, '_> {
     }
 
     fn greet(&mut self) -> Result<DestinationEvent, MigrationError> {
-        let payload = match self.link()?.expect(Kind::Hello, HELLO_TIMEOUT) {
-            Ok(payload) => payload,
+        let message = match self.link()?.first(Kind::Hello, HELLO_TIMEOUT) {
+            Ok(message) => message,
             Err(error) => return Ok(self.stranger(&error.to_string())),
         };
-        let hello = match Hello::decode(&payload) {
+        let hello = match Hello::decode(&message.payload) {
             Ok(hello) => hello,
             Err(error) => return Ok(self.stranger(&error.to_string())),
         };
@@ -293,13 +305,61 @@ impl Destination<'_, '_> {
         pages::clear(self.vm.memory()).map_err(MigrationError::link("clearing memory"))?;
         let zeroed = match Disks::prepare(self.vm.disks()) {
             Ok((disks, zeroed)) => {
-                self.disks = disks;
+                self.inbox = Some(Arc::new(Inbox::new(self.vm.memory().clone(), disks)?));
                 zeroed
             }
             Err(error) => return self.refuse(error.to_string()),
         };
-        self.link()?.send(Kind::Welcome, &wire::encode_welcome(&zeroed))?;
+        let DestinationConfig { migration_id, token, .. } = self.config;
+        let allowed = message.connections.min(self.config.connections).clamp(1, CONNECTIONS_MAX);
+        self.receivers = Some(Receivers::new(migration_id, token, allowed));
+        self.link()?.greet(Kind::Welcome, &wire::encode_welcome(&zeroed), allowed)?;
         Ok(DestinationEvent::Accepted)
+    }
+
+    /// Takes the further connections that WELCOME allowed.
+    fn join(&mut self) -> Result<DestinationEvent, MigrationError> {
+        let step = "waiting for the further connections";
+        let failed = MigrationError::link(step);
+        let deadline = Instant::now() + CONNECT_TIMEOUT;
+        let inbox = Arc::clone(self.inbox()?);
+        loop {
+            if self.control.is_ended() {
+                return Ok(self.ended());
+            }
+            inbox.alarm.check()?;
+            let receivers = self.receivers()?;
+            if receivers.are_complete() {
+                return Ok(DestinationEvent::Joined);
+            }
+            let left = deadline.saturating_duration_since(Instant::now());
+            if left.is_zero() || self.strangers > STRANGERS_MAX {
+                return Err(failed(io::ErrorKind::TimedOut.into()));
+            }
+            match self.incoming.listener.accept() {
+                Ok((stream, peer)) => {
+                    tracing::debug!(%peer, "a further connection");
+                    // Or none; it is the bound that counts.
+                    self.strangers += 1;
+                    let courtesy = self.courtesy.inherited();
+                    self.receivers()?.add(stream, &inbox, courtesy)?;
+                    continue;
+                }
+                Err(error) if error.kind() == io::ErrorKind::WouldBlock => {}
+                Err(error) => return Err(failed(error)),
+            }
+            let link = self.link.as_ref().map(|link| link.stream().as_fd());
+            let Some(link) = link else { return Err(failed(io::ErrorKind::NotConnected.into())) };
+            let listener = self.incoming.listener.as_fd();
+            let fds = [listener, inbox.alarm.fd(), self.wake(), link];
+            let readable = wait_for(&fds, Some(left)).map_err(MigrationError::link(step))?;
+            inbox.alarm.calm();
+            // Before all are there the source says nothing, or that it gives up.
+            if readable[3] && !self.receivers()?.are_complete() {
+                self.link()?.expect(Kind::Abort, HELLO_TIMEOUT)?;
+                return Err(failed(io::ErrorKind::ConnectionAborted.into()));
+            }
+        }
     }
 
     /// It is the source, and cannot come here.
@@ -322,25 +382,28 @@ impl Destination<'_, '_> {
 
     /// Disks and pages, until the state comes.
     fn receive(&mut self) -> Result<DestinationEvent, MigrationError> {
-        let memory = self.vm.memory().clone();
+        let inbox = Arc::clone(self.inbox()?);
         loop {
             if self.control.is_ended() {
                 return Ok(self.ended());
             }
-            let message = self.link()?.receive(IDLE_TIMEOUT)?;
+            let message = self.next_message(&inbox)?;
             match message.kind {
-                Kind::Pages => self.receive_pages(&memory, message.length)?,
-                Kind::Disk => self.receive_blocks(message.length)?,
+                Kind::Pages | Kind::Disk => {
+                    let mut buffer = std::mem::take(&mut self.buffer);
+                    inbox.take(self.link()?, &message, &mut buffer)?;
+                    self.buffer = buffer;
+                }
                 Kind::Round => {
                     let (round, sent) = wire::decode_round(&message.payload).map_err(protocol)?;
-                    self.check_sent(sent)?;
+                    self.await_all(&inbox, sent, false)?;
                     if sent.pages > 0 {
-                        self.rounds += 1;
+                        inbox.end_first_pass();
                         self.courtesy.end();
                     }
                     // So the passes' rate is that of the disks too, and the pause has little left
                     // to make durable.
-                    self.disks.sync()?;
+                    inbox.disks.sync()?;
                     self.link()?.send(Kind::RoundAck, &wire::encode_round(round, sent))?;
                 }
                 Kind::Rehearsal => {
@@ -353,7 +416,7 @@ impl Destination<'_, '_> {
                 }
                 Kind::State => {
                     let (sent, image) = Sent::decode(&message.payload).map_err(protocol)?;
-                    self.check_sent(sent)?;
+                    self.await_all(&inbox, sent, true)?;
                     self.image = image.to_vec();
                     return Ok(DestinationEvent::StateReceived);
                 }
@@ -363,48 +426,31 @@ impl Destination<'_, '_> {
         }
     }
 
-    fn check_sent(&self, sent: Sent) -> Result<(), MigrationError> {
-        let came = Sent { pages: self.pages, disk_bytes: self.disks.bytes };
-        if sent == came {
-            return Ok(());
+    /// The next one of the first connection, unless another one fails.
+    fn next_message(&mut self, inbox: &Inbox) -> Result<Received, MigrationError> {
+        if self.receivers()?.are_none() {
+            return self.link()?.receive(IDLE_TIMEOUT);
         }
-        Err(MigrationError::Protocol(format!("{sent:?} was sent, {came:?} came")))
+        match self.link()?.await_word(&inbox.alarm, IDLE_TIMEOUT) {
+            Ok(()) => self.link()?.receive(IDLE_TIMEOUT),
+            Err(error) => Err(self.better(error)),
+        }
     }
 
-    /// The body of a PAGES message, straight into memory.
-    fn receive_pages(&mut self, memory: &GuestMemory, length: usize) -> Result<(), MigrationError> {
-        let mut count = [0; 4];
-        self.link()?.receive_exact(&mut count)?;
-        let count = u32::from_le_bytes(count) as usize;
-        let table_bytes = count.saturating_mul(RUN_BYTES);
-        let Some(data_bytes) = length.checked_sub(4).and_then(|rest| rest.checked_sub(table_bytes))
-        else {
-            return Err(MigrationError::Protocol(format!("{count} runs in {length} bytes")));
-        };
-        let mut table = vec![0; table_bytes];
-        self.link()?.receive_exact(&mut table)?;
-        let runs = wire::decode_runs(&table, count, data_bytes).map_err(protocol)?;
-        let mut buffers = Vec::with_capacity(runs.len());
-        for run in &runs {
-            let mut here = Vec::new();
-            if !pages::gather(memory, run, &mut here) {
-                return Err(MigrationError::Protocol(format!("{run:?} is outside of memory")));
+    /// Waits for what the other connections bring. Without others it is here, or was never sent.
+    fn await_all(&mut self, inbox: &Inbox, said: Sent, last: bool) -> Result<(), MigrationError> {
+        let alone = self.receivers()?.are_none();
+        inbox.await_all(said, alone, last || alone).map_err(|error| self.better(error))
+    }
+
+    /// When a connection is gone: what the source said on the first one is why.
+    fn better(&mut self, error: MigrationError) -> MigrationError {
+        match error {
+            MigrationError::Link { .. } => {
+                self.link.as_mut().and_then(Link::last_words).unwrap_or(error)
             }
-            if run.zero {
-                for buffer in here {
-                    // SAFETY: `gather` made it from mapped guest memory; no guest runs here.
-                    unsafe { buffer.iov_base.cast::<u8>().write_bytes(0, buffer.iov_len) };
-                }
-            } else {
-                buffers.extend(here);
-            }
-            self.pages += u64::from(run.pages);
+            error => error,
         }
-        if self.rounds == 0 {
-            pages::populate(&buffers);
-        }
-        // SAFETY: the buffers are mapped guest memory, to which nothing holds a reference.
-        unsafe { self.link()?.receive_buffers(&mut buffers) }
     }
 
     /// READY was said: COMMIT, the loss of the link, or the controller.
@@ -416,7 +462,7 @@ impl Destination<'_, '_> {
             let wake = self.wake();
             let link = self.link.as_ref().map(|link| link.stream().as_fd());
             let Some(link) = link else { return Ok(DestinationEvent::LinkLost) };
-            let readable = wait_for(&[link, wake], IDLE_TIMEOUT)
+            let readable = wait_for(&[link, wake], Some(IDLE_TIMEOUT))
                 .map_err(MigrationError::link("waiting for COMMIT"))?;
             // Keepalive ends a link whose other side is gone; silence alone does not.
             if readable[0] {
@@ -432,7 +478,7 @@ impl Destination<'_, '_> {
             if let Some(event) = self.decided() {
                 return Ok(event);
             }
-            if let Err(error) = wait_for(&[self.wake()], IDLE_TIMEOUT) {
+            if let Err(error) = wait_for(&[self.wake()], Some(IDLE_TIMEOUT)) {
                 tracing::error!(%error, "waiting for the controller");
                 std::thread::sleep(Duration::from_secs(1));
             }
@@ -463,11 +509,21 @@ impl Destination<'_, '_> {
             let _ = link.send(Kind::Abort, &wire::encode_reason(&error.to_string()));
             link.close();
         }
+        self.receivers = None;
         DestinationOutcome::Failed(error)
     }
 
     fn link(&mut self) -> Result<&mut Link, MigrationError> {
         self.link.as_mut().ok_or_else(|| MigrationError::Protocol("there is no connection".into()))
+    }
+
+    fn inbox(&self) -> Result<&Arc<Inbox>, MigrationError> {
+        self.inbox.as_ref().ok_or_else(|| MigrationError::Protocol("nobody was welcome".into()))
+    }
+
+    fn receivers(&mut self) -> Result<&mut Receivers, MigrationError> {
+        let none = || MigrationError::Protocol("nobody was welcome".into());
+        self.receivers.as_mut().ok_or_else(none)
     }
 
     fn wake(&self) -> BorrowedFd<'_> {
@@ -482,8 +538,9 @@ impl Destination<'_, '_> {
             }
             DestinationState::Receiving => MigrationProgress::Copying,
             DestinationState::Ready => MigrationProgress::Ready,
-            // Told when it is over, or not at all: these are part of the pause.
-            DestinationState::Restoring
+            // Told when it is over, or not at all: all but the first are part of the pause.
+            DestinationState::Joining
+            | DestinationState::Restoring
             | DestinationState::Syncing
             | DestinationState::Locking
             | DestinationState::Resuming => return,
@@ -506,15 +563,4 @@ impl Destination<'_, '_> {
         };
         (self.observer)(&observed);
     }
-}
-
-/// Waits until one of these is readable (or broken); answers which are.
-fn wait_for(fds: &[BorrowedFd<'_>], timeout: Duration) -> io::Result<Vec<bool>> {
-    let mut polled: Vec<_> = fds.iter().map(|fd| PollFd::new(fd, PollFlags::IN)).collect();
-    let timeout = Timespec::try_from(timeout).map_err(io::Error::other)?;
-    match poll(&mut polled, Some(&timeout)) {
-        Ok(_) | Err(rustix::io::Errno::INTR) => {}
-        Err(error) => return Err(error.into()),
-    }
-    Ok(polled.iter().map(|fd| !fd.revents().is_empty()).collect())
 }

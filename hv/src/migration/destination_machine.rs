@@ -11,6 +11,8 @@ pub enum DestinationState {
     Listening,
     /// Somebody connected: HELLO is awaited and checked.
     Greeting,
+    /// It was the source: its further connections are awaited.
+    Joining,
     /// Pages come in.
     Receiving,
     /// The state is here and is being restored.
@@ -38,6 +40,8 @@ pub enum DestinationEvent {
     Connected,
     /// It was the source, and the machines fit.
     Accepted,
+    /// All its connections are there.
+    Joined,
     /// It was not the source.
     Rejected,
     /// The last page and the state are here.
@@ -69,6 +73,8 @@ pub enum DestinationAction {
     Listen,
     /// Read HELLO and answer it.
     Greet,
+    /// Take the further connections that WELCOME allowed.
+    Join,
     /// Take in pages until the state comes.
     Receive,
     /// Restore the state.
@@ -152,7 +158,8 @@ fn transition(
         (S::Listening, E::Connected) => (S::Greeting, A::Greet),
         // A stranger must not end a migration.
         (S::Greeting, E::Rejected | E::LinkLost) => (S::Listening, A::Listen),
-        (S::Greeting, E::Accepted) => (S::Receiving, A::Receive),
+        (S::Greeting, E::Accepted) => (S::Joining, A::Join),
+        (S::Joining, E::Joined) => (S::Receiving, A::Receive),
         (S::Receiving, E::StateReceived) => (S::Restoring, A::Restore),
         (S::Restoring, E::Restored) => (S::Syncing, A::SyncDisks),
         (S::Syncing, E::Synced) => (S::Ready, A::AwaitCommit),
@@ -161,10 +168,12 @@ fn transition(
         // The source may have handed over: only the controller knows.
         (S::Ready, E::LinkLost | E::Failed) => (S::Ready, A::AwaitController),
         // It has not handed over and never will.
-        (S::Receiving | S::Restoring | S::Syncing | S::Ready, E::Aborted) => (S::Failed, A::Finish),
+        (S::Joining | S::Receiving | S::Restoring | S::Syncing | S::Ready, E::Aborted) => {
+            (S::Failed, A::Finish)
+        }
         (S::Resuming, E::Resumed) => (S::Running, A::Finish),
-        (S::Listening | S::Greeting | S::Receiving | S::Restoring | S::Syncing, E::Failed)
-        | (S::Receiving | S::Restoring | S::Syncing, E::LinkLost)
+        (S::Listening | S::Greeting, E::Failed)
+        | (S::Joining | S::Receiving | S::Restoring | S::Syncing, E::Failed | E::LinkLost)
         | (S::Locking | S::Resuming, E::Failed) => (S::Failed, A::Finish),
         _ => return None,
     })
@@ -176,10 +185,11 @@ mod tests {
     use DestinationEvent as E;
     use DestinationState as S;
 
-    const STATES: [S; 11] = [
+    const STATES: [S; 12] = [
         S::Idle,
         S::Listening,
         S::Greeting,
+        S::Joining,
         S::Receiving,
         S::Restoring,
         S::Syncing,
@@ -189,10 +199,11 @@ mod tests {
         S::Running,
         S::Failed,
     ];
-    const EVENTS: [E; 14] = [
+    const EVENTS: [E; 15] = [
         E::Start,
         E::Connected,
         E::Accepted,
+        E::Joined,
         E::Rejected,
         E::StateReceived,
         E::Restored,

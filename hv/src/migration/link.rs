@@ -1,13 +1,14 @@
-//! The connection: framed messages, each with a time in which the other side must move.
+//! A connection: framed messages, each with a time in which the other side must move.
 
 use std::io;
 use std::net::{Shutdown, SocketAddr, TcpStream, ToSocketAddrs};
-use std::os::fd::{AsRawFd, OwnedFd};
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
 use std::time::{Duration, Instant};
 
-use rustix::event::{PollFd, PollFlags, poll};
+use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::net::{AddressFamily, SocketFlags, SocketType, sockopt};
 
+use super::alarm::Alarm;
 use super::wire::{self, HEADER_BYTES, Kind};
 use super::{IDLE_TIMEOUT, MigrationError};
 
@@ -15,12 +16,14 @@ use super::{IDLE_TIMEOUT, MigrationError};
 const CONNECT_POLL: Duration = Duration::from_millis(100);
 /// Silence after which the kernel asks whether the other side is there.
 const KEEPALIVE: Duration = Duration::from_secs(5);
+/// Messages in which the other side's last words are looked for.
+const LAST_WORDS_MAX: u32 = 8;
 
 /// A connection to the other side.
 pub(super) struct Link {
     stream: TcpStream,
-    /// Bytes sent, headers included.
-    pub(super) sent: u64,
+    /// When something was last sent.
+    spoke: Instant,
 }
 
 /// A message; the data of PAGES and DISK are still in the socket.
@@ -31,6 +34,8 @@ pub(super) struct Received {
     pub(super) payload: Vec<u8>,
     /// For PAGES and DISK: bytes that follow.
     pub(super) length: usize,
+    /// For HELLO and WELCOME: how many connections.
+    pub(super) connections: u16,
 }
 
 impl Link {
@@ -70,7 +75,7 @@ impl Link {
             Ok(())
         };
         configure().map_err(MigrationError::link("setting up the connection"))?;
-        Ok(Self { stream, sent: 0 })
+        Ok(Self { stream, spoke: Instant::now() })
     }
 
     /// Another handle, to shut the connection down with.
@@ -78,13 +83,59 @@ impl Link {
         self.stream.try_clone().map_err(MigrationError::link("setting up the connection"))
     }
 
+    /// Waits for the other side's next bytes, or for the alarm, which counts first.
+    pub(super) fn await_word(
+        &self,
+        alarm: &Alarm,
+        timeout: Duration,
+    ) -> Result<(), MigrationError> {
+        let deadline = Instant::now() + timeout;
+        loop {
+            alarm.check()?;
+            let left = deadline.saturating_duration_since(Instant::now());
+            let readable = wait_for(&[self.stream.as_fd(), alarm.fd()], Some(left))
+                .map_err(MigrationError::link("receiving"))?;
+            match readable[..] {
+                [_, true] => alarm.calm(),
+                [true, false] => return Ok(()),
+                _ if left.is_zero() => {
+                    let source = io::ErrorKind::TimedOut.into();
+                    return Err(MigrationError::Link { step: "receiving", source });
+                }
+                _ => {}
+            }
+        }
+    }
+
     pub(super) fn stream(&self) -> &TcpStream {
         &self.stream
     }
 
+    /// For how long nothing was sent.
+    pub(super) fn silent_for(&self) -> Duration {
+        self.spoke.elapsed()
+    }
+
     /// Sends a message.
     pub(super) fn send(&mut self, kind: Kind, payload: &[u8]) -> Result<(), MigrationError> {
-        let header = wire::header(kind, payload.len());
+        self.send_framed(wire::header(kind, payload.len()), payload)
+    }
+
+    /// Sends HELLO or WELCOME, with a number of connections.
+    pub(super) fn greet(
+        &mut self,
+        kind: Kind,
+        payload: &[u8],
+        connections: u16,
+    ) -> Result<(), MigrationError> {
+        self.send_framed(wire::greeting(kind, payload.len(), connections), payload)
+    }
+
+    fn send_framed(
+        &mut self,
+        header: [u8; HEADER_BYTES],
+        payload: &[u8],
+    ) -> Result<(), MigrationError> {
         let mut buffers = [buffer(&header), buffer(payload)];
         // SAFETY: both buffers are slices that live during the call.
         unsafe { self.send_buffers(&mut buffers) }
@@ -103,8 +154,8 @@ impl Link {
             // SAFETY: the caller vouches for the buffers, and the count is theirs.
             unsafe { libc::writev(fd, buffers.as_ptr(), buffers.len() as libc::c_int) }
         };
-        let sent = transfer(buffers, each).map_err(MigrationError::link("sending"))?;
-        self.sent += sent;
+        transfer(buffers, each).map_err(MigrationError::link("sending"))?;
+        self.spoke = Instant::now();
         Ok(())
     }
 
@@ -133,16 +184,38 @@ impl Link {
 
     /// Receives a message; the other side may be silent for `timeout`.
     pub(super) fn receive(&mut self, timeout: Duration) -> Result<Received, MigrationError> {
+        self.receive_if(|_| true, timeout)
+    }
+
+    /// The same; a message of a kind that is not wanted is not read on.
+    fn receive_if(
+        &mut self,
+        wanted: impl Fn(Kind) -> bool,
+        timeout: Duration,
+    ) -> Result<Received, MigrationError> {
         self.stream.set_read_timeout(Some(timeout)).map_err(MigrationError::link("receiving"))?;
         let mut header = [0; HEADER_BYTES];
         self.receive_exact(&mut header)?;
         let (kind, length) = wire::parse_header(header).map_err(protocol)?;
+        if !wanted(kind) {
+            return Err(MigrationError::Protocol(format!("{kind:?} has no place here")));
+        }
+        let connections = wire::connections(&header);
         let mut payload = Vec::new();
         if !matches!(kind, Kind::Pages | Kind::Disk) {
             payload.resize(length, 0);
             self.receive_exact(&mut payload)?;
         }
-        Ok(Received { kind, payload, length })
+        Ok(Received { kind, payload, length, connections })
+    }
+
+    /// Receives the first message of somebody who may be anybody.
+    pub(super) fn first(
+        &mut self,
+        wanted: Kind,
+        timeout: Duration,
+    ) -> Result<Received, MigrationError> {
+        self.receive_if(|kind| kind == wanted, timeout)
     }
 
     /// Receives the one message that may come now.
@@ -151,9 +224,18 @@ impl Link {
         wanted: Kind,
         timeout: Duration,
     ) -> Result<Vec<u8>, MigrationError> {
+        Ok(self.answer(wanted, timeout)?.payload)
+    }
+
+    /// The same, with what its header says.
+    pub(super) fn answer(
+        &mut self,
+        wanted: Kind,
+        timeout: Duration,
+    ) -> Result<Received, MigrationError> {
         let message = self.receive(timeout)?;
         match message.kind {
-            kind if kind == wanted => Ok(message.payload),
+            kind if kind == wanted => Ok(message),
             Kind::Refuse => Err(MigrationError::Refused(reason(&message.payload)?)),
             Kind::Abort => Err(MigrationError::Aborted(reason(&message.payload)?)),
             kind => Err(MigrationError::Protocol(format!("{kind:?} in place of {wanted:?}"))),
@@ -163,11 +245,17 @@ impl Link {
     /// What the other side said before it went: better than a broken pipe.
     pub(super) fn last_words(&mut self) -> Option<MigrationError> {
         const PATIENCE: Duration = Duration::from_millis(200);
-        let message = self.receive(PATIENCE).ok()?;
-        match message.kind {
-            Kind::Abort => reason(&message.payload).ok().map(MigrationError::Aborted),
-            _ => None,
+        for _ in 0..LAST_WORDS_MAX {
+            let message = self.receive(PATIENCE).ok()?;
+            match message.kind {
+                Kind::Abort => return reason(&message.payload).ok().map(MigrationError::Aborted),
+                Kind::Pages | Kind::Disk => {
+                    self.receive_exact(&mut vec![0; message.length]).ok()?
+                }
+                _ => {}
+            }
         }
+        None
     }
 
     pub(super) fn close(&self) {
@@ -225,6 +313,17 @@ fn transfer(
     }
 }
 
+/// Waits until one of these is readable (or broken), or the time is over; answers which are.
+pub(super) fn wait_for(fds: &[BorrowedFd<'_>], timeout: Option<Duration>) -> io::Result<Vec<bool>> {
+    let mut polled: Vec<_> = fds.iter().map(|fd| PollFd::new(fd, PollFlags::IN)).collect();
+    let timeout = timeout.map(Timespec::try_from).transpose().map_err(io::Error::other)?;
+    match poll(&mut polled, timeout.as_ref()) {
+        Ok(_) | Err(rustix::io::Errno::INTR) => {}
+        Err(error) => return Err(error.into()),
+    }
+    Ok(polled.iter().map(|fd| !fd.revents().is_empty()).collect())
+}
+
 fn connect_one(
     address: SocketAddr,
     deadline: Instant,
@@ -245,7 +344,7 @@ fn connect_one(
         }
         let wait = CONNECT_POLL.min(deadline - now);
         let mut fds = [PollFd::new(&socket, PollFlags::OUT)];
-        let timeout = rustix::event::Timespec::try_from(wait).map_err(io::Error::other)?;
+        let timeout = Timespec::try_from(wait).map_err(io::Error::other)?;
         if poll(&mut fds, Some(&timeout))? > 0 {
             sockopt::socket_error(&socket)??;
             return Ok(socket.into());

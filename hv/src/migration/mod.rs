@@ -1,8 +1,9 @@
-//! Live migration: a running machine moves to another VMM over TCP.
+//! Live migration: a running machine moves to another VMM over TCP, on one connection or several.
 //!
 //! ```text
 //! source                                      destination (a paused machine of the same shape)
 //!   connect ─────────────── HELLO ───────────►  token, shape, CPU features: WELCOME or REFUSE
+//!   connect again, some times ─ JOIN ────────►  token, index: JOINED or REFUSE
 //!   note writes; what disks hold, and what was
 //!   written meanwhile ────── DISK … ROUND ───►  written, durable: ROUND_ACK
 //!   log writes; every page ─ PAGES … ────────►  written into memory
@@ -24,6 +25,11 @@
 //! end does not hear the other, it waits for the controller, which decides under a greater epoch
 //! ([`SourceControl`], [`DestinationControl`]). So the guest never runs twice.
 //!
+//! Pages and blocks go over all connections, a thread each at both ends (`source/senders`,
+//! `destination/receivers`); all else is said on the first. Between two connections nothing keeps
+//! its order. So a pass has each page and block once, and the next begins when the destination has
+//! answered that it has all of it: both sides count, and what is counted is written.
+//!
 //! What decides is pure: [`source_machine`] and [`destination_machine`] are state machines with a
 //! table of legal transitions, [`policy`] says when to stop copying. [`source`] and
 //! [`destination`] are the shells that do what these say. The machine is lent to them mutably for
@@ -37,6 +43,7 @@
 //! and each side holds its own; of a shared one there is never more than one open: the source
 //! closes all of its disks behind the hand-over, before COMMIT.
 
+mod alarm;
 mod blocks;
 mod control;
 mod courtesy;
@@ -63,6 +70,15 @@ pub use source::{SourceConfig, SourceOutcome};
 use crate::machine::migratable::MigratableError;
 use crate::state::StateError;
 use crate::virtio::blk::VolumeError;
+
+/// Most connections by default. [`connections`] tells why there are not always so many.
+const CONNECTIONS_DEFAULT_MAX: u16 = 4;
+
+/// How many connections this side is good for: one of its processors each.
+pub fn connections() -> u16 {
+    let processors = std::thread::available_parallelism().map_or(1, std::num::NonZero::get);
+    u16::try_from(processors).unwrap_or(u16::MAX).min(CONNECTIONS_DEFAULT_MAX)
+}
 
 /// Longest wait for a connection to be made.
 pub const CONNECT_TIMEOUT: Duration = Duration::from_secs(10);

@@ -1,22 +1,25 @@
 //! The source's shell: does what [`SourceMachine`] says, with the machine, the network, the disk.
-//! [`disks`] are the guest's; [`report`] is what is told of it all.
+//! [`disks`] are the guest's; [`report`] is what is told of it all. [`sending`] spreads what the
+//! passes find over the connections, which are the [`senders`]'.
 
 mod disks;
 mod report;
+mod senders;
+mod sending;
 
 use std::path::PathBuf;
-use std::time::{Duration, Instant};
+use std::time::Instant;
 
 use drover_proto::v1::{MigrationPhase, MigrationReport};
 
 use super::courtesy::Courtesy;
 use super::features::Shape;
 use super::handover::{Handover, Prepared, remove_handover};
-use super::link::{Link, buffer, protocol};
-use super::pages::{self, Batch, Batches};
+use super::link::{Link, protocol};
+use super::pages;
 use super::policy::{self, Decision, Limits, Progress};
 use super::source_machine::{SourceAction, SourceEvent, SourceMachine, SourceState};
-use super::wire::{self, Hello, Kind, Sent};
+use super::wire::{self, CONNECTIONS_MAX, Hello, Kind, Sent};
 use super::{
     CONNECT_TIMEOUT, IDLE_TIMEOUT, MigrationError, Observer, READY_TIMEOUT, RUNNING_TIMEOUT,
     SourceControl,
@@ -26,9 +29,8 @@ use crate::memory::{DirtyPages, PAGE_BYTES};
 use crate::state;
 use disks::Disks;
 use report::gave_up;
-
-/// Longest time that pacing waits before it looks at the clock again.
-const PACE_MAX: Duration = Duration::from_millis(100);
+use senders::{Parcel, Senders, Spares};
+use sending::Pacer;
 
 /// What a source is told.
 #[derive(Debug, Clone)]
@@ -43,6 +45,8 @@ pub struct SourceConfig {
     pub to_epoch: u64,
     /// Bounds.
     pub limits: Limits,
+    /// Most connections; the destination may want fewer. [`super::connections`] is what it costs.
+    pub connections: u16,
     /// Where the hand-over is written down.
     pub state_dir: PathBuf,
     /// Of the machine that is sent.
@@ -80,6 +84,12 @@ pub fn run(
         control,
         observer,
         link: None,
+        allowed: 1,
+        senders: None,
+        held: None,
+        spares: Spares::default(),
+        unacked: 0,
+        asked: None,
         report: MigrationReport {
             memory_bytes: config.shape.memory_bytes,
             disk_bytes_total: config.shape.disk_bytes(),
@@ -105,7 +115,19 @@ struct Source<'a, 'o> {
     config: &'a SourceConfig,
     control: &'a SourceControl,
     observer: Observer<'o>,
+    /// The first connection: all that is said, and its part of what is sent.
     link: Option<Link>,
+    /// How many connections the destination takes.
+    allowed: u16,
+    /// The other connections, if any.
+    senders: Option<Senders>,
+    /// Not given away yet: the last one of a pass is the mover's own.
+    held: Option<Parcel>,
+    spares: Spares,
+    /// Bytes of disks told of since the destination was last asked.
+    unacked: u64,
+    /// A ROUND whose answer is still to come.
+    asked: Option<Vec<u8>>,
     report: MigrationReport,
     reported: Option<Instant>,
     started: Instant,
@@ -129,19 +151,6 @@ struct Copied {
     sent: Sent,
     remaining_before: Option<u64>,
     rate: u64,
-}
-
-/// Keeps a pass to the bandwidth that was given.
-struct Pacer {
-    began: Instant,
-    /// Bytes so far.
-    sent: u64,
-}
-
-impl Pacer {
-    fn begin() -> Self {
-        Self { began: Instant::now(), sent: 0 }
-    }
 }
 
 /// The pause, as it goes on.
@@ -196,7 +205,7 @@ impl Source<'_, '_> {
             SourceAction::Connect => {
                 let wanted = || !self.control.is_cancelled();
                 let link = Link::connect(&self.config.address, CONNECT_TIMEOUT, wanted)?;
-                self.control.set_socket(link.handle()?);
+                self.control.add_socket(link.handle()?);
                 self.link = Some(link);
                 SourceEvent::Connected
             }
@@ -207,18 +216,22 @@ impl Source<'_, '_> {
                     to_epoch: self.config.to_epoch,
                     shape: self.config.shape.clone(),
                 };
-                self.link()?.send(Kind::Hello, &hello.encode())?;
-                let welcome = self.link()?.expect(Kind::Welcome, IDLE_TIMEOUT)?;
-                self.disks.welcome(&welcome).map_err(protocol)?;
+                let offered = self.config.connections.clamp(1, CONNECTIONS_MAX);
+                self.link()?.greet(Kind::Hello, &hello.encode(), offered)?;
+                let welcome = self.link()?.answer(Kind::Welcome, IDLE_TIMEOUT)?;
+                self.disks.welcome(&welcome.payload).map_err(protocol)?;
+                self.allowed = welcome.connections.min(offered);
                 SourceEvent::Welcomed
             }
+            SourceAction::Join => self.join()?,
             SourceAction::CopyDisks => self.copy_disks()?,
             SourceAction::CopyRound => self.copy_round()?,
             SourceAction::Stop => self.stop()?,
             SourceAction::SendLast => self.send_last()?,
             SourceAction::AwaitReady => {
-                let waited = self.pause()?.start.elapsed();
-                self.link()?.expect(Kind::Ready, READY_TIMEOUT.saturating_sub(waited))?;
+                let start = self.pause()?.start;
+                self.hear_answer(READY_TIMEOUT.saturating_sub(start.elapsed()))?;
+                self.hear(Kind::Ready, READY_TIMEOUT.saturating_sub(start.elapsed()))?;
                 self.report.pause_state_us += self.pause()?.lap_us();
                 SourceEvent::ReadyHeard
             }
@@ -276,6 +289,9 @@ impl Source<'_, '_> {
             // From here on it is a race against the guest's writes, and the rate that is seen
             // must be the pause's.
             self.courtesy.end();
+            if let Some(senders) = &self.senders {
+                senders.hurry();
+            }
             self.rehearse()?;
         }
         let dirty = self.vm.take_dirty()?;
@@ -315,83 +331,8 @@ impl Source<'_, '_> {
         let image = state::encode(&state)?;
         self.link()?.send(Kind::Rehearsal, &image)?;
         self.report.bytes_sent += image.len() as u64;
-        self.link()?.expect(Kind::Rehearsed, IDLE_TIMEOUT)?;
+        self.hear(Kind::Rehearsed, IDLE_TIMEOUT)?;
         Ok(())
-    }
-
-    /// Sends these pages; `fresh` when none was sent before.
-    fn send_pages(
-        &mut self,
-        pages: &DirtyPages,
-        fresh: bool,
-        pacer: &mut Pacer,
-    ) -> Result<(), MigrationError> {
-        let mut remaining = pages.bytes();
-        let memory = self.vm.memory().clone();
-        for batch in Batches::new(&memory, pages.ranges(), fresh) {
-            if self.control.is_cancelled() {
-                return Err(MigrationError::Cancelled);
-            }
-            let sent = self.send_batch(&memory, &batch)?;
-            let handled = batch.zero_pages * PAGE_BYTES + batch.data_bytes as u64;
-            remaining = remaining.saturating_sub(handled);
-            self.report.remaining_bytes = remaining;
-            if self.pause.is_none() {
-                pacer.sent += sent;
-                self.pace(pacer)?;
-                self.report(SourceState::Copying, false);
-            }
-        }
-        Ok(())
-    }
-
-    fn send_batch(
-        &mut self,
-        memory: &crate::memory::GuestMemory,
-        batch: &Batch,
-    ) -> Result<u64, MigrationError> {
-        self.report.zero_pages += batch.zero_pages;
-        if batch.runs.is_empty() {
-            return Ok(0);
-        }
-        let table = wire::encode_runs(&batch.runs);
-        let header = wire::header(Kind::Pages, table.len() + batch.data_bytes);
-        let mut buffers = Vec::with_capacity(2 + batch.runs.len());
-        buffers.extend([buffer(&header), buffer(&table)]);
-        let mut data_pages = 0;
-        for run in batch.runs.iter().filter(|run| !run.zero) {
-            let gathered = pages::gather(memory, run, &mut buffers);
-            assert!(gathered, "a dirty page outside of memory");
-            data_pages += u64::from(run.pages);
-        }
-        let link = self.link()?;
-        let before = link.sent;
-        // SAFETY: the buffers are the header, the table, and mapped guest memory, all alive.
-        unsafe { link.send_buffers(&mut buffers) }?;
-        let sent = link.sent - before;
-        self.report.bytes_sent += sent;
-        self.report.pages_sent += data_pages;
-        self.copied.sent.pages += batch.runs.iter().map(|run| u64::from(run.pages)).sum::<u64>();
-        Ok(sent)
-    }
-
-    /// Keeps to the bandwidth that was given.
-    fn pace(&self, pacer: &Pacer) -> Result<(), MigrationError> {
-        let rate = self.config.limits.bandwidth_max;
-        if rate == 0 {
-            return Ok(());
-        }
-        let due = Duration::from_secs_f64(pacer.sent as f64 / rate as f64);
-        loop {
-            let early = due.saturating_sub(pacer.began.elapsed());
-            if self.control.is_cancelled() {
-                return Err(MigrationError::Cancelled);
-            }
-            if early.is_zero() {
-                return Ok(());
-            }
-            self.control.wait(early.min(PACE_MAX));
-        }
     }
 
     /// The pause begins: the guest stands still, and its state is saved.
@@ -440,6 +381,7 @@ impl Source<'_, '_> {
         let mut pacer = Pacer::begin();
         self.send_disks(&mut pacer, SourceState::Sending)?;
         self.send_pages(&last, false, &mut pacer)?;
+        self.flush()?;
         self.pause()?.last_bytes = self.report.bytes_sent - before;
         self.report.rounds = self.copied.rounds + 1;
         self.report.pause_memory_us = self.pause()?.lap_us();
@@ -500,6 +442,7 @@ impl Source<'_, '_> {
             let _ = link.send(Kind::Abort, &wire::encode_reason(&reason));
             link.close();
         }
+        self.senders = None;
         if self.logging
             && let Err(error) = self.vm.stop_dirty_log()
         {

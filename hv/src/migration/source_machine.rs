@@ -11,6 +11,8 @@ pub enum SourceState {
     Connecting,
     /// HELLO is out.
     Greeting,
+    /// The further connections are being made.
+    Joining,
     /// Disks go over, the guest runs.
     CopyingDisks,
     /// Pages go over, and what is written to disks; the guest runs.
@@ -52,6 +54,8 @@ pub enum SourceEvent {
     Connected,
     /// WELCOME.
     Welcomed,
+    /// All connections are there.
+    Joined,
     /// A pass over disks or memory is done, and another is worth it.
     RoundDone,
     /// What is left of the disks goes along with memory.
@@ -91,6 +95,8 @@ pub enum SourceAction {
     Connect,
     /// Send HELLO, wait for the answer.
     Greet,
+    /// Make the further connections that WELCOME allows.
+    Join,
     /// One pass over the disks.
     CopyDisks,
     /// One pass over memory, and what was written to disks.
@@ -172,7 +178,8 @@ fn transition(state: SourceState, event: SourceEvent) -> Option<(SourceState, So
     Some(match (state, event) {
         (S::Idle, E::Start) => (S::Connecting, A::Connect),
         (S::Connecting, E::Connected) => (S::Greeting, A::Greet),
-        (S::Greeting, E::Welcomed) | (S::CopyingDisks, E::RoundDone) => {
+        (S::Greeting, E::Welcomed) => (S::Joining, A::Join),
+        (S::Joining, E::Joined) | (S::CopyingDisks, E::RoundDone) => {
             (S::CopyingDisks, A::CopyDisks)
         }
         (S::CopyingDisks, E::DisksCopied) => (S::Copying, A::CopyRound),
@@ -183,7 +190,7 @@ fn transition(state: SourceState, event: SourceEvent) -> Option<(SourceState, So
         (S::AwaitingReady, E::ReadyHeard) => (S::HandingOver, A::WriteHandover),
 
         // The guest has not been stopped: nothing to undo.
-        (S::Connecting | S::Greeting | S::CopyingDisks | S::Copying, E::Failed) => {
+        (S::Connecting | S::Greeting | S::Joining | S::CopyingDisks | S::Copying, E::Failed) => {
             (S::Failed, A::Finish)
         }
         // It may have been, and COMMIT is not out: it runs here.
@@ -212,10 +219,11 @@ mod tests {
     use SourceEvent as E;
     use SourceState as S;
 
-    const STATES: [S; 18] = [
+    const STATES: [S; 19] = [
         S::Idle,
         S::Connecting,
         S::Greeting,
+        S::Joining,
         S::CopyingDisks,
         S::Copying,
         S::Stopping,
@@ -232,10 +240,11 @@ mod tests {
         S::TakingOver,
         S::Owner,
     ];
-    const EVENTS: [E; 18] = [
+    const EVENTS: [E; 19] = [
         E::Start,
         E::Connected,
         E::Welcomed,
+        E::Joined,
         E::RoundDone,
         E::DisksCopied,
         E::Converged,
@@ -277,7 +286,7 @@ mod tests {
     fn every_failure_before_the_hand_over_ends_with_the_guest_running() {
         for state in STATES {
             let stopped = [S::Stopping, S::Sending, S::AwaitingReady, S::HandingOver];
-            let running = [S::Connecting, S::Greeting, S::CopyingDisks, S::Copying];
+            let running = [S::Connecting, S::Greeting, S::Joining, S::CopyingDisks, S::Copying];
             match transition(state, E::Failed) {
                 Some((to, _)) if running.contains(&state) => assert_eq!(to, S::Failed),
                 Some((to, action)) if stopped.contains(&state) => {

@@ -25,6 +25,9 @@ const REASON_BYTES_MAX: usize = 1024;
 const ID_BYTES_MAX: usize = 128;
 const TOKEN_BYTES_MAX: usize = 256;
 const HELLO_BYTES_MAX: usize = 8192;
+const JOIN_BYTES_MAX: usize = 4 + ID_BYTES_MAX + 4 + TOKEN_BYTES_MAX + 2;
+/// Most connections of a migration.
+pub const CONNECTIONS_MAX: u16 = 16;
 /// What disks are counted in.
 const SECTOR_BYTES: u64 = 512;
 
@@ -62,10 +65,14 @@ pub enum Kind {
     Paused = 14,
     /// Source: what disks hold; without any, a sign of life.
     Disk = 15,
+    /// Source, on a further connection: which migration, and which connection of it.
+    Join = 16,
+    /// Destination: it belongs to it.
+    Joined = 17,
 }
 
 impl Kind {
-    const ALL: [Self; 15] = [
+    const ALL: [Self; 17] = [
         Self::Hello,
         Self::Welcome,
         Self::Refuse,
@@ -81,6 +88,8 @@ impl Kind {
         Self::Rehearsed,
         Self::Paused,
         Self::Disk,
+        Self::Join,
+        Self::Joined,
     ];
 
     fn length_max(self) -> usize {
@@ -89,11 +98,17 @@ impl Kind {
             Self::Refuse | Self::Abort => 4 + REASON_BYTES_MAX,
             Self::Pages => 4 + RUNS_MAX * RUN_BYTES + DATA_BYTES_MAX,
             Self::Disk => 4 + EXTENTS_MAX * EXTENT_BYTES + DATA_BYTES_MAX,
+            Self::Join => JOIN_BYTES_MAX,
             Self::Welcome => 1 + DISKS_MAX,
             Self::Round | Self::RoundAck => 4 + Sent::BYTES,
             Self::State => Sent::BYTES + STATE_BYTES_MAX,
             Self::Rehearsal => STATE_BYTES_MAX,
-            Self::Ready | Self::Commit | Self::Running | Self::Rehearsed | Self::Paused => 0,
+            Self::Ready
+            | Self::Commit
+            | Self::Running
+            | Self::Rehearsed
+            | Self::Paused
+            | Self::Joined => 0,
         }
     }
 }
@@ -161,6 +176,41 @@ impl Hello {
     }
 }
 
+/// JOIN: what comes on this connection belongs to that migration.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Join {
+    /// As in HELLO.
+    pub migration_id: String,
+    /// As in HELLO.
+    pub token: String,
+    /// Which connection, from 1; that of HELLO is 0.
+    pub index: u16,
+}
+
+impl Join {
+    /// The payload.
+    pub fn encode(&self) -> Vec<u8> {
+        let mut out = Encoder::new();
+        out.bytes(self.migration_id.as_bytes());
+        out.bytes(self.token.as_bytes());
+        out.u16(self.index);
+        out.into_bytes()
+    }
+
+    /// Reads a payload.
+    pub fn decode(payload: &[u8]) -> Result<Self, StateError> {
+        let mut fields = Decoder::new(payload);
+        let text = |bytes: &[u8]| String::from_utf8_lossy(bytes).into_owned();
+        let join = Self {
+            migration_id: text(fields.bytes("migration id", ID_BYTES_MAX)?),
+            token: text(fields.bytes("token", TOKEN_BYTES_MAX)?),
+            index: fields.u16("connection index")?,
+        };
+        fields.finish("join")?;
+        Ok(join)
+    }
+}
+
 /// A message's header.
 pub fn header(kind: Kind, length: usize) -> [u8; HEADER_BYTES] {
     debug_assert!(length <= kind.length_max());
@@ -169,6 +219,21 @@ pub fn header(kind: Kind, length: usize) -> [u8; HEADER_BYTES] {
     header[4..6].copy_from_slice(&(kind as u16).to_le_bytes());
     header[8..].copy_from_slice(&(length as u32).to_le_bytes());
     header
+}
+
+/// The header of a HELLO, whose sender offers so many connections, or of a WELCOME, whose sender
+/// takes so many. Whoever does not know of this leaves 0 there, and does not look.
+pub fn greeting(kind: Kind, length: usize, connections: u16) -> [u8; HEADER_BYTES] {
+    debug_assert!(matches!(kind, Kind::Hello | Kind::Welcome));
+    let mut header = header(kind, length);
+    header[6..8].copy_from_slice(&connections.to_le_bytes());
+    header
+}
+
+/// Of a HELLO's or WELCOME's header: how many connections; at least one, at most
+/// [`CONNECTIONS_MAX`].
+pub fn connections(header: &[u8; HEADER_BYTES]) -> u16 {
+    u16::from_le_bytes([header[6], header[7]]).clamp(1, CONNECTIONS_MAX)
 }
 
 /// Reads a header: the message's kind and its payload's length, which is within its bounds.
@@ -184,7 +249,7 @@ pub fn parse_header(header: [u8; HEADER_BYTES]) -> Result<(Kind, usize), StateEr
     }
     let number = fields.u16("message kind")?;
     let kind = Kind::ALL.into_iter().find(|kind| *kind as u16 == number);
-    let kind = kind.ok_or_else(|| StateError::value("message kind", number, "1 to 15"))?;
+    let kind = kind.ok_or_else(|| StateError::value("message kind", number, "1 to 17"))?;
     fields.u16("reserved")?;
     let value = fields.u32("message length")? as usize;
     let limit = kind.length_max();
@@ -249,6 +314,9 @@ pub struct Extent {
     /// They are zero, and are not sent.
     pub zero: bool,
 }
+
+/// A DISK message that tells of nothing: a sign of life.
+pub const EXTENTS_NONE: [u8; 4] = [0; 4];
 
 /// The table that begins a DISK message.
 pub fn encode_extents(extents: &[Extent]) -> Vec<u8> {
@@ -343,6 +411,20 @@ impl Sent {
         bytes
     }
 
+    /// Adds what another message tells of.
+    pub fn add(&mut self, other: Self) {
+        self.pages = self.pages.saturating_add(other.pages);
+        self.disk_bytes = self.disk_bytes.saturating_add(other.disk_bytes);
+    }
+
+    /// Whether this much has come where so much was said to be sent. Messages of one connection
+    /// arrive in their order, those of several do not: what the others bring may be late, and
+    /// what was sent later may be here. So the one who sends stands still until it is answered
+    /// where the answer shall mean that all is here.
+    pub fn reaches(self, said: Self) -> bool {
+        self.pages >= said.pages && self.disk_bytes >= said.disk_bytes
+    }
+
     /// Reads it from a message's front; answers the rest too.
     pub fn decode(payload: &[u8]) -> Result<(Self, &[u8]), StateError> {
         let mut fields = Decoder::new(payload);
@@ -420,7 +502,7 @@ mod tests {
     proptest! {
         #[test]
         fn arbitrary_bytes_never_panic(bytes in prop::collection::vec(any::<u8>(), 0..300)) {
-            let _ = Hello::decode(&bytes);
+            let _ = (Hello::decode(&bytes), Join::decode(&bytes));
             let _ = decode_round(&bytes);
             let _ = decode_reason(&bytes);
             let _ = decode_runs(&bytes, bytes.len() / RUN_BYTES, 4096);
@@ -485,7 +567,13 @@ mod tests {
     #[test]
     fn messages_are_read_as_written() {
         assert_eq!(Hello::decode(&hello().encode()), Ok(hello()));
+        let join = Join { migration_id: "m".into(), token: "t".into(), index: 3 };
+        assert_eq!(Join::decode(&join.encode()), Ok(join));
         assert_eq!(parse_header(header(Kind::Round, 20)), Ok((Kind::Round, 20)));
+        assert_eq!(parse_header(greeting(Kind::Hello, 9, 4)), Ok((Kind::Hello, 9)));
+        assert_eq!(connections(&greeting(Kind::Welcome, 3, 4)), 4);
+        assert_eq!(connections(&header(Kind::Welcome, 3)), 1, "an older side knows of one");
+        assert_eq!(connections(&greeting(Kind::Hello, 3, u16::MAX)), CONNECTIONS_MAX);
         let sent = Sent { pages: 9, disk_bytes: 1 << 40 };
         assert_eq!(decode_round(&encode_round(3, sent)), Ok((3, sent)));
         assert_eq!(decode_welcome(&encode_welcome(&[true, false]), 2), Ok(vec![true, false]));

@@ -103,6 +103,9 @@ pub enum Progress {
     More,
 }
 
+/// Something to do that may wait for the host, and holds all that it needs.
+pub type Errand = Box<dyn FnOnce() + Send>;
+
 /// The behaviour of a device.
 pub trait VirtioDevice: Any + Send {
     /// What it is.
@@ -127,6 +130,11 @@ pub trait VirtioDevice: Any + Send {
     /// Whether it would read its source now.
     fn wants_source(&self) -> bool {
         false
+    }
+    /// What the worker is to do between two turns, while nobody holds the device's lock;
+    /// [`Event::Source`] comes right behind it.
+    fn errand(&mut self) -> Option<Errand> {
+        None
     }
     /// When it wants an [`Event::Timer`].
     fn deadline(&self) -> Option<Instant> {

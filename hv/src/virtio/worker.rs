@@ -23,7 +23,9 @@ const EVENTS_MAX: usize = 8;
 pub(super) fn spawn(core: Arc<Core>, name: String) -> io::Result<JoinHandle<()>> {
     let epoll = Epoll::new()?;
     for (kick, token) in core.kicks.iter().zip(0..) {
-        watch(&epoll, kick.as_raw_fd(), token)?;
+        // Each kick is told once, and need not be read: its counter never runs full.
+        let edges = EventSet::IN | EventSet::EDGE_TRIGGERED;
+        epoll.ctl(ControlOperation::Add, kick.as_raw_fd(), EpollEvent::new(edges, token))?;
     }
     watch(&epoll, core.wake.as_raw_fd(), WAKE)?;
     // Not epoll's own timeout, which counts in milliseconds: a disk may have a request each 50 µs.
@@ -72,29 +74,44 @@ impl Worker {
         loop {
             self.wait()?;
             let Some(mut inner) = core.enter() else { return Ok(()) };
-            if std::mem::take(&mut inner.look_at_all) {
-                self.queues = (1 << core.kicks.len()) - 1;
-            }
-            if inner.is_live() {
-                self.turns(&core, &mut inner);
-            } else {
-                (self.queues, self.source) = (0, false);
-            }
-            if inner.resetting {
-                inner.reset(&core);
-            }
-            self.watch_source(&inner)?;
-            self.deadline = if inner.works() { inner.device.deadline() } else { None };
+            self.look(&core, &mut inner)?;
+            let errand = inner.device.errand();
             drop(inner);
+            if let Some(errand) = errand {
+                errand();
+                // What came of it is told before the kernel is asked what else there is.
+                self.source = true;
+                let Some(mut inner) = core.enter() else { return Ok(()) };
+                self.look(&core, &mut inner)?;
+            }
             self.arm()?;
         }
+    }
+
+    fn look(&mut self, core: &Core, inner: &mut Inner) -> io::Result<()> {
+        if std::mem::take(&mut inner.look_at_all) {
+            self.queues = (1 << core.kicks.len()) - 1;
+        }
+        if inner.is_live() {
+            self.turns(core, inner);
+        } else {
+            (self.queues, self.source) = (0, false);
+        }
+        if inner.resetting {
+            inner.reset(core);
+        }
+        self.watch_source(inner)?;
+        self.deadline = if inner.works() { inner.device.deadline() } else { None };
+        Ok(())
     }
 
     /// Each event that is due has one turn.
     fn turns(&mut self, core: &Core, inner: &mut Inner) {
         let now = Instant::now();
-        if self.deadline.is_some_and(|deadline| deadline <= now) {
-            inner.turn(core, Event::Timer, now);
+        if self.deadline.is_some_and(|deadline| deadline <= now)
+            && inner.turn(core, Event::Timer, now) == Progress::More
+        {
+            self.source = true;
         }
         for queue in 0..core.kicks.len() {
             let bit = 1 << queue;
@@ -112,10 +129,12 @@ impl Worker {
     fn wait(&mut self) -> io::Result<()> {
         let mut events = [EpollEvent::default(); EVENTS_MAX];
         let timeout_ms = if self.queues != 0 || self.source { 0 } else { -1 };
-        let count = match self.epoll.wait(timeout_ms, &mut events) {
-            Ok(count) => count,
-            Err(error) if error.kind() == io::ErrorKind::Interrupted => 0,
-            Err(error) => return Err(error),
+        let count = loop {
+            match self.epoll.wait(timeout_ms, &mut events) {
+                // The kernel has done some of its own work for a ring of ours, and tells of it next.
+                Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
+                result => break result?,
+            }
         };
         for event in &events[..count] {
             match event.data() {
@@ -125,10 +144,7 @@ impl Worker {
                     self.timer.wait()?;
                     self.armed = None;
                 }
-                queue => {
-                    drop(self.core.kicks[queue as usize].read());
-                    self.queues |= 1 << queue;
-                }
+                queue => self.queues |= 1 << queue,
             }
         }
         Ok(())

@@ -14,7 +14,7 @@ use crate::config::FieldError;
 use crate::machine::Machine;
 use crate::migration::{
     DestinationConfig, DestinationControl, DestinationOutcome, Incoming, Limits, SourceConfig,
-    SourceControl, SourceOutcome, source,
+    SourceControl, SourceOutcome, connections, source,
 };
 use crate::saved::SaveOutcome;
 
@@ -87,6 +87,7 @@ impl Supervisor {
                     address: request.address,
                     to_epoch,
                     limits,
+                    connections: connections(),
                     state_dir,
                     shape,
                 };
@@ -140,6 +141,7 @@ impl Supervisor {
             migration_id: request.migration_id.clone(),
             token: request.token,
             shape: machine.shape(),
+            connections: connections(),
         };
         let worker = {
             let control = control.clone();

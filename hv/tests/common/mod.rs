@@ -72,6 +72,8 @@ pub(crate) struct FakeVm {
     pub(crate) restores: u32,
     /// What the disks held when the state was saved here, or restored, the last time.
     pub(crate) disks_then: Vec<Vec<u8>>,
+    /// What memory held then.
+    pub(crate) memory_then: Vec<u8>,
 }
 
 pub(crate) const PAGES: u64 = 2048;
@@ -124,6 +126,7 @@ impl FakeVm {
             fail_restore: false,
             restores: 0,
             disks_then: Vec::new(),
+            memory_then: Vec::new(),
         }
     }
 
@@ -243,6 +246,7 @@ impl MigratableVm for FakeVm {
         self.memory.write_obj(0x5a5a_5a5a_u32, GuestAddress(77 * PAGE_BYTES)).unwrap();
         let writes = self.writes();
         self.look_at_disks();
+        self.memory_then = self.contents();
         Ok(MachineState { sections: vec![state::section(kind::VM, 0, 1, |e| e.u64(writes))] })
     }
 
@@ -255,6 +259,7 @@ impl MigratableVm for FakeVm {
         assert!(!self.running);
         self.restores += 1;
         self.look_at_disks();
+        self.memory_then = self.contents();
         if self.fail_restore && self.restores > 1 {
             return Err(MigratableError::Mismatch("as the test wanted".into()));
         }

@@ -1,7 +1,7 @@
 //! The migration's two state machines under a deterministic simulator.
 //!
-//! A seed decides the order of everything: whose step is next, when a message arrives, when the
-//! cable is cut, when a side is killed, what a disk refuses, when the controller acts. After each
+//! A seed decides the order of everything: how many connections there are, whose step is next,
+//! which connection is faster, when a message arrives, when a cable or the whole network is cut, when a side is killed, what a disk refuses, when the controller acts. After each
 //! step the invariants are checked:
 //!
 //! - I1: never two machines that run. More strictly: never two sides that *may* resume by
@@ -96,6 +96,7 @@ fn any_storm_of_faults_keeps_the_invariants() {
         let mut pick = || [0, 0, 20, 60, 200][chance.below(5)];
         let faults = Faults {
             cut: pick(),
+            cut_one: pick(),
             kill_source: pick(),
             kill_destination: pick(),
             cancel: pick(),
@@ -129,7 +130,13 @@ fn every_fault_at_every_step_keeps_the_invariants() {
         let calm = Faults { shared: seed % 2 == 1, ..Faults::default() };
         let (_, _, steps) = run(seed, calm);
         for step in 1..=steps {
-            for fault in [Fault::Cut, Fault::KillSource, Fault::KillDestination, Fault::Cancel] {
+            for fault in [
+                Fault::Cut,
+                Fault::CutOne,
+                Fault::KillSource,
+                Fault::KillDestination,
+                Fault::Cancel,
+            ] {
                 run(seed, Faults { at: Some((step, fault)), ..calm });
             }
         }

@@ -1,8 +1,8 @@
-//! The world of one migration: two sides, a cable, a disk or two, and what goes wrong.
+//! The world of one migration: two sides, their cables, a disk or two, and what goes wrong.
 
+mod cables;
+mod destination;
 mod rules;
-
-use std::collections::VecDeque;
 
 use drover_hv::migration::destination_machine::{
     DestinationAction as DA, DestinationEvent as DE, DestinationMachine, DestinationState as DS,
@@ -11,26 +11,18 @@ use drover_hv::migration::source_machine::{
     SourceAction as SA, SourceEvent as SE, SourceMachine, SourceState as SS,
 };
 
-use super::Chance;
-use super::disk::{Disk, Version};
+use drover_hv::migration::wire::Sent;
 
-#[derive(Debug, Clone, PartialEq, Eq)]
-enum Message {
-    Hello,
-    Welcome,
-    Pages,
-    Blocks(Vec<(usize, Version)>),
-    State,
-    Ready,
-    Commit,
-    Running,
-    Abort,
-}
+use super::Chance;
+use super::disk::Disk;
+use cables::{Cables, Message, Read};
 
 /// What may go wrong in a run; `0` never, else once in so many steps.
 #[derive(Debug, Clone, Copy, Default)]
 pub(crate) struct Faults {
     pub(crate) cut: usize,
+    /// One cable of several.
+    pub(crate) cut_one: usize,
     pub(crate) kill_source: usize,
     pub(crate) kill_destination: usize,
     pub(crate) cancel: usize,
@@ -45,6 +37,7 @@ pub(crate) struct Faults {
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Fault {
     Cut,
+    CutOne,
     KillSource,
     KillDestination,
     Cancel,
@@ -54,7 +47,16 @@ pub(crate) struct Source {
     pub(crate) machine: SourceMachine,
     action: Option<SA>,
     /// Half done: the message of a two-part action is out.
-    sent: bool,
+    asked: bool,
+    /// Connections that have joined, the first included.
+    joined: usize,
+    /// All that was given to the cables.
+    sent: Sent,
+    /// A ROUND is out, whose answer is still to come.
+    round: bool,
+    /// All of the pass is out; and whether it was asked for.
+    passed: bool,
+    passed_asked: bool,
     runs: bool,
     rounds: usize,
 }
@@ -62,6 +64,11 @@ pub(crate) struct Source {
 pub(crate) struct Destination {
     pub(crate) machine: DestinationMachine,
     action: Option<DA>,
+    joined: usize,
+    /// What came, over all cables.
+    came: Sent,
+    /// A ROUND or STATE that waits for what other cables bring.
+    waits: Option<Message>,
     said_ready: bool,
     runs: bool,
 }
@@ -73,10 +80,7 @@ pub(crate) struct World {
     pub(crate) source: Option<Source>,
     pub(crate) destination: Option<Destination>,
     disk: Disk,
-    to_destination: VecDeque<Message>,
-    to_source: VecDeque<Message>,
-    connected: bool,
-    link_up: bool,
+    cables: Cables,
     /// handover.json is on the source's disk.
     handed_over: bool,
     commit_sent: bool,
@@ -87,28 +91,35 @@ pub(crate) struct World {
 
 impl World {
     pub(crate) fn new(seed: u64, faults: Faults) -> Self {
+        let mut chance = Chance(seed);
+        let cables = Cables::new(1 + chance.below(3));
         Self {
-            chance: Chance(seed),
+            chance,
             faults,
             steps: 0,
             source: Some(Source {
                 machine: SourceMachine::new(),
                 action: None,
-                sent: false,
+                asked: false,
+                joined: 1,
+                sent: Sent::default(),
+                round: false,
+                passed: false,
+                passed_asked: false,
                 runs: true,
                 rounds: 0,
             }),
             destination: Some(Destination {
                 machine: DestinationMachine::new(),
                 action: None,
+                joined: 1,
+                came: Sent::default(),
+                waits: None,
                 said_ready: false,
                 runs: false,
             }),
             disk: Disk::new(faults.shared),
-            to_destination: VecDeque::new(),
-            to_source: VecDeque::new(),
-            connected: false,
-            link_up: true,
+            cables,
             handed_over: false,
             commit_sent: false,
             cancelled: false,
@@ -127,15 +138,12 @@ impl World {
         let Some(source) = &mut self.source else { return };
         let action = source.machine.step(event).unwrap_or_else(|error| panic!("{error}"));
         source.action = Some(action);
-        source.sent = false;
+        source.asked = false;
         if action == SA::Finish {
             self.disk.stop_tracking();
         }
         if action == SA::Finish && source.machine.state() == SS::Failed {
-            if self.link_up {
-                self.to_destination.push_back(Message::Abort);
-            }
-            self.connected = false;
+            self.cables.last_words(true);
         }
     }
 
@@ -146,43 +154,36 @@ impl World {
         destination.action = Some(action);
         if destination.machine.state() == DS::Failed {
             self.disk.open_there = false;
-            if self.link_up {
-                self.to_source.push_back(Message::Abort);
-            }
-            self.connected = false;
+            self.cables.last_words(false);
         }
     }
 
-    fn link_lost(&self) -> bool {
-        !self.link_up || !self.connected
+    /// What the source reads on the first connection. Up to READY the end of any is the end of all.
+    fn source_reads(&mut self, all: bool) -> Read {
+        self.cables.read(0, false, all, &mut self.chance)
     }
 
-    /// What the source reads: a message, the loss of the link behind the last one, or nothing yet.
-    fn source_reads(&mut self) -> Option<Option<Message>> {
-        match self.to_source.pop_front() {
-            Some(message) => Some(Some(message)),
-            None if self.link_lost() => Some(None),
-            None => None,
-        }
+    /// The source says something on a connection.
+    fn say(&mut self, cable: usize, message: Message) -> bool {
+        self.cables.send(cable, true, message, &mut self.chance)
     }
 
-    fn destination_reads(&mut self) -> Option<Option<Message>> {
-        match self.to_destination.pop_front() {
-            Some(message) => Some(Some(message)),
-            None if self.link_lost() => Some(None),
-            None => None,
+    /// The source gives something to whatever connection is free.
+    fn give(&mut self, message: Message) -> bool {
+        if let Some(source) = &mut self.source {
+            source.sent.add(message.counts());
         }
+        let cable = self.chance.below(self.cables.count());
+        self.say(cable, message)
     }
 
-    /// Sends, unless the cable is cut: then the sender may or may not notice, and the message is
-    /// gone.
-    fn send(&mut self, to_destination: bool, message: Message) -> bool {
-        if self.link_lost() {
-            return !self.link_up && self.chance.one_in(2);
-        }
-        let queue = if to_destination { &mut self.to_destination } else { &mut self.to_source };
-        queue.push_back(message);
-        true
+    fn sent(&self) -> Sent {
+        self.source.as_ref().map_or_else(Sent::default, |source| source.sent)
+    }
+
+    /// The destination says something.
+    fn answer(&mut self, cable: usize, message: Message) -> bool {
+        self.cables.send(cable, false, message, &mut self.chance)
     }
 
     /// The source does a part of what it has to do; false when it can only wait.
@@ -204,7 +205,7 @@ impl World {
                 | SA::WriteHandover
         );
         if self.cancelled && before_line {
-            self.connected = false;
+            self.cables.connected = false;
             self.source_event(SE::Failed);
             return true;
         }
@@ -212,40 +213,45 @@ impl World {
             SA::Connect => {
                 let listening =
                     self.destination.as_ref().is_some_and(|d| d.machine.state() == DS::Listening);
-                if self.link_up && listening {
-                    self.connected = true;
+                if self.cables.up && listening {
+                    self.cables.connected = true;
                     self.source_event(SE::Connected);
                     self.destination_event(DE::Connected);
-                } else if !self.link_up || self.destination.is_none() {
+                } else if !self.cables.up || self.destination.is_none() {
                     self.source_event(SE::Failed);
                 } else {
                     return false;
                 }
             }
-            SA::Greet => return self.ask(Message::Hello, Message::Welcome, SE::Welcomed),
+            SA::Greet => return self.ask(0, Message::Hello, Message::Welcome),
+            SA::Join => {
+                let next = self.source.as_ref().map_or(0, |source| source.joined);
+                if next < self.cables.count() {
+                    return self.ask(next, Message::Join, Message::Joined);
+                }
+                self.source_event(SE::Joined);
+            }
             SA::CopyDisks => {
-                if let Some(sent) = self.send_blocks() {
-                    return sent;
+                if let Some(moved) = self.pass(false) {
+                    return moved;
                 }
                 let another = self.chance.one_in(2);
                 self.source_event(if another { SE::RoundDone } else { SE::DisksCopied });
             }
             SA::CopyRound => {
-                if let Some(sent) = self.send_blocks() {
-                    return sent;
+                if let Some(moved) = self.pass(true) {
+                    return moved;
                 }
-                let ok = self.send(true, Message::Pages);
                 let enough = self.chance.one_in(3);
                 let rounds = self.source.as_mut().map_or(0, |s| {
                     s.rounds += 1;
                     s.rounds
                 });
-                let event = match ok {
-                    false => SE::Failed,
-                    true if enough => SE::Converged,
+                let event = match rounds {
+                    _ if enough => SE::Converged,
                     // The policy gives up.
-                    true if rounds > 8 => SE::Failed,
-                    true => SE::RoundDone,
+                    9.. => SE::Failed,
+                    _ => SE::RoundDone,
                 };
                 self.source_event(event);
             }
@@ -259,12 +265,14 @@ impl World {
             }
             SA::SendLast => {
                 let blocks = self.disk.read_last();
-                let ok = (blocks.is_empty() || self.send(true, Message::Blocks(blocks)))
-                    && self.send(true, Message::Pages)
-                    && self.send(true, Message::State);
+                let ok = blocks.into_iter().all(|block| self.give(Message::Blocks(vec![block])))
+                    && (self.chance.one_in(2) || self.ask_round())
+                    && self.give(Message::Pages)
+                    && self.say(0, Message::State(self.sent()));
                 self.source_event(if ok { SE::LastSent } else { SE::Failed });
             }
-            SA::AwaitReady => match self.source_reads() {
+            SA::AwaitReady => match self.source_reads(true) {
+                Some(Some(Message::RoundAck)) => self.round_answered(),
                 Some(Some(Message::Ready)) => self.source_event(SE::ReadyHeard),
                 Some(_) => self.source_event(SE::Failed),
                 None if self.chance.one_in(40) => self.source_event(SE::Failed),
@@ -293,34 +301,85 @@ impl World {
         true
     }
 
-    /// Some blocks of a pass; `None` when it is done.
-    fn send_blocks(&mut self) -> Option<bool> {
-        let most = 1 + self.chance.below(3);
-        let blocks = self.disk.read(most);
-        if blocks.is_empty() {
+    /// Some of a pass; `None` when it is done, and the destination has it all. Before that nothing
+    /// of the next pass goes out: on another cable it could overtake what is older.
+    fn pass(&mut self, memory: bool) -> Option<bool> {
+        let (passed, asked, round) =
+            self.source.as_ref().map(|s| (s.passed, s.passed_asked, s.round))?;
+        if !passed {
+            let blocks = self.disk.read(1 + self.chance.below(3));
+            let done = blocks.is_empty();
+            let out = match done {
+                false => {
+                    let out = self.give(Message::Blocks(blocks));
+                    // In the middle of a pass it goes on before the answer is there.
+                    out && (round || !self.chance.one_in(3) || self.ask_round())
+                }
+                true => !memory || self.give(Message::Pages),
+            };
+            if let Some(source) = &mut self.source {
+                source.passed = done;
+            }
+            if !out {
+                self.source_event(SE::Failed);
+            }
+            return Some(true);
+        }
+        if round {
+            match self.source_reads(true) {
+                Some(Some(Message::RoundAck)) => self.round_answered(),
+                Some(_) => self.source_event(SE::Failed),
+                None => return Some(false),
+            }
+            return Some(true);
+        }
+        let source = self.source.as_mut()?;
+        if asked {
+            (source.passed, source.passed_asked) = (false, false);
             return None;
         }
-        if !self.send(true, Message::Blocks(blocks)) {
+        source.passed_asked = true;
+        if !self.ask_round() {
             self.source_event(SE::Failed);
         }
         Some(true)
     }
 
-    /// A question and its answer.
-    fn ask(&mut self, question: Message, answer: Message, event: SE) -> bool {
-        let asked = self.source.as_ref().is_some_and(|source| source.sent);
+    fn ask_round(&mut self) -> bool {
+        if let Some(source) = &mut self.source {
+            assert!(!source.round, "asked twice");
+            source.round = true;
+        }
+        self.say(0, Message::Round(self.sent()))
+    }
+
+    fn round_answered(&mut self) {
+        if let Some(source) = &mut self.source {
+            assert!(std::mem::take(&mut source.round), "an answer to nothing");
+        }
+    }
+
+    /// A question on a new connection, and its answer.
+    fn ask(&mut self, cable: usize, question: Message, answer: Message) -> bool {
+        let asked = self.source.as_ref().is_some_and(|source| source.asked);
         if !asked {
-            if self.send(true, question) {
+            if self.say(cable, question) {
                 if let Some(source) = &mut self.source {
-                    source.sent = true;
+                    source.asked = true;
                 }
             } else {
                 self.source_event(SE::Failed);
             }
             return true;
         }
-        match self.source_reads() {
-            Some(Some(message)) if message == answer => self.source_event(event),
+        match self.cables.read(cable, false, false, &mut self.chance) {
+            Some(Some(message)) if message == answer => {
+                if cable == 0 {
+                    self.source_event(SE::Welcomed);
+                } else if let Some(source) = &mut self.source {
+                    (source.joined, source.asked) = (cable + 1, false);
+                }
+            }
             Some(_) => self.source_event(SE::Failed),
             None => return false,
         }
@@ -344,106 +403,24 @@ impl World {
     }
 
     fn commit(&mut self) -> bool {
-        let sent = self.source.as_ref().is_some_and(|source| source.sent);
-        if !sent {
+        let asked = self.source.as_ref().is_some_and(|source| source.asked);
+        if !asked {
             assert!(self.handed_over, "COMMIT before the hand-over is on disk");
             assert!(!self.disk.open_here, "COMMIT with the disks open");
             self.commit_sent = true;
-            if self.send(true, Message::Commit) {
+            if self.say(0, Message::Commit) {
                 if let Some(source) = &mut self.source {
-                    source.sent = true;
+                    source.asked = true;
                 }
             } else {
                 self.source_event(SE::Failed);
             }
             return true;
         }
-        match self.source_reads() {
+        match self.source_reads(false) {
             Some(Some(Message::Running)) => self.source_event(SE::RunningHeard),
             Some(_) => self.source_event(SE::Failed),
             None if self.chance.one_in(40) => self.source_event(SE::Failed),
-            None => return false,
-        }
-        true
-    }
-
-    fn step_destination(&mut self) -> bool {
-        let Some(action) = self.destination.as_ref().and_then(|d| d.action) else {
-            if self.destination.as_ref().is_some_and(|d| d.machine.state() == DS::Idle) {
-                self.destination_event(DE::Start);
-                return true;
-            }
-            return false;
-        };
-        match action {
-            // The source's step connects. One that never comes is given up.
-            DA::Listen if self.source_is_over() => self.destination_event(DE::Failed),
-            DA::Listen => return false,
-            DA::Greet => match self.destination_reads() {
-                Some(Some(Message::Hello)) => {
-                    self.send(false, Message::Welcome);
-                    self.destination_event(DE::Accepted);
-                }
-                Some(Some(_)) => self.destination_event(DE::Rejected),
-                Some(None) => self.destination_event(DE::LinkLost),
-                None => return false,
-            },
-            DA::Receive => match self.destination_reads() {
-                Some(Some(Message::Pages)) => {}
-                Some(Some(Message::Blocks(blocks))) => self.disk.receive(&blocks),
-                Some(Some(Message::State)) => self.destination_event(DE::StateReceived),
-                Some(Some(Message::Abort)) => self.destination_event(DE::Aborted),
-                Some(Some(other)) => panic!("{other:?} among pages"),
-                Some(None) => self.destination_event(DE::LinkLost),
-                None => return false,
-            },
-            DA::Restore => {
-                let failed = self.chance.one_in(self.faults.restore);
-                self.destination_event(if failed { DE::Failed } else { DE::Restored });
-            }
-            DA::SyncDisks => {
-                let failed = self.chance.one_in(self.faults.disk);
-                if !failed {
-                    self.disk.sync_there();
-                }
-                self.destination_event(if failed { DE::Failed } else { DE::Synced });
-            }
-            DA::LockDisks => {
-                assert!(!self.disk.shared || !self.disk.open_here, "locked by two");
-                let failed = self.chance.one_in(self.faults.disk * 4);
-                self.disk.open_there = !failed;
-                self.destination_event(if failed { DE::Failed } else { DE::DisksLocked });
-            }
-            DA::AwaitCommit => return self.await_commit(),
-            DA::AwaitController => return false,
-            DA::Resume => {
-                self.disk.check_moved();
-                if let Some(destination) = &mut self.destination {
-                    destination.runs = true;
-                }
-                self.moved = true;
-                self.send(false, Message::Running);
-                self.destination_event(DE::Resumed);
-            }
-            DA::Finish => return false,
-        }
-        true
-    }
-
-    fn await_commit(&mut self) -> bool {
-        if let Some(destination) = &mut self.destination
-            && !std::mem::replace(&mut destination.said_ready, true)
-        {
-            if !self.send(false, Message::Ready) {
-                self.destination_event(DE::LinkLost);
-            }
-            return true;
-        }
-        match self.destination_reads() {
-            Some(Some(Message::Commit)) => self.destination_event(DE::CommitHeard),
-            Some(Some(Message::Abort)) => self.destination_event(DE::Aborted),
-            Some(Some(_)) => self.destination_event(DE::Failed),
-            Some(None) => self.destination_event(DE::LinkLost),
             None => return false,
         }
         true
@@ -457,22 +434,21 @@ impl World {
     fn fault(&mut self) {
         let faults = self.faults;
         let now = |fault| faults.at == Some((self.steps, fault));
-        let (cut, source, destination, cancel) = (
+        let (cut, one, source, destination, cancel) = (
             now(Fault::Cut),
+            now(Fault::CutOne),
             now(Fault::KillSource),
             now(Fault::KillDestination),
             now(Fault::Cancel),
         );
-        if (cut || self.chance.one_in(faults.cut)) && self.link_up {
-            self.note("the cable is cut");
-            self.link_up = false;
-            // What is on its way is lost, or was already there.
-            if self.chance.one_in(2) {
-                self.to_source.clear();
-            }
-            if self.chance.one_in(2) {
-                self.to_destination.clear();
-            }
+        if (cut || self.chance.one_in(faults.cut)) && self.cables.up {
+            self.note("the network is cut");
+            self.cables.cut(None, &mut self.chance);
+        }
+        if one || self.chance.one_in(faults.cut_one) {
+            let cable = self.chance.below(self.cables.count());
+            self.note(format!("cable {cable} is cut"));
+            self.cables.cut(Some(cable), &mut self.chance);
         }
         if (source || self.chance.one_in(faults.kill_source)) && self.source.is_some() {
             self.note("the source is killed");
@@ -484,7 +460,7 @@ impl World {
             self.note("the destination is killed");
             self.destination = None;
             self.disk.open_there = false;
-            self.connected = false;
+            self.cables.connected = false;
         }
         let closed = self.handed_over || self.commit_sent;
         if (cancel || self.chance.one_in(faults.cancel)) && !closed {
@@ -497,7 +473,7 @@ impl World {
     fn end_source(&mut self) {
         self.source = None;
         self.disk.open_here = false;
-        self.connected = false;
+        self.cables.connected = false;
     }
 
     /// Runs until nothing happens any more.

@@ -363,6 +363,16 @@ fn decide_owner_without_vmm(facts: Facts<'_>, assigned: &Assigned, owner: &Owner
     if !owner.runs() {
         return adopt_if_new(record, assigned);
     }
+    // What the guest has decided stands, whatever else was under way: an epoch alone is no start.
+    let stays_off = match end.reason {
+        EndReason::Shutdown => true,
+        EndReason::Reboot => assigned.spec.on_reboot() == RestartPolicy::Stop,
+        _ => false,
+    };
+    let not_asked = record.start_generation == Some(owner.start_generation);
+    if stays_off && not_asked && !end.ordered && end.handover.is_none() {
+        return adopt_if_new(record, assigned);
+    }
     let decided_anew = assigned.epoch > end.epoch;
     let asked_again = record.start_generation.is_some_and(|seen| owner.start_generation > seen);
     if decided_anew || end.ordered || asked_again {

@@ -203,6 +203,7 @@ fn the_owner_runs_or_stops_it() {
     let many = DomainRecord { crash_restarts: CRASH_RESTARTS_MAX, ..ended(EndReason::Crash) };
     let twice = DomainRecord { crash_restarts: 2, ..ended(EndReason::Crash) };
     let ordered = with_end(ended(EndReason::Shutdown), |end| end.ordered = true);
+    let in_6 = |reason| DomainRecord { epoch: 6, ..ended(reason) };
     let never_ran = with_end(ended(EndReason::Error), |end| end.ran = false);
     let came_and_ended = DomainRecord { start_generation: None, ..ended(EndReason::Shutdown) };
     check(vec![
@@ -237,7 +238,11 @@ fn the_owner_runs_or_stops_it() {
             start_again(2),
             Start,
         ),
-        ("shut down, new epoch", Some(ended(EndReason::Shutdown)), Vmm::Gone, run(6), Start),
+        // By itself, just when a save was given up: nobody has asked for a start.
+        ("shut down, new epoch", Some(ended(EndReason::Shutdown)), Vmm::Gone, run(6), Adopt),
+        ("shut down, epoch written", Some(in_6(EndReason::Shutdown)), Vmm::Gone, run(6), Nothing),
+        ("rebooted, new epoch", Some(ended(EndReason::Reboot)), Vmm::Gone, run(6), Start),
+        ("crashed, new epoch", Some(ended(EndReason::Crash)), Vmm::Gone, run(6), Start),
         ("stopped on order, to run", Some(ordered), Vmm::Gone, run(5), Start),
         ("shut down right after it came", Some(came_and_ended), Vmm::Gone, run(5), Adopt),
         (

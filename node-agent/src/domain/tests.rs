@@ -392,9 +392,9 @@ fn ends_reach_the_report() {
     let agent = host.agent();
     for (epoch, behaviour, state, exit, words) in [
         (1, "crash", ObservedState::Failed, ExitReason::Crash, "Kernel panic"),
-        (2, "poweroff", ObservedState::Stopped, ExitReason::Shutdown, ""),
-        (3, "no-kernel", ObservedState::Failed, ExitReason::Error, "is no kernel"),
-        (4, "abort", ObservedState::Failed, ExitReason::Error, "last line of stderr"),
+        (2, "no-kernel", ObservedState::Failed, ExitReason::Error, "is no kernel"),
+        (3, "abort", ObservedState::Failed, ExitReason::Error, "last line of stderr"),
+        (4, "poweroff", ObservedState::Stopped, ExitReason::Shutdown, ""),
     ] {
         let spec = Some(host.spec(behaviour));
         agent.wish(&host, vec![Assignment { spec, ..host.run(epoch) }]);
@@ -406,7 +406,10 @@ fn ends_reach_the_report() {
         assert_eq!(domain.exit_reason(), exit, "{behaviour}");
         assert!(domain.state_reason.contains(words), "{}", domain.state_reason);
     }
+    // It stays off under another epoch; only a start wakes it.
     agent.wish(&host, vec![host.run(5)]);
+    agent.until("the epoch", |domains| domains[0].epoch == 5 && host.record().run.is_none());
+    agent.wish(&host, vec![saved::started(host.run(5))]);
     agent.until_state(ObservedState::Running);
     let pid = host.record().run.unwrap().pid.unwrap();
     drop(agent);
@@ -452,11 +455,7 @@ fn missing_files_are_named_before_anything_is_started() {
     );
     assert!(!host.files().config.exists());
     // The operator puts it right, and starts it again.
-    let mut again = host.run(1);
-    if let Some(assignment::Role::Owner(owner)) = &mut again.role {
-        owner.start_generation = 2;
-    }
-    agent.wish(&host, vec![again]);
+    agent.wish(&host, vec![saved::started(host.run(1))]);
     agent.until_state(ObservedState::Running);
 }
 

@@ -3,7 +3,7 @@
 use std::path::PathBuf;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use drover_proto::agent::v1::{ReadImageRequest, ReadImageResponse};
 use drover_proto::v1::{
@@ -11,7 +11,7 @@ use drover_proto::v1::{
     import_image_request,
 };
 use drover_storage::PoolError;
-use drover_storage::image::Format;
+use drover_storage::image::{CHUNK_BYTES, Format, Step};
 use drover_storage::pool::{ImageId, ImageInfo, Opened, Sha256};
 use tokio::sync::{OwnedSemaphorePermit, Semaphore, mpsc};
 use tokio::time::timeout;
@@ -181,7 +181,7 @@ impl Images {
         let runtime = tokio::runtime::Handle::current();
         tokio::task::spawn_blocking(move || {
             let _until_it_ends: OwnedSemaphorePermit = permit;
-            give_out(&image, |answer| {
+            give_out(&image, PROGRESS_INTERVAL, |answer| {
                 let last = answer.is_err();
                 let sent = timeout(SILENCE_MAX, answers.send(answer));
                 // A reader that has gone, or takes nothing, is none.
@@ -192,24 +192,42 @@ impl Images {
     }
 }
 
-/// Sends the image's size and what is not zero, for as long as `send` says that it goes on.
-fn give_out(image: &Opened, send: impl Fn(Result<ReadImageResponse, Status>) -> bool) {
+/// Sends the image's size and what is not zero, for as long as `send` says that it goes on. Where
+/// only zeros are found, it says after each `progress_interval` how far it is.
+pub(super) fn give_out(
+    image: &Opened,
+    progress_interval: Duration,
+    send: impl Fn(Result<ReadImageResponse, Status>) -> bool,
+) {
     let size_bytes = image.bytes();
     if !send(Ok(ReadImageResponse { size_bytes, ..ReadImageResponse::default() })) {
         return;
     }
-    for chunk in image.chunks(0) {
-        let answer = match chunk {
-            Ok(chunk) => Ok(ReadImageResponse {
-                size_bytes: 0,
-                offset: chunk.offset,
-                data: chunk.bytes.into(),
-            }),
+    let (mut next, mut said) = (0, Instant::now());
+    loop {
+        let answer = match image.step(next) {
+            Ok(Step::End) => return,
+            Ok(Step::Zeros(end)) => {
+                next = end;
+                if said.elapsed() < progress_interval {
+                    continue;
+                }
+                Ok(ReadImageResponse { offset: end, ..ReadImageResponse::default() })
+            }
+            Ok(Step::Data(chunk)) => {
+                next = chunk.offset + CHUNK_BYTES;
+                Ok(ReadImageResponse {
+                    size_bytes: 0,
+                    offset: chunk.offset,
+                    data: chunk.bytes.into(),
+                })
+            }
             Err(err) => Err(status(&err.into())),
         };
         if !send(answer) {
             return;
         }
+        said = Instant::now();
     }
 }
 

@@ -410,6 +410,15 @@ impl Planner<'_> {
         let kept: BTreeSet<&str> = wanted.volumes.iter().map(|v| v.uid.as_str()).collect();
         for garbage in &wanted.garbage {
             let pool = garbage.pool.clone();
+            if let Ok(id) = garbage.image_digest.parse::<ImageId>() {
+                let pools = self.facts.pools.keys();
+                let pools: Vec<String> =
+                    pools.filter(|id| pool.is_empty() || pool == **id).cloned().collect();
+                for pool in pools {
+                    self.garbage_image(wanted, fetches, Thing { pool, id: Id::Image(id) });
+                }
+                continue;
+            }
             let Some(seen) = self.facts.pools.get(&pool) else { continue };
             let fault = seen.fault.as_deref();
             let inventory = seen.inventory.as_ref();
@@ -438,26 +447,29 @@ impl Planner<'_> {
                 }
             } else if let Ok(id) = garbage.snapshot_uid.parse::<SnapshotId>() {
                 self.garbage_snapshot(wanted, Thing { pool, id: Id::Snapshot(id) });
-            } else if let Ok(id) = garbage.image_digest.parse::<ImageId>() {
-                let thing = Thing { pool, id: Id::Image(id) };
-                let digest = garbage.image_digest.as_str();
-                let needed = wanted.volumes.iter().any(|volume| {
-                    volume.pool == thing.pool && volume.create && volume.image_digest == digest
-                });
-                if fault.is_some() || inventory.is_none() {
-                    // Nor that this is.
-                    let observed = ObservedImage {
-                        digest: digest.to_owned(),
-                        pool: thing.pool.clone(),
-                        size_bytes: 0,
-                    };
-                    self.plan.images.push(observed);
-                }
-                let here = inventory.is_some_and(|inventory| inventory.images.contains_key(&id));
-                if here && fault.is_none() && !needed && !fetches.contains_key(&thing) {
-                    self.begin(&thing, Work::Delete);
-                }
             }
+        }
+    }
+
+    /// An image that shall be gone from one pool.
+    fn garbage_image(&mut self, wanted: &WantedStorage, fetches: &Fetches, thing: Thing) {
+        let Id::Image(id) = thing.id else { return };
+        let Some(seen) = self.facts.pools.get(&thing.pool) else { return };
+        let Some(inventory) = seen.inventory.as_ref().filter(|_| seen.fault.is_none()) else {
+            // Nobody can say that it is gone.
+            self.plan.images.push(ObservedImage {
+                digest: id.to_string(),
+                pool: thing.pool,
+                size_bytes: 0,
+            });
+            return;
+        };
+        let digest = id.to_string();
+        let needed = wanted.volumes.iter().any(|volume| {
+            volume.pool == thing.pool && volume.create && volume.image_digest == digest
+        });
+        if inventory.images.contains_key(&id) && !needed && !fetches.contains_key(&thing) {
+            self.begin(&thing, Work::Delete);
         }
     }
 

@@ -2,7 +2,7 @@
 //! It is open under a lock meanwhile, so that no VMM opens it and nobody deletes it.
 
 use std::sync::Arc;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use drover_proto::agent::v1::{ReadVolumeRequest, VolumeSource, read_volume_request};
 use drover_proto::v1::{KnownBlocks, ReadSnapshotResponse};
@@ -26,6 +26,8 @@ const FIRST_MESSAGE_TIMEOUT: Duration = Duration::from_secs(10);
 const KNOWN_TIMEOUT: Duration = Duration::from_secs(120);
 /// A caller that takes nothing for so long is not there.
 const SILENCE_MAX: Duration = Duration::from_secs(60);
+/// Where only zeros are found, the caller hears so often how far it is.
+const PROGRESS_INTERVAL: Duration = Duration::from_secs(5);
 /// Blocks that wait for a slow reader, of 1 MiB each.
 const BLOCKS_MAX: usize = 4;
 /// So many known blocks are kept for a reader, 32 MiB: of a disk that is larger than 1 TiB, what
@@ -80,7 +82,7 @@ impl Volumes {
             };
             let late = |_| Err(Status::deadline_exceeded("known: took longer than 120 s"));
             match known.unwrap_or_else(late) {
-                Ok(known) => give_out(opened, known, answers).await,
+                Ok(known) => give_out(opened, known, answers, PROGRESS_INTERVAL).await,
                 Err(status) => drop(timeout(SILENCE_MAX, answers.send(Err(status))).await),
             }
         });
@@ -143,7 +145,7 @@ fn open(
 }
 
 /// The digests that the caller knows, block by block; zeros: none.
-type Known = Vec<[u8; DIGEST_BYTES]>;
+pub(super) type Known = Vec<[u8; DIGEST_BYTES]>;
 
 /// Takes in what the caller knows of a disk of this size, until it has ended its stream.
 async fn known(mut input: Streaming<ReadVolumeRequest>, bytes: u64) -> Result<Known, Status> {
@@ -178,11 +180,13 @@ fn note(known: &mut Known, blocks: &KnownBlocks, blocks_max: u64) -> Result<(), 
     Ok(())
 }
 
-/// Sends what is not zeros, for as long as somebody takes it.
-async fn give_out(
+/// Sends what is not zeros, and a sign of life after `progress_interval` without any, for as long
+/// as somebody takes it.
+pub(super) async fn give_out(
     opened: Opened,
     known: Known,
     answers: mpsc::Sender<Result<ReadSnapshotResponse, Status>>,
+    progress_interval: Duration,
 ) {
     let runtime = tokio::runtime::Handle::current();
     let sending = blocking(move || {
@@ -194,13 +198,22 @@ async fn give_out(
         let mut goes_on =
             send(Ok(ReadSnapshotResponse { size_bytes, ..ReadSnapshotResponse::default() }));
         let mut next = 0;
+        let mut said = Instant::now();
         while goes_on && !answers.is_closed() {
             match opened.step(next) {
                 Ok(Step::End) => break,
-                Ok(Step::Zeros(end)) => next = end,
+                Ok(Step::Zeros(end)) => {
+                    next = end;
+                    if said.elapsed() >= progress_interval {
+                        let offset = end.min(size_bytes);
+                        goes_on = send(Ok(ReadSnapshotResponse { offset, ..Default::default() }));
+                        said = Instant::now();
+                    }
+                }
                 Ok(Step::Data(chunk)) => {
                     next = chunk.offset + CHUNK_BYTES;
                     goes_on = send(Ok(block(chunk, &known)));
+                    said = Instant::now();
                 }
                 Err(error) => {
                     send(Err(status(&error.into())));

@@ -299,6 +299,10 @@ async fn an_image_of_another_content_is_refused() {
 
 /// Changes one byte of an image's file.
 fn damage(pool: &Path, digest: &str) {
+    overwrite(pool, digest, 77, b"x");
+}
+
+fn overwrite(pool: &Path, digest: &str, at: u64, bytes: &[u8]) {
     use std::os::unix::fs::FileExt;
     let mut folders = vec![pool.to_owned()];
     while let Some(folder) = folders.pop() {
@@ -310,7 +314,7 @@ fn damage(pool: &Path, digest: &str) {
                 use std::os::unix::fs::PermissionsExt;
                 std::fs::set_permissions(&path, std::fs::Permissions::from_mode(0o600)).unwrap();
                 let file = std::fs::File::options().write(true).open(path).unwrap();
-                file.write_all_at(b"x", 77).unwrap();
+                file.write_all_at(bytes, at).unwrap();
                 return;
             }
         }

@@ -12,8 +12,8 @@ pub(crate) enum OperationCommand {
         /// Only those that are not done
         #[arg(long)]
         active: bool,
-        /// Only those on this resource: domains/NAME, nodes/NAME or cluster
-        #[arg(long, value_name = "RESOURCE", value_parser = parse::target)]
+        /// Only those on this resource: domains/NAME, nodes/NAME, volumes/NAME or cluster
+        #[arg(long, value_name = "RESOURCE", value_parser = parse::subject)]
         target: Option<String>,
     },
     /// Show one operation
@@ -88,7 +88,7 @@ pub(crate) struct EventsArgs {
     /// Begin after this revision instead of with the newest events
     #[arg(long, value_name = "REVISION", value_parser = clap::value_parser!(u64).range(1..))]
     pub(crate) since: Option<u64>,
-    /// Only events about this: domains/NAME, nodes/NAME, operations/UUID or cluster
+    /// Only events about this: domains/NAME, nodes/NAME, volumes/NAME, operations/UUID or cluster
     #[arg(long, value_name = "RESOURCE", value_parser = parse::subject)]
     pub(crate) subject: Option<String>,
     /// How many of the newest, 1 to 1000

@@ -296,7 +296,7 @@ pub(crate) struct ResizeArgs {
     #[command(flatten)]
     pub(crate) name: DomainName,
     /// Virtual CPUs, 1 to 8
-    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..))]
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..=8))]
     pub(crate) vcpus: Option<u32>,
     /// Memory, a multiple of 1 MiB, at least 32MiB
     #[arg(long, value_name = "SIZE", value_parser = parse::size)]

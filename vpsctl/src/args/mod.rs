@@ -156,14 +156,15 @@ pub(crate) struct Limits {
     /// Longest pause of the guest to aim at [default: 100ms]
     #[arg(long, value_name = "DURATION", value_parser = parse::duration)]
     pub(crate) downtime: Option<Duration>,
-    /// Passes over memory; then it moves within 4 times --downtime, or fails and stays
+    /// Passes over memory and disks; then it moves within 4 times --downtime, or fails and stays
     /// [default: 30]
     #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..))]
     pub(crate) rounds_max: Option<u32>,
-    /// Memory to send; then as with --rounds-max [default: 8 times its memory]
+    /// Bytes to send; then as with --rounds-max [default: 8 times its memory and disks]
     #[arg(long, value_name = "SIZE", value_parser = parse::size)]
     pub(crate) bytes_max: Option<u64>,
-    /// Time to copy; then as with --rounds-max [default: 10m]
+    /// Time to copy; then as with --rounds-max [default: 10m, and what its disks take at 10MiB a
+    /// second]
     #[arg(long, value_name = "DURATION", value_parser = parse::duration)]
     pub(crate) time_max: Option<Duration>,
     /// Bytes a second, such as 100MiB [default: no limit]

@@ -7,7 +7,7 @@ use drover_proto::v1::{
     image_service_client::ImageServiceClient,
 };
 
-use super::{Context, all_pages, call, import};
+use super::{Context, all_pages, call, import, request_id};
 use crate::{
     args::ImageCommand,
     error::Error,
@@ -28,7 +28,11 @@ pub(super) async fn run(context: &Context, command: ImageCommand) -> Result<(), 
             context.answer(|| json::object(&image), || pages::image(&image, SystemTime::now()))
         }
         ImageCommand::Delete(name) => {
-            let request = DeleteImageRequest { name: name.image.clone(), etag: String::new() };
+            let request = DeleteImageRequest {
+                name: name.image.clone(),
+                etag: String::new(),
+                request_id: request_id(),
+            };
             call!(context, ImageServiceClient::delete_image, request)?;
             let sentence = format!("{} is deleted; volumes made of it stay", short(&name.image));
             context.gone(&name.image, &sentence)

@@ -17,7 +17,7 @@ use tokio::{
     time::{Instant, timeout},
 };
 
-use super::{Context, files::ImageFile};
+use super::{Context, files::ImageFile, request_id};
 use crate::{
     args::{Format, ImportArgs},
     client::{MESSAGE_BYTES_MAX, root_cause},
@@ -33,6 +33,8 @@ use crate::{
 /// A controller that says nothing for so long is given up. Writing the last of a large image out
 /// takes a slow pool some minutes.
 const SILENCE_MAX: Duration = Duration::from_secs(600);
+/// Who has carried an import out already says so within this.
+const DONE_TIME_MAX: Duration = Duration::from_secs(10);
 
 pub(super) async fn run(context: &Context, args: ImportArgs) -> Result<(), Error> {
     let file = args.file.as_deref().map(ImageFile::open).transpose()?.map(Arc::new);
@@ -59,6 +61,7 @@ fn spec(args: &ImportArgs, file: Option<&ImageFile>) -> ImportImageSpec {
         node: args.node.clone().unwrap_or_default(),
         pool: args.pool.clone().unwrap_or_default(),
         file_bytes: file.map_or(0, |file| file.bytes),
+        request_id: request_id(),
         ..ImportImageSpec::default()
     };
     spec.set_format(match args.format {
@@ -137,7 +140,8 @@ async fn carried<S: Source>(
             }
             // The file went with the stream: whoever answers next would want it whole.
             Ok(Err(status)) if context.cluster.turn_after(&status) => {
-                return Err(ended(spec, ImportEnd::Lost(root_cause(&status))));
+                let lost = || ended(spec, ImportEnd::Lost(root_cause(&status)));
+                return done_already(context, spec).await.ok_or_else(lost);
             }
             Ok(Err(status)) => return Err(status.into()),
             Err(_) => {
@@ -146,6 +150,19 @@ async fn carried<S: Source>(
             }
         }
     }
+}
+
+/// The image, when all was done and its answer alone was lost: who has done it says so at once.
+/// Anybody else would want the file, and is left alone.
+async fn done_already(context: &Context, spec: &ImportImageSpec) -> Option<Image> {
+    let asked = context.cluster.call(|rpc| {
+        let spec = Message::Spec(spec.clone());
+        let messages = stream::iter([ImportImageRequest { message: Some(spec) }]);
+        async move { ImageServiceClient::new(rpc).import_image(messages).await }
+    });
+    let mut answers = asked.await.ok()?;
+    let first = timeout(DONE_TIME_MAX, answers.message()).await;
+    first.ok()?.ok()??.image
 }
 
 /// The spec, then the file. Ends only behind the file's last byte; an error goes to `failed`.

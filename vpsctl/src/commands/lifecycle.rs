@@ -69,6 +69,7 @@ pub(super) async fn reinstall(context: &Context, args: ReinstallArgs) -> Result<
         request_id: request_id(),
         disk,
         image: args.image.unwrap_or_default(),
+        keep_image: false,
     };
     let operation = call!(context, DomainServiceClient::reinstall_domain, request)?;
     follow(context, operation, &args.detach).await

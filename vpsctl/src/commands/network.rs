@@ -7,7 +7,7 @@ use drover_proto::v1::{
     network_service_client::NetworkServiceClient,
 };
 
-use super::{Context, all_pages, call};
+use super::{Context, all_pages, call, request_id};
 use crate::{
     args::{CreateNetworkArgs, NetworkCommand},
     error::Error,
@@ -17,7 +17,8 @@ use crate::{
 pub(super) async fn run(context: &Context, command: NetworkCommand) -> Result<(), Error> {
     match command {
         NetworkCommand::Create(args) => {
-            let request = CreateNetworkRequest { network: Some(wanted(args)) };
+            let request =
+                CreateNetworkRequest { network: Some(wanted(args)), request_id: request_id() };
             let network = call!(context, NetworkServiceClient::create_network, request)?;
             let page = || {
                 let (name, total) = (short(&network.name), network.addresses_total);
@@ -39,7 +40,11 @@ pub(super) async fn run(context: &Context, command: NetworkCommand) -> Result<()
             context.answer(|| json::object(&network), page)
         }
         NetworkCommand::Delete(name) => {
-            let request = DeleteNetworkRequest { name: name.network.clone(), etag: String::new() };
+            let request = DeleteNetworkRequest {
+                name: name.network.clone(),
+                etag: String::new(),
+                request_id: request_id(),
+            };
             call!(context, NetworkServiceClient::delete_network, request)?;
             context.gone(&name.network, &format!("{} is deleted", short(&name.network)))
         }

@@ -140,19 +140,15 @@ fn resource(collection: &str, example: &str, text: &str) -> Result<String, Strin
     }
 }
 
-/// What an operation is for: `domains/…`, `nodes/…` or `cluster`.
-pub(crate) fn target(text: &str) -> Result<String, String> {
-    if text == "cluster" {
-        return Ok(text.to_owned());
-    }
-    subject(text).map_err(|_| "domains/NAME, nodes/NAME or cluster is expected".to_owned())
-}
-
-/// What an event is about: `domains/…` or `nodes/…`.
+/// What an event or an operation is about, as the API accepts it.
 pub(crate) fn subject(text: &str) -> Result<String, String> {
     match text.split_once('/') {
-        Some(("nodes" | "domains", id)) if !id.is_empty() => Ok(text.to_owned()),
-        _ => Err("domains/NAME or nodes/NAME is expected".to_owned()),
+        None if text == "cluster" => Ok(text.to_owned()),
+        Some(("nodes" | "domains" | "volumes" | "operations", id)) if !id.is_empty() => {
+            Ok(text.to_owned())
+        }
+        _ => Err("domains/NAME, nodes/NAME, volumes/NAME, operations/UUID or cluster is expected"
+            .to_owned()),
     }
 }
 
@@ -314,7 +310,9 @@ mod tests {
         assert!(operation("web1").unwrap_err().contains("a UUID is expected"));
         assert!(operation("domains/web1").unwrap_err().starts_with("is one of domains"));
         assert_eq!(subject("nodes/host1"), Ok("nodes/host1".to_owned()));
-        assert!(subject("cluster").is_err());
+        assert_eq!(subject("cluster"), Ok("cluster".to_owned()));
+        assert_eq!(subject("volumes/a"), Ok("volumes/a".to_owned()));
+        assert!(subject("volumes/").is_err());
         assert!(subject("web1").is_err());
     }
 

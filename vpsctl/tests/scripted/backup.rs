@@ -150,6 +150,10 @@ fn what_was_backed_up_comes_back_and_the_second_sends_what_changed() {
         let said = format!("disks 0 and 1 of web1 hold what {name} has\n");
         assert_eq!((restored.code, restored.stdout), (0, said), "{}", restored.stderr);
         assert!(world.member.node().disks == *content, "{name}");
+        let asked = world.member.asked().did;
+        let reinstalls: Vec<_> = asked.iter().filter(|did| did.starts_with("reinstall")).collect();
+        let kept = |did: &&String| did.ends_with(", which it is not made of");
+        assert!(!reinstalls.is_empty() && reinstalls.iter().all(kept), "{reinstalls:?}");
         world.nothing_is_left();
         for content in content {
             let import = world.member.wait_for_an_import();

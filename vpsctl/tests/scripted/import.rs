@@ -224,6 +224,18 @@ fn a_member_that_dies_breaks_it_off() {
     assert!(said("hint: vpsctl image show debian13 says"), "{lines:#?}");
 }
 
+/// All was done, and the answer alone was lost: the file is not sent again, and nothing is wrong.
+#[test]
+fn an_answer_that_is_lost_is_asked_for_again() {
+    let file = ImageFile::new();
+    let member = member(ImportScript { loses_its_answer: true, ..ImportScript::default() });
+    let ended = run(member.address(), &file.arguments());
+    assert_eq!(ended.code, 0, "{ended:#?}");
+    assert!(ended.stdout.starts_with("debian13 is imported on host1"), "{ended:#?}");
+    let seen = member.wait_for_an_import();
+    assert!(seen.end == End::Whole && seen.bytes == file.content);
+}
+
 /// A file that is cut while it is read: its end is no end of the messages.
 #[test]
 fn a_file_that_becomes_shorter_breaks_it_off() {

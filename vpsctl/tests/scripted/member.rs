@@ -308,8 +308,9 @@ impl DomainService for Scripted {
         &self,
         request: Request<ReinstallDomainRequest>,
     ) -> Answer<Operation> {
-        let ReinstallDomainRequest { name, disk, image, .. } = request.into_inner();
-        self.did(format!("reinstall disk {disk} of {name} from \"{image}\""));
+        let ReinstallDomainRequest { name, disk, image, keep_image, .. } = request.into_inner();
+        let how = if keep_image { ", which it is not made of" } else { "" };
+        self.did(format!("reinstall disk {disk} of {name} from \"{image}\"{how}"));
         let mut node = self.node.lock().unwrap();
         if let Some(content) = node.images.get(&image).cloned() {
             let disk = &mut node.disks[disk as usize];

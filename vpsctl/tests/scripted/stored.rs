@@ -26,6 +26,8 @@ pub(crate) struct ImportScript {
     pub(crate) pause_after: Option<usize>,
     /// The answer at the end; none when it has no name.
     pub(crate) image: Image,
+    /// It is lost the first time.
+    pub(crate) loses_its_answer: bool,
 }
 
 /// How the messages of an import ended, as the member saw it.
@@ -62,6 +64,12 @@ impl Scripted {
         seen.end = loop {
             match input.message().await {
                 Ok(Some(ImportImageRequest { message: Some(Message::Spec(spec)) })) => {
+                    let done = self.node.lock().unwrap().imported.get(&spec.request_id).cloned();
+                    if done.is_some() {
+                        let said = ImportImageResponse { image: done, ..Default::default() };
+                        let _ = answers.send(Ok(said)).await;
+                        return;
+                    }
                     seen.specs.push(spec);
                 }
                 Ok(Some(ImportImageRequest { message: Some(Message::Data(data)) })) => {
@@ -93,7 +101,12 @@ impl Scripted {
         if image.is_none() && seen.end == End::Whole {
             image = self.kept(&seen);
         }
-        if seen.end == End::Whole && image.is_some() {
+        if script.loses_its_answer {
+            let spec = seen.specs.first().cloned().unwrap_or_default();
+            assert!(!spec.request_id.is_empty());
+            self.node.lock().unwrap().imported.extend(image.map(|image| (spec.request_id, image)));
+            let _ = answers.send(Err(Status::unavailable("the leader is gone"))).await;
+        } else if seen.end == End::Whole && image.is_some() {
             let _ = answers.send(Ok(ImportImageResponse { image, ..Default::default() })).await;
         }
         let _ = self.imported.try_send(seen);

@@ -491,6 +491,7 @@ impl Chaos {
     fn is_calm(&self) -> bool {
         let world = self.lab.world();
         world.operations.is_empty()
+            && world.garbage.is_empty()
             && world.domains.values().all(|row| row.value.migration.is_none())
             && plan(&self.lab.context(&world)).is_empty()
     }

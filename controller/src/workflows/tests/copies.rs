@@ -205,6 +205,23 @@ fn a_drain_takes_it_along() {
     };
     assert!(plan.moves[0].reason.ends_with("not running, its disks are copied"), "{plan:?}");
     assert!(plan.expected_time.as_secs() > 2, "{plan:?}");
+    // Where it is known what the disk takes, that counts, and not its size.
+    let said = |allocated_bytes| ObservedVolume {
+        uid: volume(&lab).uid,
+        pool: "ssd".into(),
+        state: VolumeState::Ready.into(),
+        allocated_bytes,
+        ..ObservedVolume::default()
+    };
+    let sparse = said(12 << 20);
+    lab.volumes.insert("a".into(), vec![sparse]);
+    lab.report("a", vec![]);
+    let less = {
+        let world = lab.world();
+        let cx = lab.context(&world);
+        drain::propose_drain(&cx, &node, &limits(), Strategy::BestFit).unwrap()
+    };
+    assert!(less.expected_time < plan.expected_time / 2, "{less:?}");
     let operation = lab
         .with(|cx| {
             drain::begin_drain(cx, &node, &limits(), 3_600_000, Strategy::BestFit).map(split)

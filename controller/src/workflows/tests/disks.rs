@@ -4,12 +4,12 @@ use drover_proto::agent::v1::{
     Garbage, MigrationProgress as P, MigrationRole, ObservedImage, ObservedPool,
     ObservedState as S, ObservedVolume,
 };
-use drover_proto::v1::{Disk, DomainState, OperationState, PoolState, VolumeState};
+use drover_proto::v1::{Disk, DomainState, Image, OperationState, PoolState, VolumeState};
 
 use super::lab::{Lab, MIB, Observe, new_domain, split};
-use crate::model::{GarbageRecord, ImageRecord, VolumeRecord};
+use crate::model::{GarbageRecord, ImageId, ImageRecord, NodeId, VolumeRecord};
 use crate::store::Txn;
-use crate::workflows::{Refusal, begin};
+use crate::workflows::{Refusal, begin, image};
 
 const DIGEST: &str = "d1";
 
@@ -222,6 +222,48 @@ fn pools_bound_what_is_placed() {
         vec![Disk { image: "images/debian".into(), size_bytes: MIB, ..Disk::default() }];
     let refused = lab.with(|cx| begin::create_domain(cx, &new).map(split)).unwrap_err();
     assert!(refused.to_string().contains("at least 1073741824"), "{refused}");
+}
+
+/// Its copies go from every node that has one, from one that is away when it is back; till then the
+/// same content cannot come in there, as it would be removed.
+#[test]
+fn a_deleted_image_goes_from_nodes_that_are_away() {
+    let mut lab = lab();
+    let copy = ObservedImage { digest: DIGEST.into(), pool: "hdd".into(), ..Default::default() };
+    lab.images.insert("b".into(), vec![copy]);
+    lab.report("a", vec![]);
+    lab.report("b", vec![]);
+    lab.settle();
+    // Nobody remembers what `b` has but the row.
+    lab.observed.nodes.remove(&NodeId::trusted("b"));
+    let id = ImageId::trusted("debian");
+    lab.with(|cx| image::delete(cx, &id, "").map(|txn| (txn, ()))).unwrap();
+    assert_eq!(garbage(&lab), [format!("a/{DIGEST}"), format!("b/{DIGEST}")]);
+    let listed = Garbage { image_digest: DIGEST.into(), ..Garbage::default() };
+    assert_eq!(lab.level("b").garbage, [listed], "from whichever pool");
+
+    let said = Image { digest: DIGEST.into(), size_bytes: MIB, ..Image::default() };
+    let import = |lab: &mut Lab, node| {
+        let node = NodeId::trusted(node);
+        lab.with(|cx| image::register(cx, &id, &node, &said).map(|txn| (txn, ())))
+    };
+    lab.images.remove("a");
+    lab.report("a", vec![]);
+    lab.settle();
+    assert_eq!(garbage(&lab), [format!("b/{DIGEST}")], "it is away");
+    let refused = import(&mut lab, "b").unwrap_err().to_string();
+    assert!(refused.contains("nodes/b is still removing a deleted image"), "{refused}");
+    import(&mut lab, "a").unwrap();
+
+    // It is back with its copy, which is listed until a report comes without it.
+    lab.hello("b", "boot-1");
+    lab.report("b", vec![]);
+    lab.settle();
+    assert_eq!(garbage(&lab), [format!("b/{DIGEST}")]);
+    lab.images.remove("b");
+    lab.report("b", vec![]);
+    lab.settle();
+    assert!(garbage(&lab).is_empty());
 }
 
 /// A node that was forgotten with a copy, and is known again: the copy is old, and must be neither

@@ -1,5 +1,7 @@
 //! What operators do to one domain with its disks: resize, reinstall, rescue, save.
 
+mod saves;
+
 use drover_proto::agent::v1::assignment::Role;
 use drover_proto::agent::v1::{ObservedDomain, ObservedPool, ObservedState as S, ObservedVolume};
 use drover_proto::v1::{
@@ -93,6 +95,11 @@ fn report(lab: &mut Lab, domain: ObservedDomain) {
     lab.settle();
 }
 
+fn report_nothing(lab: &mut Lab) {
+    lab.report("a", vec![]);
+    lab.settle();
+}
+
 fn ask(
     lab: &mut Lab,
     begin: impl FnOnce(&Context<'_>, &DomainId) -> Result<Begun, Refusal>,
@@ -119,7 +126,7 @@ fn rescue(lab: &mut Lab) -> Result<OperationRecord, Refusal> {
 
 fn reinstall(lab: &mut Lab, disk: u32, image: Option<&str>) -> Result<OperationRecord, Refusal> {
     let image = image.map(ImageId::trusted);
-    ask(lab, |cx, id| reinstall_domain(cx, id, disk, image.as_ref()))
+    ask(lab, |cx, id| reinstall_domain(cx, id, disk, image.as_ref(), false))
 }
 
 fn outcome(lab: &Lab, operation: &OperationRecord) -> (OperationState, String) {
@@ -187,6 +194,35 @@ fn a_reinstalled_disk_is_the_same_disk_with_other_content() {
     says(&mut lab, S::Stopped, ExitReason::Shutdown);
     assert_eq!(outcome(&lab, &begun), (OperationState::Failed, "VOLUME_FAILED".into()));
     assert!(lab.level("a").volumes[0].create, "its agent goes on trying");
+}
+
+/// A backup's content comes by an image that is deleted afterwards: the disk goes on saying what
+/// it was made of, and can be made of that again.
+#[test]
+fn an_image_that_only_brings_content_leaves_no_name_behind() {
+    let mut lab = stopped();
+    let carrier = ImageRecord {
+        id: "restore-1".into(),
+        digest: "digest-of-restore-1".into(),
+        size_bytes: GIB,
+        nodes: vec!["b".into()],
+        ..ImageRecord::default()
+    };
+    assert!(lab.commit(&Txn::new().put(&carrier)));
+    let image = ImageId::trusted("restore-1");
+    let begun = ask(&mut lab, |cx, id| reinstall_domain(cx, id, 0, Some(&image), true)).unwrap();
+    let wanted = &lab.level("a").volumes[0];
+    assert!(wanted.create && wanted.image_digest == "digest-of-restore-1", "{wanted:?}");
+    assert_eq!(wanted.image_sources.len(), 1, "from where the carrier lies: {wanted:?}");
+    assert_eq!(lab.domain("vm").spec.unwrap().disks[0].image, "images/debian");
+    assert_eq!(volume(&lab, "vm-0").unwrap().image, "debian");
+    volumes(&mut lab, VolumeState::Ready);
+    says(&mut lab, S::Stopped, ExitReason::Shutdown);
+    assert_eq!(outcome(&lab, &begun), DONE);
+
+    assert!(lab.commit(&Txn::new().delete::<ImageRecord>("restore-1")));
+    reinstall(&mut lab, 0, None).unwrap();
+    assert_eq!(lab.level("a").volumes[0].image_digest, "digest-of-debian");
 }
 
 #[test]
@@ -366,187 +402,6 @@ fn a_rescue_that_does_not_start_leaves_no_rescue_disk() {
     assert_eq!(garbage(&lab).len(), 1);
     // And it can be tried again at once: another uid is another volume.
     rescue(&mut lab).unwrap();
-}
-
-#[test]
-fn a_domain_is_saved_and_goes_on() {
-    let mut lab = running();
-    let generation = lab.domain("vm").generation_id;
-    let begun = save(&mut lab);
-    let made = volume(&lab, "vm-memory").unwrap();
-    assert_eq!(made.size_bytes, (256 + 64) * MIB);
-    let assignment = lab.assignment("a", "vm").unwrap();
-    assert_eq!(assignment.memory.unwrap().volume_uid, made.uid);
-    assert_eq!((assignment.disks.len(), power(&lab)), (1, PowerState::Saved));
-    volumes(&mut lab, VolumeState::Ready);
-    says(&mut lab, S::Running, ExitReason::Unspecified);
-    assert_eq!(outcome(&lab, &begun).0, OperationState::Running);
-    says(&mut lab, S::Stopped, ExitReason::Saved);
-    assert_eq!(outcome(&lab, &begun), DONE);
-    assert_eq!(lab.domain("vm").state(), DomainState::Saved);
-    // Again and again, and after its host has rebooted: it stays so.
-    says(&mut lab, S::Stopped, ExitReason::Saved);
-    lab.hello("a", "boot-2");
-    report_nothing(&mut lab);
-    assert_eq!(lab.domain("vm").state(), DomainState::Saved);
-    assert_eq!((power(&lab), lab.domain("vm").epoch), (PowerState::Saved, 1));
-
-    // What it is made of must not change meanwhile.
-    assert_eq!(reason(reinstall(&mut lab, 0, None)), "SAVED");
-    assert_eq!(reason(rescue(&mut lab)), "SAVED");
-    assert_eq!(reason(resize(&mut lab, Resize { vcpus: 2, ..Resize::default() })), "SAVED");
-    assert_eq!(reason(ask(&mut lab, save_domain)), "WRONG_STATE");
-
-    let begun = start(&mut lab, false);
-    assert_eq!((power(&lab), lab.domain("vm").epoch), (PowerState::Running, 2));
-    assert!(lab.assignment("a", "vm").unwrap().memory.is_some());
-    // The run before is over, and says nothing of this one.
-    says_under(&mut lab, 1, S::Stopped, ExitReason::Saved);
-    assert!(volume(&lab, "vm-memory").is_some());
-    says(&mut lab, S::Running, ExitReason::Unspecified);
-    assert_eq!(outcome(&lab, &begun), DONE);
-    assert!(volume(&lab, "vm-memory").is_none());
-    assert_eq!(garbage(&lab), [made.uid]);
-    let domain = lab.domain("vm");
-    assert_eq!((domain.generation_id, domain.memory_volume.as_str()), (generation, ""));
-    assert!(lab.assignment("a", "vm").unwrap().memory.is_none());
-}
-
-fn report_nothing(lab: &mut Lab) {
-    lab.report("a", vec![]);
-    lab.settle();
-}
-
-/// Its agent is silent, and may have begun: what was saved must not be lost to a cancel.
-#[test]
-fn a_start_of_what_was_saved_is_not_taken_back() {
-    let mut lab = running();
-    save(&mut lab);
-    volumes(&mut lab, VolumeState::Ready);
-    says(&mut lab, S::Stopped, ExitReason::Saved);
-    let begun = start(&mut lab, false);
-    let refused = lab.cancel(&begun.id).unwrap_err().to_string();
-    assert!(refused.contains("used up"), "{refused}");
-    lab.pass_time(60 * 60_000);
-    lab.settle();
-    assert_eq!(outcome(&lab, &begun), (OperationState::Failed, "DEADLINE_EXCEEDED".into()));
-    assert_eq!(power(&lab), PowerState::Running);
-    assert!(lab.assignment("a", "vm").unwrap().memory.is_some());
-    lab.hello("a", "boot-1");
-    says(&mut lab, S::Running, ExitReason::Unspecified);
-    assert_eq!(lab.domain("vm").state(), DomainState::Running);
-    assert!(volume(&lab, "vm-memory").is_none());
-}
-
-/// Memory that waits for the next start waits for one that boots.
-#[test]
-fn what_was_saved_goes_on_with_what_it_had() {
-    let mut lab = running();
-    resize(&mut lab, Resize { memory_bytes: GIB, ..Resize::default() }).unwrap();
-    save(&mut lab);
-    volumes(&mut lab, VolumeState::Ready);
-    says(&mut lab, S::Stopped, ExitReason::Saved);
-    start(&mut lab, false);
-    let domain = lab.domain("vm");
-    assert_eq!((domain.spec.unwrap().memory_bytes, domain.next_memory_bytes), (256 * MIB, GIB));
-    // It cannot be read: it is kept until somebody says what becomes of it.
-    says(&mut lab, S::Failed, ExitReason::Error);
-    assert_eq!(lab.domain("vm").state(), DomainState::Failed);
-    assert!(volume(&lab, "vm-memory").is_some());
-    start(&mut lab, true);
-    assert!(volume(&lab, "vm-memory").is_none());
-    let domain = lab.domain("vm");
-    assert_eq!((domain.spec.unwrap().memory_bytes, domain.next_memory_bytes), (GIB, 0));
-}
-
-#[test]
-fn a_guest_that_ends_before_it_is_saved_has_ended() {
-    let mut lab = running();
-    let begun = save(&mut lab);
-    says(&mut lab, S::Stopped, ExitReason::Shutdown);
-    assert_eq!(outcome(&lab, &begun), (OperationState::Failed, "NOT_RUNNING".into()));
-    assert_eq!(
-        (lab.domain("vm").state(), power(&lab)),
-        (DomainState::Stopped, PowerState::Stopped)
-    );
-    assert!(volume(&lab, "vm-memory").is_none());
-
-    // One whose host went down is started again, as always.
-    let mut lab = running();
-    let begun = save(&mut lab);
-    says(&mut lab, S::Stopped, ExitReason::Killed);
-    assert_eq!(outcome(&lab, &begun).0, OperationState::Failed);
-    assert_eq!(
-        (lab.domain("vm").state(), power(&lab)),
-        (DomainState::Starting, PowerState::Running)
-    );
-    assert!(volume(&lab, "vm-memory").is_none());
-}
-
-/// Whoever gives up cannot know whether it was saved: nothing is removed before the owner says.
-#[test]
-fn a_save_that_is_given_up_loses_nothing() {
-    type GiveUp = fn(&mut Lab, &OperationRecord);
-    let cancel: GiveUp = |lab, begun| {
-        lab.cancel(&begun.id).unwrap();
-        lab.settle();
-    };
-    let error: GiveUp = |lab, _| {
-        let mut domain = lab.observed("vm", 1, S::Running);
-        domain.save_error = "no space".into();
-        report(lab, domain);
-    };
-    let no_volume: GiveUp = |lab, _| {
-        volumes(lab, VolumeState::Failed);
-        says(lab, S::Running, ExitReason::Unspecified);
-    };
-    let deadline: GiveUp = |lab, _| {
-        for _ in 0..40 {
-            lab.pass_time(10_000);
-            lab.beat("a");
-            lab.beat("b");
-            lab.settle();
-        }
-    };
-    for (give_up, state, reason) in [
-        (cancel, OperationState::Cancelled, "CANCELLED"),
-        (error, OperationState::Failed, "SAVE_FAILED"),
-        (no_volume, OperationState::Failed, "VOLUME_FAILED"),
-        (deadline, OperationState::Failed, "DEADLINE_EXCEEDED"),
-    ] {
-        for was_saved in [false, true] {
-            let mut lab = running();
-            let begun = save(&mut lab);
-            volumes(&mut lab, VolumeState::Ready);
-            says(&mut lab, S::Running, ExitReason::Unspecified);
-            give_up(&mut lab, &begun);
-            assert_eq!(outcome(&lab, &begun), (state, reason.to_owned()));
-            assert_eq!((power(&lab), lab.domain("vm").epoch), (PowerState::Running, 2));
-            // Not removed, and nothing else is begun that rests on it.
-            says_under(&mut lab, 1, S::Running, ExitReason::Unspecified);
-            assert!(lab.assignment("a", "vm").unwrap().memory.is_some());
-            assert!(lab.migrate("vm", "b").unwrap_err().to_string().contains("try again"));
-            if was_saved {
-                says_under(&mut lab, 1, S::Stopped, ExitReason::Saved);
-                assert!(lab.assignment("a", "vm").unwrap().memory.is_some());
-            }
-            says(&mut lab, S::Running, ExitReason::Unspecified);
-            assert!(volume(&lab, "vm-memory").is_none());
-            assert_eq!(lab.domain("vm").state(), DomainState::Running);
-        }
-    }
-}
-
-#[test]
-fn a_save_needs_room() {
-    let mut lab = running();
-    let disks = vec![DiskResize { size_bytes: 10 * GIB, ..DiskResize::default() }];
-    resize(&mut lab, Resize { disks, ..Resize::default() }).unwrap();
-    volumes(&mut lab, VolumeState::Ready);
-    says(&mut lab, S::Running, ExitReason::Unspecified);
-    let refused = ask(&mut lab, save_domain).unwrap_err();
-    assert!(refused.to_string().contains("needs 320 MiB in pool ssd, 0 MiB of"), "{refused}");
-    assert_eq!(power(&lab), PowerState::Running);
 }
 
 #[test]

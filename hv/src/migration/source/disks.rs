@@ -1,24 +1,15 @@
 //! The source's disks: what has to go over, and the passes in which it does.
 
-use std::time::{Duration, Instant};
+use std::time::Instant;
 
-use super::super::blocks::{Batch, Pass};
-use super::super::link::buffer;
+use super::super::MigrationError;
+use super::super::blocks::Pass;
 use super::super::policy::{self, DiskDecision, Progress, Stop};
-use super::super::wire::{self, DATA_BYTES_MAX, Kind};
-use super::super::{IDLE_TIMEOUT, MigrationError};
-use super::{Pacer, Source, SourceEvent, SourceState, gave_up};
+use super::super::wire;
+use super::{Pacer, Parcel, Source, SourceEvent, SourceState, gave_up};
 use crate::machine::migratable::{MigratableDisk, MigratableVm};
 use crate::virtio::blk::Closed;
 use crate::virtio::blk::tracker::BlockSet;
-
-/// A pass that finds nothing to send says so often that it is there: the destination gives up
-/// after [`IDLE_TIMEOUT`].
-const SIGN_OF_LIFE: Duration = Duration::from_secs(5);
-/// The destination is never more behind than this. A few bytes may tell of many that it has to look
-/// at or zero, and its disk may be slower than the link: without a bound the answer at the end of
-/// a pass would come too late.
-const UNACKED_BYTES_MAX: u64 = 32 << 20;
 
 /// The disks whose content goes over.
 #[derive(Default)]
@@ -31,9 +22,6 @@ pub(super) struct Disks {
     zeroed: Vec<bool>,
     /// What the next pass sends, disk by disk; `None` before the first.
     dirty: Option<Vec<BlockSet>>,
-    buffer: Vec<u8>,
-    /// Bytes told of since the destination last answered.
-    unacked: u64,
     pub(super) remaining_before: Option<u64>,
     /// What they were open by, until the destination runs.
     closed: Vec<Closed>,
@@ -161,13 +149,11 @@ impl Source<'_, '_> {
                 None => Pass::all(&disk.volume, *number, zeroed[*number as usize]),
             })
             .collect();
-        let mut buffer = std::mem::take(&mut self.disks.buffer);
-        buffer.resize(DATA_BYTES_MAX, 0);
+        let mut buffer = self.spares.take();
         let mut left: u64 = passes.iter().map(Pass::left).sum();
         if left > 0 || fresh {
             self.report.disk_rounds += 1;
         }
-        let mut spoke = Instant::now();
         for pass in &mut passes {
             loop {
                 self.may_go_on()?;
@@ -180,13 +166,14 @@ impl Source<'_, '_> {
                 left = left.saturating_sub(before.saturating_sub(pass.left()));
                 self.report.disk_remaining_bytes = left;
                 self.report.disk_zero_bytes += batch.zero_bytes;
-                if !batch.extents.is_empty() || spoke.elapsed() > SIGN_OF_LIFE {
-                    pacer.sent += self.send_blocks(&batch, &buffer)?;
-                    self.disks.unacked += batch.told_bytes();
-                    if self.disks.unacked >= UNACKED_BYTES_MAX {
-                        self.acknowledge()?;
-                    }
-                    spoke = Instant::now();
+                if !batch.extents.is_empty() {
+                    let told = batch.told_bytes();
+                    self.report.disk_bytes_sent += batch.data_bytes as u64;
+                    let parcel = Parcel::blocks(batch, buffer);
+                    pacer.count(parcel.bytes());
+                    self.deliver(parcel)?;
+                    self.told(told)?;
+                    buffer = self.spares.take();
                 }
                 if self.pause.is_none() {
                     self.report.remaining_bytes = left;
@@ -195,7 +182,7 @@ impl Source<'_, '_> {
                 }
             }
         }
-        self.disks.buffer = buffer;
+        self.spares.give(Some(buffer));
         Ok(())
     }
 
@@ -212,45 +199,6 @@ impl Source<'_, '_> {
             let remaining = self.report.disk_remaining_bytes;
             let progress = Progress { remaining, rate: self.copied.rate, ..Default::default() };
             return Err(gave_up(stop, &progress, limits));
-        }
-        Ok(())
-    }
-
-    fn send_blocks(&mut self, batch: &Batch, buffer_of: &[u8]) -> Result<u64, MigrationError> {
-        let table = wire::encode_extents(&batch.extents);
-        let header = wire::header(Kind::Disk, table.len() + batch.data_bytes);
-        let mut buffers = Vec::with_capacity(2 + batch.data.len());
-        buffers.extend([buffer(&header), buffer(&table)]);
-        buffers.extend(batch.data.iter().map(|range| buffer(&buffer_of[range.clone()])));
-        let link = self.link()?;
-        let before = link.sent;
-        // SAFETY: the buffers are the header, the table, and parts of a borrowed slice.
-        unsafe { link.send_buffers(&mut buffers) }?;
-        let sent = link.sent - before;
-        self.report.bytes_sent += sent;
-        self.report.disk_bytes_sent += batch.data_bytes as u64;
-        self.copied.sent.disk_bytes += batch.told_bytes();
-        Ok(sent)
-    }
-
-    /// A pass is out: the destination has it all, durable what is of disks, and the rate is known.
-    pub(super) fn end_pass(&mut self, began: Instant, before: u64) -> Result<(), MigrationError> {
-        self.copied.passes += 1;
-        self.acknowledge()?;
-        let sent = self.report.bytes_sent - before;
-        self.copied.rate = policy::rate_after(self.copied.rate, sent, began.elapsed());
-        self.report.rate_bytes_per_second = self.copied.rate;
-        Ok(())
-    }
-
-    /// Waits until the destination has all that was sent.
-    fn acknowledge(&mut self) -> Result<(), MigrationError> {
-        self.disks.unacked = 0;
-        let round = wire::encode_round(self.copied.passes, self.copied.sent);
-        self.link()?.send(Kind::Round, &round)?;
-        let ack = self.link()?.expect(Kind::RoundAck, IDLE_TIMEOUT)?;
-        if ack != round {
-            return Err(MigrationError::Protocol("what was sent does not add up".into()));
         }
         Ok(())
     }

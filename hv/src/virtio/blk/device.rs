@@ -23,7 +23,7 @@ use crate::pci::ClassCode;
 use crate::state::{Decoder, Encoder, StateError, kind};
 use crate::virtio::buffers::{gather, mark_written};
 use crate::virtio::{
-    DeviceKind, Event, Interrupt, Progress, Segment, Turn, Violation, VirtioDevice,
+    DeviceKind, Errand, Event, Interrupt, Progress, Segment, Turn, Violation, VirtioDevice,
 };
 
 /// Most queues: more than this many vCPUs share them.
@@ -36,6 +36,9 @@ const SEGMENTS_MAX: u32 = QUEUE_SIZE as u32 - 2;
 /// within the turn.
 const TURN_REQUESTS_MAX: usize = 64;
 const TURN_BYTES_MAX: u64 = 16 << 20;
+/// Bytes after which what was begun is handed over within a turn, so that the driver is told of it
+/// and works on while the rest is copied.
+const HAND_OVER_BYTES: u64 = 256 << 10;
 /// Bytes that may be under way before the queues are left alone: what a pause or a reset may have
 /// to wait for. One more request may go beyond it.
 pub(super) const UNDER_WAY_BYTES_MAX: u64 = 256 << 20;
@@ -155,14 +158,25 @@ impl Blk {
     fn take(&mut self, turn: &mut Turn<'_>, index: usize) -> Result<Progress, Violation> {
         let result = self.take_requests(turn, index);
         // Whatever came of it: what was begun goes on.
-        self.submit(turn.now);
-        turn.queues[index].notify(turn.memory, turn.interrupt)?;
+        self.hand_over(turn)?;
         result
+    }
+
+    /// Submits what was begun, and tells the driver of what is done already: what lies in the page
+    /// cache mostly is.
+    fn hand_over(&mut self, turn: &mut Turn<'_>) -> Result<(), Violation> {
+        self.submit(turn.now);
+        self.finish(Some(&mut *turn))?;
+        if self.retry.is_none() {
+            // The rest of what was done by part.
+            self.submit(turn.now);
+        }
+        Ok(())
     }
 
     fn take_requests(&mut self, turn: &mut Turn<'_>, index: usize) -> Result<Progress, Violation> {
         let rules = self.rules();
-        let mut bytes = 0;
+        let (mut bytes, mut handed_over) = (0, 0);
         turn.queues[index].disable_kicks(turn.memory)?;
         for _ in 0..TURN_REQUESTS_MAX {
             if self.bytes_under_way >= UNDER_WAY_BYTES_MAX {
@@ -192,6 +206,10 @@ impl Blk {
             if bytes > TURN_BYTES_MAX {
                 break;
             }
+            if bytes - handed_over >= HAND_OVER_BYTES {
+                self.hand_over(turn)?;
+                handed_over = bytes;
+            }
         }
         Ok(Progress::More)
     }
@@ -206,17 +224,23 @@ impl Blk {
         Ok(())
     }
 
-    /// Looks again at the queues that were left alone.
-    fn take_again(&mut self, turn: &mut Turn<'_>) -> Result<Progress, Violation> {
+    /// Looks again at the queues that were left alone, if there is room.
+    fn take_again(&mut self, turn: &mut Turn<'_>) -> Result<(), Violation> {
+        if !self.has_room_again() {
+            return Ok(());
+        }
         let left_alone = std::mem::take(&mut self.left_alone);
-        let mut progress = Progress::Done;
         for index in (0..self.queues).filter(|index| left_alone & 1 << index != 0) {
             if self.take(turn, index)? == Progress::More {
                 self.left_alone |= 1 << index;
-                progress = Progress::More;
             }
         }
-        Ok(progress)
+        Ok(())
+    }
+
+    /// Whether queues were left alone for which there is room.
+    fn has_room_again(&self) -> bool {
+        self.left_alone != 0 && self.bytes_under_way < UNDER_WAY_BYTES_MAX
     }
 
     /// Begins the request whose buffers are in `segments`, or answers it at once. Answers how
@@ -351,6 +375,7 @@ impl Blk {
         mut turn: Option<&mut Turn<'_>>,
         deadline: Instant,
     ) -> Result<usize, Violation> {
+        self.backend.recall();
         while self.backend.in_flight() > 0 {
             let now = Instant::now();
             self.submit(now);
@@ -486,20 +511,34 @@ impl VirtioDevice for Blk {
     }
 
     fn run(&mut self, turn: &mut Turn<'_>, event: Event) -> Result<Progress, Violation> {
+        let mut progress = Progress::Done;
         match event {
-            Event::Queue(index) => self.take(turn, index),
+            Event::Queue(index) => progress = self.take(turn, index)?,
             Event::Source => {
                 self.finish(Some(&mut *turn))?;
                 // What the kernel did by part goes on.
                 self.submit(turn.now);
-                self.take_again(turn)
             }
             Event::Timer => {
                 self.submit(turn.now);
                 self.take_due(turn)?;
-                Ok(Progress::Done)
             }
         }
+        self.take_again(turn)?;
+        if self.has_room_again() || event == Event::Source && self.backend.has_errand() {
+            progress = Progress::More;
+        }
+        Ok(progress)
+    }
+
+    fn errand(&mut self) -> Option<Errand> {
+        let errand = self.backend.errand()?;
+        // Whatever becomes of the device meanwhile: what its jobs point into stays.
+        let memory = self.memory.clone();
+        Some(Box::new(move || {
+            errand();
+            drop(memory);
+        }))
     }
 
     fn source(&self) -> Option<RawFd> {

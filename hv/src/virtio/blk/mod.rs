@@ -6,9 +6,12 @@
 //!
 //! ```text
 //!   queue ─► requests::parse ─► Job ─► Backend ─► io_uring, or a thread with preadv and pwritev
-//!                                        │
-//!   used ◄─ status, dirty marks ◄─ Done ◄┘  an eventfd wakes the device's worker
+//!                                        │        or the worker itself, for cached reads
+//!   used ◄─ status, dirty marks ◄─ Done ◄┘  at once, or a descriptor wakes the worker
 //! ```
+//!
+//! What is begun in a turn is handed over together, but no more than some pages of it: whoever
+//! waits for the first request need not wait until the last one is copied.
 //!
 //! Data goes between the volume and guest memory through the host's page cache (there is no
 //! O_DIRECT), as a disk with a volatile write cache: a write that is completed is durable after
@@ -33,5 +36,5 @@ mod volume;
 
 pub use device::Blk;
 pub use limits::Limits;
-pub(crate) use volume::{Closed, is_zero};
+pub(crate) use volume::{Closed, Straight, is_zero};
 pub use volume::{Volume, VolumeError};

@@ -14,8 +14,11 @@ use rustix::io::Errno;
 use super::requests::Span;
 use super::tracker::WriteTracker;
 
+mod cache;
+mod straight;
 mod travel;
 
+pub(crate) use straight::Straight;
 pub(crate) use travel::{Closed, is_zero};
 
 /// Virtio counts in these, whatever the disk's own block size.

@@ -18,6 +18,14 @@ fn to_save(host: &Host, behaviour: &str, epoch: u64) -> Assignment {
     with_memory(host, behaviour, host.owner(epoch, PowerState::Saved))
 }
 
+/// With the operator's start.
+pub(super) fn started(mut assignment: Assignment) -> Assignment {
+    if let Some(assignment::Role::Owner(owner)) = &mut assignment.role {
+        owner.start_generation += 1;
+    }
+    assignment
+}
+
 fn running(host: &Host, agent: &Agent, behaviour: &str) {
     let spec = Some(host.spec(behaviour));
     agent.wish(host, vec![Assignment { spec, ..host.run(3) }]);
@@ -50,11 +58,7 @@ fn a_guest_is_saved_and_goes_on_once() {
     // Its end is no return to what it went on from, even while that is still assigned.
     kill(&host);
     agent.until_state(ObservedState::Failed);
-    let mut started = again(4);
-    if let Some(assignment::Role::Owner(owner)) = &mut started.role {
-        owner.start_generation = 2;
-    }
-    agent.wish(&host, vec![started]);
+    agent.wish(&host, vec![started(again(4))]);
     agent.until_state(ObservedState::Running);
     assert!(config().restore.is_none());
 }
@@ -114,10 +118,7 @@ fn a_state_that_is_damaged_is_told_in_words() {
     let domain = agent.until_state(ObservedState::Failed);
     assert_eq!(domain.state_reason, "restore: the saved memory: is damaged");
     // The operator discards it.
-    let mut anew = Assignment { spec: Some(host.spec("no-state")), ..host.run(1) };
-    if let Some(assignment::Role::Owner(owner)) = &mut anew.role {
-        owner.start_generation = 2;
-    }
-    agent.wish(&host, vec![anew]);
+    let anew = Assignment { spec: Some(host.spec("no-state")), ..host.run(1) };
+    agent.wish(&host, vec![started(anew)]);
     agent.until_state(ObservedState::Running);
 }

@@ -315,6 +315,20 @@ fn only_garbage_is_removed_and_never_what_somebody_needs() {
     let begin = world().plan(wanted).begin;
     assert!(!begin.contains(&(image_thing(7), Work::Delete)), "{begin:?}");
 
+    // An image goes from every pool, where none is named; one that cannot be read may still have it.
+    let mut two = world();
+    let other = World::with(&[], &[7]).pools.remove("main").unwrap();
+    two.pools.insert("other".into(), other);
+    let anywhere = Garbage { pool: String::new(), ..garbage_image(7) };
+    let wanted = WantedStorage { garbage: vec![anywhere], ..want(vec![]) };
+    let there = Thing { pool: "other".into(), ..image_thing(7) };
+    let expected = [(image_thing(7), Work::Delete), (there, Work::Delete)];
+    assert_eq!(two.plan(wanted.clone()).begin, expected);
+    let plan = two.unreadable(false).plan(wanted);
+    assert_eq!(plan.begin, expected[1..]);
+    let digest = image_id(7).to_string();
+    assert!(plan.images.iter().any(|image| image.pool == "main" && image.digest == digest));
+
     // One that is open is tried later.
     let open = world().failed(volume_thing(1), 3, NOW + 2000);
     let plan = open.plan(WantedStorage { garbage: vec![garbage_volume(1)], ..want(vec![]) });

@@ -14,6 +14,7 @@ use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::TcpStream;
 use tonic::{Request, Response, Streaming};
 
+use super::serve::{Known, give_out};
 use super::*;
 
 /// A node whose volume 1 begins with [`content`].
@@ -115,6 +116,43 @@ async fn what_is_not_zeros_is_read_and_what_is_known_comes_without_data() {
     let message = Some(read_volume_request::Message::Volume(source));
     let same = read(&node, vec![ReadVolumeRequest { message }]).await.unwrap();
     assert!(same == all);
+}
+
+/// A reader's patience ends where nothing comes: zeros that take long to read are told.
+#[tokio::test(flavor = "multi_thread")]
+async fn zeros_that_are_read_are_a_sign_of_life() {
+    let node = source().await;
+    let path = node.handle.activate("main", &uid(1)).unwrap();
+    // Written, and not a hole.
+    std::fs::write(path, vec![0; 8 * MIB]).unwrap();
+    let opened = node.pool().open_volume(uid(1).parse().unwrap()).unwrap();
+    let (answers, mut received) = tokio::sync::mpsc::channel(16);
+    give_out(opened, Known::new(), answers, Duration::ZERO).await;
+    let mut all = Vec::new();
+    while let Some(answer) = received.recv().await {
+        all.push(answer.unwrap());
+    }
+    assert_eq!(all.remove(0).size_bytes, 8 * MIB as u64);
+    assert!(all.iter().all(|said| said.digest.is_empty() && said.data.is_empty()));
+    let places: Vec<_> = all.iter().map(|said| said.offset / MIB as u64).collect();
+    assert_eq!(places, [1, 2, 3, 4, 5, 6, 7, 8]);
+}
+
+/// Of an image likewise; who fetches it skips them.
+#[tokio::test(flavor = "multi_thread")]
+async fn an_images_zeros_are_a_sign_of_life() {
+    let node = node().await;
+    let digest = node.import_content().await;
+    // Written, and not a hole.
+    overwrite(node.dir.path(), &digest, MIB as u64, &vec![0; 2 * MIB]);
+    let image = node.pool().open_image(digest.parse().unwrap()).unwrap();
+    let all = std::sync::Mutex::new(Vec::new());
+    images::give_out(&image, Duration::ZERO, |answer| {
+        let said = answer.unwrap();
+        all.lock().unwrap().push((said.offset / MIB as u64, said.data.len()));
+        true
+    });
+    assert_eq!(*all.lock().unwrap(), [(0, 0), (0, MIB), (2, 0), (3, 0), (3, MIB), (4, 512)]);
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -377,11 +415,17 @@ async fn a_source_that_errs_is_refused_and_nothing_is_left() {
     flipped.digest = vec![1; 32].into();
     let mut empty = good(MIB);
     empty.data.clear();
+    let undigested = ReadSnapshotResponse { digest: vec![].into(), ..good(MIB) };
+    let zeros = |until: usize| {
+        Ok(ReadSnapshotResponse { offset: until as u64, ..ReadSnapshotResponse::default() })
+    };
     let busy = || Err(Status::resource_exhausted("others first"));
     for (what, answers, words) in [
         ("nothing", vec![], "sent nothing"),
         ("digest", vec![first(), Ok(good(0)), Ok(flipped)], "1048576: is not what its digest says"),
         ("no data", vec![first(), Ok(empty)], "has 0 bytes"),
+        ("no digest", vec![first(), Ok(undigested)], "has no digest"),
+        ("zeros behind it", vec![first(), zeros(8 * MIB + 1)], "has no digest"),
         ("between", vec![first(), Ok(good(512))], "512: is none of this disk's"),
         ("beyond", vec![first(), Ok(good(8 * MIB))], "is none of this disk's"),
         ("backwards", vec![first(), Ok(good(MIB)), Ok(good(0))], "content between 2097152"),
@@ -395,9 +439,10 @@ async fn a_source_that_errs_is_refused_and_nothing_is_left() {
         node.until_no_leftovers().await;
         assert_eq!(node.pool().list().unwrap().volumes, [], "{what}");
     }
-    // One that has more than was said is copied in whole.
+    // One that has more than was said is copied in whole; signs of life write nothing.
     let node = node().await;
-    let larger = vec![size(16 * MIB as u64), Ok(good(15 * MIB))];
+    let (size, far) = (size(16 * MIB as u64), zeros(15 * MIB));
+    let larger = vec![size, zeros(MIB), far, Ok(good(15 * MIB)), zeros(16 * MIB)];
     node.want(vec![copied(scripted(larger).await)], vec![]).await;
     node.until_ready(1).await;
     assert!(node.data(1)[15 * MIB..] == vec![5; MIB]);

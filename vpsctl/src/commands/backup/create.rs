@@ -12,19 +12,21 @@ use std::{
 };
 
 use drover_proto::v1::{
-    CancelOperationRequest, CreateSnapshotRequest, Domain, KnownBlocks, ReadSnapshotRequest,
-    ReadSnapshotResponse, ReadSnapshotSpec, Snapshot, SnapshotDisk, SnapshotState,
-    operation_service_client::OperationServiceClient, read_snapshot_request::Message,
+    CancelOperationRequest, CreateSnapshotRequest, Domain, Snapshot, SnapshotDisk, SnapshotState,
+    operation_service_client::OperationServiceClient,
     snapshot_service_client::SnapshotServiceClient,
 };
-use futures::{Stream, stream};
 use tokio::{
     task::JoinHandle,
     time::{Instant, sleep, timeout},
 };
 use tonic::{Code, Status};
 
-use super::{Context, blocking, until_stopped};
+use super::{
+    Context, blocking,
+    stream::{Reader, Said, messages},
+    until_stopped,
+};
 use crate::{
     args::CreateBackupArgs,
     backup::{BLOCK_BYTES, Digest, Directory, Manifest, ManifestDisk},
@@ -39,21 +41,17 @@ use crate::{
     wait,
 };
 
-/// Half of what the API takes in one message.
-const KNOWN_MAX: usize = 16_384;
 /// So many blocks are packed and written at once, each on a thread of its own.
 const WRITERS_MAX: usize = 4;
-/// A controller that says nothing for so long is given up. Between two blocks of a large disk
-/// there may be terabytes of zeros that its node reads.
-const SILENCE_MAX: Duration = Duration::from_secs(600);
+/// A controller that says nothing for so long is given up: where a node reads only zeros, it says
+/// so every few seconds. The controller itself is less patient, and says more.
+const SILENCE_MAX: Duration = Duration::from_secs(180);
 /// A disk's stream may break so often. What had come over by then does not come again.
 const BREAKS_MAX: u32 = 10;
 const BREAK_PAUSE: Duration = Duration::from_secs(1);
 /// A node reads so many disks at once and no more: others' backups may take a while.
 const BUSY_TIME_MAX: Duration = Duration::from_secs(1800);
 const BUSY_PAUSE: Duration = Duration::from_secs(2);
-/// The disk of a snapshot that claims more is not believed.
-const DISK_BYTES_MAX: u64 = 64 << 40;
 /// So long the snapshot's end is tried: longer than an election and than taking it may last.
 const CLEAN_UP_TIME_MAX: Duration = Duration::from_secs(60);
 const CLEAN_UP_PAUSE: Duration = Duration::from_millis(500);
@@ -303,11 +301,18 @@ impl Work<'_> {
                     break Some(Ended::Broken(format!("{} without a word", time(SILENCE_MAX))));
                 }
             };
-            let Some(block) = reader.take(answer).map_err(Error::Local)? else {
-                let count = reader.block_total();
-                blocks = vec![None; count];
-                known.resize(count, None);
-                continue;
+            let block = match reader.take(answer).map_err(Error::Local)? {
+                Said::Size => {
+                    let count = reader.block_total();
+                    blocks = vec![None; count];
+                    known.resize(count, None);
+                    continue;
+                }
+                Said::Zeros { until } => {
+                    shown.at(until);
+                    continue;
+                }
+                Said::Block(block) => block,
             };
             blocks[block.index] = Some(block.digest);
             shown.at(((block.index + 1) * BLOCK_BYTES) as u64);
@@ -426,168 +431,9 @@ fn name_of(domain: &str, taken: &prost_types::Timestamp) -> String {
     format!("{}-{day}-{time}", short(domain))
 }
 
-/// The spec, then what is known.
-fn messages(
-    snapshot: &str,
-    place: usize,
-    known: Arc<Vec<Option<Digest>>>,
-) -> impl Stream<Item = ReadSnapshotRequest> + Send + 'static {
-    let message = |message| ReadSnapshotRequest { message: Some(message) };
-    let disk = u32::try_from(place).unwrap_or(u32::MAX);
-    let spec = Message::Spec(ReadSnapshotSpec { name: snapshot.to_owned(), disk });
-    let parts = (0..known.len()).step_by(KNOWN_MAX).filter_map(move |first| {
-        let part = &known[first..known.len().min(first + KNOWN_MAX)];
-        // Zeros stand for none.
-        let bytes = |digest: &Option<Digest>| digest.map_or([0; 32], |digest| digest.0);
-        part.iter().any(Option::is_some).then(|| {
-            let digests: Vec<u8> = part.iter().flat_map(bytes).collect();
-            Message::Known(KnownBlocks { first_block: first as u64, digests: digests.into() })
-        })
-    });
-    stream::iter(std::iter::once(spec).chain(parts).map(message))
-}
-
-/// A block as it came.
-#[derive(Debug)]
-struct Block {
-    index: usize,
-    digest: Digest,
-    /// Empty when it is known.
-    data: prost::bytes::Bytes,
-}
-
-impl Block {
-    /// With the zeros behind the disk's end, and compared with its digest.
-    fn whole(&self, place: usize) -> Result<Vec<u8>, Error> {
-        let mut data = self.data.to_vec();
-        data.resize(BLOCK_BYTES, 0);
-        if Digest::of(&data) == self.digest {
-            return Ok(data);
-        }
-        let text = format!("disk {place}: block {} is not what its digest says", self.index);
-        Err(Error::Local(text))
-    }
-}
-
-/// Checks a stream's messages: nothing is computed with that was not looked at.
-struct Reader<'a> {
-    place: usize,
-    said: &'a [Option<Digest>],
-    size_bytes: Option<u64>,
-    /// The first block that may come.
-    next: u64,
-}
-
-impl Reader<'_> {
-    fn block_total(&self) -> usize {
-        usize::try_from(self.size_bytes.unwrap_or(0).div_ceil(BLOCK_BYTES as u64)).unwrap_or(0)
-    }
-
-    /// The block of a message; none of the first message, which says the size.
-    fn take(&mut self, answer: ReadSnapshotResponse) -> Result<Option<Block>, String> {
-        const STEP: u64 = BLOCK_BYTES as u64;
-        let place = self.place;
-        let Some(size_bytes) = self.size_bytes else {
-            if answer.size_bytes == 0 || answer.size_bytes > DISK_BYTES_MAX {
-                return Err(format!("disk {place}: a size of {} bytes", answer.size_bytes));
-            }
-            self.size_bytes = Some(answer.size_bytes);
-            return Ok(None);
-        };
-        let offset = answer.offset;
-        let index = offset / STEP;
-        if !offset.is_multiple_of(STEP) || offset >= size_bytes || index < self.next {
-            return Err(format!(
-                "disk {place}: a block at {offset}, out of order or no place of one"
-            ));
-        }
-        self.next = index + 1;
-        let index = usize::try_from(index).map_err(|e| e.to_string())?;
-        let digest: [u8; 32] = answer.digest[..]
-            .try_into()
-            .map_err(|_| format!("disk {place}: block {index} has no SHA-256"))?;
-        let digest = Digest(digest);
-        let length = (size_bytes - offset).min(STEP) as usize;
-        let known = self.said.get(index).copied().flatten() == Some(digest);
-        match answer.data.len() {
-            0 if known => {}
-            n if n == length => {}
-            n => return Err(format!("disk {place}: block {index} has {n} bytes of {length}")),
-        }
-        Ok(Some(Block { index, digest, data: answer.data }))
-    }
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
-    use futures::StreamExt;
-
-    fn answer(offset: u64, digest: Digest, data: &[u8]) -> ReadSnapshotResponse {
-        let digest = digest.0.to_vec().into();
-        ReadSnapshotResponse { size_bytes: 0, offset, digest, data: data.to_vec().into() }
-    }
-
-    /// A stream from a node that has gone wrong is refused, not computed with.
-    #[test]
-    fn a_stream_is_checked() {
-        const MIB: u64 = 1 << 20;
-        let known = Digest([1; 32]);
-        let said = [Some(known), None];
-        let reader = || {
-            let mut reader = Reader { place: 0, said: &said, size_bytes: None, next: 0 };
-            let first = ReadSnapshotResponse { size_bytes: MIB + 512, ..Default::default() };
-            assert!(reader.take(first).unwrap().is_none());
-            assert_eq!(reader.block_total(), 2);
-            reader
-        };
-        assert!(reader().take(answer(0, known, &[])).unwrap().unwrap().data.is_empty());
-        let mut tail = vec![5; 512];
-        let padded = [&tail[..], &vec![0; BLOCK_BYTES - 512]].concat();
-        let mut reader_at_end = reader();
-        let last = reader_at_end.take(answer(MIB, Digest::of(&padded), &tail)).unwrap().unwrap();
-        assert!(last.whole(0).unwrap() == padded);
-        assert!(reader_at_end.take(answer(0, known, &[])).is_err(), "out of order");
-        tail[0] = 6;
-        let other = Block { data: tail.clone().into(), ..last };
-        assert!(other.whole(0).unwrap_err().to_string().contains("block 1 is not what its digest"));
-        for (offset, digest, data) in [
-            (512, known, &[][..]),
-            (2 * MIB, known, &[]),
-            (u64::MAX, known, &[]),
-            (MIB, known, &[]),
-            (0, Digest([2; 32]), &[]),
-            (MIB, known, &tail[1..]),
-        ] {
-            assert!(reader().take(answer(offset, digest, data)).is_err(), "{offset}");
-        }
-        let odd = ReadSnapshotResponse { digest: vec![1; 31].into(), ..Default::default() };
-        assert!(reader().take(odd).unwrap_err().contains("no SHA-256"));
-        for size_bytes in [0, u64::MAX] {
-            let mut reader = Reader { place: 0, said: &[], size_bytes: None, next: 0 };
-            assert!(
-                reader.take(ReadSnapshotResponse { size_bytes, ..Default::default() }).is_err()
-            );
-        }
-    }
-
-    /// What is known is said in messages that the API takes; where nothing is, nothing.
-    #[tokio::test]
-    async fn what_is_known_is_said_in_parts() {
-        let mut known = vec![None; 3 * KNOWN_MAX + 1];
-        known[5] = Some(Digest([5; 32]));
-        known[3 * KNOWN_MAX] = Some(Digest([9; 32]));
-        let sent: Vec<_> = messages("snapshots/a", 1, Arc::new(known)).collect().await;
-        let mut sent = sent.into_iter().map(|request| request.message.unwrap());
-        let spec = ReadSnapshotSpec { name: "snapshots/a".to_owned(), disk: 1 };
-        assert_eq!(sent.next(), Some(Message::Spec(spec)));
-        let Some(Message::Known(first)) = sent.next() else { panic!("nothing known") };
-        assert_eq!((first.first_block, first.digests.len()), (0, 32 * KNOWN_MAX));
-        assert!(first.digests[5 * 32..6 * 32] == [5; 32] && first.digests[..5 * 32] == [0; 160]);
-        let last = KnownBlocks { first_block: 3 * KNOWN_MAX as u64, digests: vec![9; 32].into() };
-        assert_eq!(sent.next(), Some(Message::Known(last)));
-        assert_eq!(sent.next(), None);
-    }
 
     #[test]
     fn a_backup_is_called_after_its_moment() {

@@ -6,6 +6,7 @@
 
 mod create;
 mod restore;
+mod stream;
 
 use std::{
     collections::{BTreeMap, HashSet},

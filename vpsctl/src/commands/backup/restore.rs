@@ -213,6 +213,7 @@ impl Work<'_> {
             node: self.domain.node.clone(),
             pool: disks.and_then(|disks| disks.get(place)).map(pool_of).unwrap_or_default(),
             file_bytes: disk.size_bytes,
+            request_id: request_id(),
             ..ImportImageSpec::default()
         };
         spec.set_format(ImageFormat::Raw);
@@ -236,6 +237,8 @@ impl Work<'_> {
             request_id: request_id(),
             disk: u32::try_from(place).unwrap_or(u32::MAX),
             image: image.clone(),
+            // It is deleted afterwards: the disk must not be said to be made of it.
+            keep_image: true,
         };
         let under_way = |operation: &str| Some((place, operation.to_owned(), image.clone()));
         self.state.borrow_mut().under_way = under_way("");
@@ -284,7 +287,11 @@ impl Work<'_> {
             Context { cluster: self.context.cluster.for_clean_up(CLEAN_UP_TIME_MAX), json: false };
         let mut left = Ok(());
         for name in self.images.take().into_iter().filter(|name| Some(name) != needed.as_ref()) {
-            let request = DeleteImageRequest { name: name.clone(), etag: String::new() };
+            let request = DeleteImageRequest {
+                name: name.clone(),
+                etag: String::new(),
+                request_id: request_id(),
+            };
             match call!(context, ImageServiceClient::delete_image, request) {
                 Ok(_) => {}
                 Err(Error::Refused(status)) if status.code() == Code::NotFound => {}

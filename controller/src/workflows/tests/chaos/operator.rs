@@ -113,7 +113,7 @@ impl Chaos {
         let begun = self.lab.with(|cx| {
             let begun = match verb {
                 0 => resize_domain(cx, domain, &resize),
-                1 => reinstall_domain(cx, domain, 0, Some(&image)),
+                1 => reinstall_domain(cx, domain, 0, Some(&image), false),
                 2 => rescue_domain(cx, domain, &image),
                 3 => end_rescue(cx, domain),
                 4 => save_domain(cx, domain),

@@ -1,9 +1,11 @@
 //! Who does the work: [`Uring`] where the system allows it, [`Threads`] elsewhere.
 //!
-//! A backend is given jobs and gives them back when they are done, in any order. An eventfd is
+//! A backend is given jobs and gives them back when they are done, in any order. A descriptor is
 //! readable when some are. Reading, writing and flushing go through io_uring; giving room back
-//! and zeroing block inside of the kernel, and go through a thread always.
+//! and zeroing block inside of the kernel, and go through a thread always. [`at_once`] is for reads
+//! of which io_uring would make more than they are.
 
+mod at_once;
 mod threads;
 mod uring;
 
@@ -20,7 +22,7 @@ pub(super) use uring::Uring;
 
 use super::requests::Span;
 use super::volume::Volume;
-use crate::virtio::Segment;
+use crate::virtio::{Errand, Segment};
 
 /// One request, from its start until the driver is told.
 #[derive(Debug)]
@@ -138,6 +140,21 @@ pub(super) trait Backend: Send {
 
     /// Gives back what is done, and makes the descriptor unreadable.
     fn finished(&mut self, done: &mut Vec<Done>);
+
+    /// What the worker is to do without the device's lock; [`finished`](Self::finished) is called
+    /// right behind it.
+    fn errand(&mut self) -> Option<Errand> {
+        None
+    }
+
+    /// Whether there is an errand.
+    fn has_errand(&self) -> bool {
+        false
+    }
+
+    /// Somebody waits for all that was taken, and has no worker: there is no errand any more, and
+    /// the descriptor tells of the end of the one that is under way.
+    fn recall(&mut self) {}
 }
 
 /// The best backend that the system allows.

@@ -133,9 +133,11 @@ impl Backend for Threads {
     }
 
     fn finished(&mut self, done: &mut Vec<Done>) {
-        // Not readable is fine.
-        let _ = self.shared.event.read();
-        self.take_done(done);
+        if self.in_flight > 0 {
+            // Not readable is fine.
+            let _ = self.shared.event.read();
+            self.take_done(done);
+        }
     }
 }
 

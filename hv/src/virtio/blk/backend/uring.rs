@@ -3,6 +3,10 @@
 //! A job lies in `jobs` from its start until its completion has been read; its index there is the
 //! entry's user data. What the kernel did by part is submitted again for the rest. Any thread may
 //! call, one at a time: the device's worker does, and whoever pauses or resets the device.
+//!
+//! The ring's own descriptor is what tells of completions: it is readable while there are some. What
+//! finds its data in the page cache is completed within [`submit`](Backend::submit), and whoever
+//! looks right behind it is not woken for it again; an eventfd would have to be read for each.
 
 use std::collections::VecDeque;
 use std::io;
@@ -13,7 +17,9 @@ use std::time::Duration;
 use io_uring::{IoUring, opcode, squeue, types};
 use vmm_sys_util::eventfd::EventFd;
 
+use super::at_once::AtOnce;
 use super::{Backend, Done, Job, Threads, Work, eventfd, wait_readable};
+use crate::virtio::Errand;
 use crate::virtio::blk::volume::Volume;
 
 /// Entries that are handed over at once; what does not fit waits for the next call.
@@ -25,6 +31,8 @@ const KERNEL_WORKERS_MAX: [u32; 2] = [8, 8];
 const RETRIES_MAX: u32 = 16;
 /// Between looks, while the system has no room for more.
 const RETRY: Duration = Duration::from_millis(10);
+/// User data of the entry that watches the event; a job's is its index.
+const EVENT: u64 = u64::MAX;
 
 /// The ring of one volume.
 pub(in crate::virtio::blk) struct Uring {
@@ -36,7 +44,14 @@ pub(in crate::virtio::blk) struct Uring {
     waiting: VecDeque<usize>,
     /// For what io_uring is not asked to do.
     helper: Threads,
+    /// For reads that need not wait, where io_uring would.
+    at_once: AtOnce,
+    /// Whether there are such; unknown until the first read.
+    reads_at_once: Option<bool>,
+    /// Readable when one of these two is done with something.
     event: Arc<EventFd>,
+    /// The ring has an entry that completes when it is.
+    watches_event: bool,
     volume: Arc<Volume>,
 }
 
@@ -57,7 +72,6 @@ impl Uring {
             return Err(io::ErrorKind::Unsupported.into());
         }
         let event = Arc::new(eventfd()?);
-        ring.submitter().register_eventfd(event.as_raw_fd())?;
         // Linux before 5.15 does not know it, and has its own limit.
         let _ = ring.submitter().register_iowq_max_workers(&mut KERNEL_WORKERS_MAX.clone());
         Ok(Self {
@@ -66,9 +80,45 @@ impl Uring {
             free: Vec::new(),
             waiting: VecDeque::new(),
             helper: Threads::new(volume, Arc::clone(&event)),
+            at_once: AtOnce::new(volume, Arc::clone(&event)),
+            reads_at_once: None,
             event,
+            watches_event: false,
             volume: Arc::clone(volume),
         })
+    }
+
+    /// Has the worker do reads of what is cached, whatever the volume is.
+    #[cfg(test)]
+    pub(in crate::virtio::blk) fn with_reads_at_once(mut self) -> Self {
+        self.reads_at_once = Some(true);
+        self
+    }
+
+    /// Whether the worker is to do this.
+    fn is_at_once(&mut self, work: &Work) -> bool {
+        let Work::Read { offset, buffers } = work else { return false };
+        let volume = &self.volume;
+        *self.reads_at_once.get_or_insert_with(|| !volume.reads_without_waiting())
+            && volume.is_cached(*offset, buffers.bytes())
+    }
+
+    /// A job for the ring.
+    fn enqueue(&mut self, job: Job) {
+        let slot = Some(Slot { job, retries: 0 });
+        let index = if let Some(index) = self.free.pop() {
+            self.jobs[index] = slot;
+            index
+        } else {
+            self.jobs.push(slot);
+            self.jobs.len() - 1
+        };
+        self.waiting.push_back(index);
+    }
+
+    /// Whether the event will tell of something.
+    fn needs_event(&self) -> bool {
+        self.helper.in_flight() > 0 || self.at_once.will_tell()
     }
 
     /// Jobs in `jobs`.
@@ -78,6 +128,15 @@ impl Uring {
 
     /// Moves what waits into the ring as far as there is room.
     fn fill(&mut self) {
+        if self.needs_event() && !self.watches_event {
+            let event = types::Fd(self.event.as_raw_fd());
+            let entry = opcode::PollAdd::new(event, libc::POLLIN as u32).build().user_data(EVENT);
+            // SAFETY: the entry points to no memory, and the event is open as long as the ring.
+            if unsafe { self.ring.submission().push(&entry) }.is_err() {
+                return;
+            }
+            self.watches_event = true;
+        }
         while let Some(index) = self.waiting.front().copied() {
             let entry = self.entry(index);
             // SAFETY: the entry's buffers, and the list of them, live in `jobs` until the
@@ -141,6 +200,10 @@ impl Uring {
         loop {
             let next = self.ring.completion().next();
             let Some(entry) = next else { return };
+            if entry.user_data() == EVENT {
+                self.watches_event = false;
+                continue;
+            }
             let index = entry.user_data() as usize;
             match self.completed(index, entry.result()) {
                 None => self.waiting.push_back(index),
@@ -157,28 +220,22 @@ impl Uring {
 
 impl Backend for Uring {
     fn fd(&self) -> RawFd {
-        self.event.as_raw_fd()
+        self.ring.as_raw_fd()
     }
 
     fn in_flight(&self) -> usize {
-        self.held() + self.helper.in_flight()
+        self.held() + self.helper.in_flight() + self.at_once.in_flight()
     }
 
     unsafe fn start(&mut self, job: Job) {
         if matches!(job.work, Work::Discard { .. } | Work::Zero { .. }) {
             // SAFETY: the caller vouches for the job.
             unsafe { self.helper.start(job) };
-            return;
-        }
-        let slot = Some(Slot { job, retries: 0 });
-        let index = if let Some(index) = self.free.pop() {
-            self.jobs[index] = slot;
-            index
+        } else if self.is_at_once(&job.work) {
+            self.at_once.start(job);
         } else {
-            self.jobs.push(slot);
-            self.jobs.len() - 1
-        };
-        self.waiting.push_back(index);
+            self.enqueue(job);
+        }
     }
 
     fn submit(&mut self) -> bool {
@@ -198,10 +255,27 @@ impl Backend for Uring {
     }
 
     fn finished(&mut self, done: &mut Vec<Done>) {
-        // First the event, then the completions: one that comes in between tells again.
-        let _ = self.event.read();
         self.reap(done);
+        if self.needs_event() {
+            // First the event, then what is done: what comes in between tells again.
+            let _ = self.event.read();
+        }
         self.helper.take_done(done);
+        self.at_once.take_done(done);
+    }
+
+    fn errand(&mut self) -> Option<Errand> {
+        self.at_once.errand()
+    }
+
+    fn has_errand(&self) -> bool {
+        self.at_once.waits()
+    }
+
+    fn recall(&mut self) {
+        for job in self.at_once.recall() {
+            self.enqueue(job);
+        }
     }
 }
 
@@ -209,12 +283,10 @@ impl Drop for Uring {
     /// The kernel may be writing into the buffers of what it was given: that is waited for.
     fn drop(&mut self) {
         let mut done = Vec::new();
-        loop {
-            let unsubmitted = self.waiting.len() + self.ring.submission().len();
-            if self.held() <= unsubmitted {
-                return;
-            }
-            wait_readable(self.event.as_raw_fd(), RETRY);
+        while self.held() > self.waiting.len() {
+            // What lies in the ring cannot be told from what the kernel has: it is done too.
+            let _ = self.ring.submit();
+            wait_readable(self.fd(), RETRY);
             self.finished(&mut done);
         }
     }

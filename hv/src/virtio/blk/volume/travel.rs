@@ -156,16 +156,19 @@ impl Volume {
             self.file.try_clone()
         };
         let file = file.map_err(open)?;
-        let id = |file: &File| {
-            file.metadata().map(|data| (data.dev(), data.ino(), data.rdev())).map_err(open)
-        };
-        if id(&file)? != id(&self.file)? {
+        if self.is_another(&file).map_err(open)? {
             return Err(open(io::Error::other("it is another one meanwhile")));
         }
         let (path, tracker) = (path.clone(), WriteTracker::default());
         let bytes = AtomicU64::new(self.bytes());
         let Self { kind, block_bytes, .. } = *self;
         Ok(Self { file, path, tracker, kind, bytes, block_bytes, read_only: false })
+    }
+
+    /// Whether this is open on something else.
+    pub(super) fn is_another(&self, file: &File) -> io::Result<bool> {
+        let id = |file: &File| file.metadata().map(|data| (data.dev(), data.ino(), data.rdev()));
+        Ok(id(file)? != id(&self.file)?)
     }
 
     /// Empties a file: it reads as zeros, and takes no room. Answers whether that is so.
@@ -177,6 +180,14 @@ impl Volume {
     /// Writes all of this at `offset`.
     pub fn write_at(&self, bytes: &[u8], offset: u64) -> io::Result<()> {
         self.file.write_all_at(bytes, offset)
+    }
+
+    /// Has the system begin to write these bytes to the disk, so that making them durable later
+    /// has little left to wait for. Only a hint.
+    pub(crate) fn begin_writing(&self, offset: u64, bytes: u64) {
+        let (fd, flags) = (self.fd(), libc::SYNC_FILE_RANGE_WRITE);
+        // SAFETY: only tells the system about a range of an open file.
+        unsafe { libc::sync_file_range(fd, offset.cast_signed(), bytes.cast_signed(), flags) };
     }
 
     /// Makes these bytes zero, and gives their room back where that is sure to read as zeros.
