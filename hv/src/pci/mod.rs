@@ -1,11 +1,11 @@
 //! PCI: one bus, a host bridge in slot 0, and functions with a memory window each.
 //!
-//! A guest reaches configuration space through mechanism #1 (ports 0xcf8 to 0xcff) and a
-//! function's registers through its BAR. Both come in at [`PciBus`], which finds the
-//! [`PciFunction`]. BARs are assigned here, and a guest may move them: Linux does so with those of
-//! functions that come while it runs ([`HotPlug`]). Interrupts are MSI-X only ([`Msix`]): a vector is an eventfd that KVM turns
-//! into a message; whoever owns the VM's routing table stands behind [`Wiring`], so that nothing
-//! here needs KVM in a test.
+//! A guest reaches configuration space through mechanism #1 (ports 0xcf8 to 0xcff) and a function's
+//! registers through its BAR. Both come in at [`PciBus`], which finds the [`PciFunction`]. BARs are
+//! assigned here, and a guest may move them: Linux does so with those of functions that come while
+//! it runs ([`HotPlug`]). Interrupts are MSI-X only ([`Msix`]): a vector is an eventfd that KVM
+//! turns into a message; whoever owns the VM's routing table stands behind [`Wiring`], so that
+//! nothing here needs KVM in a test.
 
 mod bus;
 mod config;

@@ -31,12 +31,12 @@ mod tests;
 use std::time::Duration;
 
 use drover_proto::agent::v1::{MigrationProgress, MigrationRole};
-use drover_proto::v1::{DiskLimits, RestartPolicy};
+use drover_proto::v1::RestartPolicy;
 use drover_proto::vmm::v1::{DiskStatus, VmmState};
 
 use crate::records::{DomainRecord, End, EndReason};
 use crate::wanted::{Assigned, Outgoing, Owner, Power, Role, Wanted};
-pub use plug::{SEED_SERIAL, plug};
+pub use plug::{LiveDisk, SEED_SERIAL, plug};
 use saving::decide_saving;
 pub use saving::{restores, save_failed};
 
@@ -105,19 +105,6 @@ pub enum Disks {
     Waiting(String),
     /// One of them cannot be had, and why. It may be there later all the same.
     Failed(String),
-}
-
-/// What a VMM that runs is told of one of its disks.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub struct LiveDisk {
-    /// As the VMM knows it.
-    pub serial: String,
-    /// Its PCI slot, if it has one of its own: then it may come while the guest runs.
-    pub slot: Option<u8>,
-    /// What the guest may ask of it.
-    pub limits: DiskLimits,
-    /// Its volume's size; 0 when that is not known.
-    pub size_bytes: u64,
 }
 
 /// What the agent has done so far and need not remember after its own death.

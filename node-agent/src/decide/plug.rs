@@ -2,14 +2,28 @@
 
 use std::time::Duration;
 
+use drover_proto::v1::DiskLimits;
 use drover_proto::vmm::v1::{DiskStatus, VmmState};
 
-use super::{Action, Disks, Facts, LiveDisk, Vmm, millis};
+use super::{Action, Disks, Facts, Vmm, millis};
 
 /// A guest that has not let go of a disk is asked again so much later.
 const DETACH_AGAIN: Duration = Duration::from_secs(10);
 /// The serial number of the seed, which is no volume.
 pub const SEED_SERIAL: &str = "cidata";
+
+/// What a VMM that runs is told of one of its disks.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct LiveDisk {
+    /// As the VMM knows it.
+    pub serial: String,
+    /// Its PCI slot, if it has one of its own: then it may come while the guest runs.
+    pub slot: Option<u8>,
+    /// What the guest may ask of it.
+    pub limits: DiskLimits,
+    /// Its volume's size; 0 when that is not known.
+    pub size_bytes: u64,
+}
 
 /// Disks that come and go while the guest runs: what the VMM has is made equal to the assignment.
 /// One without a slot of its own is there from the start to the end. `None`: they are equal.

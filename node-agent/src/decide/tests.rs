@@ -7,7 +7,7 @@ mod rules;
 use super::*;
 use crate::records::{Handover, OutgoingRecord, Run};
 use crate::wanted::Disk;
-use drover_proto::v1::DomainSpec;
+use drover_proto::v1::{DiskLimits, DomainSpec};
 
 const NOW: u64 = 1_000_000;
 const M: &str = "migration-1";
