@@ -25,6 +25,10 @@ pub struct Guest {
     pub dirty_interval_ms: u32,
     /// Memory filled with noise that must stay as it is, MiB.
     pub fill_mib: u32,
+    /// A disk, as `--disk` takes it, which a process of the guest keeps writing to.
+    pub disk: Option<String>,
+    /// So much a second, KiB.
+    pub disk_kib: u32,
     /// The kernel tells of its boot on the console: each letter costs an emulated host dearly.
     pub kernel_messages: bool,
 }
@@ -40,6 +44,8 @@ impl Guest {
             dirty_mib: 1,
             dirty_interval_ms: 500,
             fill_mib: 8,
+            disk: None,
+            disk_kib: 2048,
             kernel_messages: false,
         }
     }
@@ -56,9 +62,18 @@ impl Guest {
 
     /// Its kernel's command line.
     pub fn command_line(&self) -> String {
+        let disk = match self.disk {
+            Some(_) => {
+                format!(
+                    " drover.disk=/dev/vda drover.disk_kib={} drover.disk_check=1",
+                    self.disk_kib
+                )
+            }
+            None => String::new(),
+        };
         format!(
             "console=ttyS0{} panic=-1 drover.ip={}/24 drover.dirty_mib={} \
-             drover.dirty_interval_ms={} drover.fill_mib={}",
+             drover.dirty_interval_ms={} drover.fill_mib={}{disk}",
             if self.kernel_messages { "" } else { " quiet" },
             self.address(),
             self.dirty_mib,
@@ -76,6 +91,9 @@ impl Guest {
         let mut arguments = vec!["domain", "create", &self.name, "--memory", &memory];
         arguments.extend(["--vcpus", &vcpus, "--kernel", KERNEL, "--initramfs", INITRAMFS]);
         arguments.extend(["--command-line", &line, "--net", &net]);
+        if let Some(disk) = &self.disk {
+            arguments.extend(["--disk", disk]);
+        }
         if let Some(node) = node {
             arguments.extend(["--node", node]);
         }
@@ -90,5 +108,41 @@ impl Guest {
             return Ok(());
         }
         Err(Error::other(format!("{}: memory is not as it was filled: {body:?}", self.name)))
+    }
+}
+
+/// What a guest says of the disk that it writes to.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct DiskFigures {
+    /// Blocks that were written and flushed.
+    pub writes: u64,
+    /// Blocks that could not be written, or were not as written.
+    pub wrong: u64,
+    /// Of those, the times that the disk gave an error.
+    pub failed: u64,
+    /// The number of the newest write that was flushed.
+    pub flushed: u64,
+    /// Up to which write the disk had all of them at this boot.
+    pub kept: u64,
+}
+
+impl DiskFigures {
+    /// Asked by HTTP from a thread in the namespace.
+    pub fn of(guest: &Guest) -> Result<Self> {
+        let body = crate::client::fetch_path(guest.address(), "/")?;
+        Self::parse(&body)
+            .ok_or_else(|| Error::other(format!("{}: no figures of a disk: {body:?}", guest.name)))
+    }
+
+    fn parse(body: &str) -> Option<Self> {
+        let figure =
+            |key: &str| body.lines().find_map(|line| line.strip_prefix(key)?.trim().parse().ok());
+        Some(Self {
+            writes: figure("disk_writes ")?,
+            wrong: figure("disk_wrong ")?,
+            failed: figure("disk_failed ")?,
+            flushed: figure("disk_flushed ")?,
+            kept: figure("disk_kept ")?,
+        })
     }
 }

@@ -83,7 +83,13 @@ fn page(shared: &Shared) -> String {
         sys::clock_ns(libc::CLOCK_REALTIME),
     );
     let (writes, wrong) = (shared.disk_writes().load(Relaxed), shared.disk_wrong().load(Relaxed));
-    format!("{memory}disk_writes {writes}\ndisk_wrong {wrong}\n")
+    format!(
+        "{memory}disk_writes {writes}\ndisk_wrong {wrong}\ndisk_failed {}\ndisk_flushed {}\n\
+         disk_kept {}\n",
+        shared.disk_failed().load(Relaxed),
+        shared.disk_flushed().load(Relaxed),
+        shared.disk_kept().load(Relaxed),
+    )
 }
 
 fn read_path(stream: &mut TcpStream) -> std::io::Result<Option<String>> {

@@ -12,7 +12,7 @@ const WORDS_PER_PAGE: usize = PAGE / 8;
 
 /// Counters in memory that this process and the one that dirties memory share.
 pub(crate) struct Shared {
-    counters: *const [AtomicU64; 6],
+    counters: *const [AtomicU64; 9],
 }
 
 // SAFETY: the pointer is to atomics in a mapping that is never unmapped.
@@ -26,7 +26,7 @@ impl Shared {
         Ok(Self { counters: counters.cast() })
     }
 
-    fn counters(&self) -> &[AtomicU64; 6] {
+    fn counters(&self) -> &[AtomicU64; 9] {
         // SAFETY: a page that is mapped for ever, zeroed, and only used as these atomics.
         unsafe { &*self.counters }
     }
@@ -54,6 +54,18 @@ impl Shared {
     /// Blocks that could not be written, or were not as written.
     pub(crate) fn disk_wrong(&self) -> &AtomicU64 {
         &self.counters()[5]
+    }
+    /// Of those, the times that the disk gave an error.
+    pub(crate) fn disk_failed(&self) -> &AtomicU64 {
+        &self.counters()[6]
+    }
+    /// The number of the newest write that was flushed.
+    pub(crate) fn disk_flushed(&self) -> &AtomicU64 {
+        &self.counters()[7]
+    }
+    /// Up to which write the disk had all of them at boot.
+    pub(crate) fn disk_kept(&self) -> &AtomicU64 {
+        &self.counters()[8]
     }
 }
 

@@ -11,6 +11,7 @@
 //! | `drover.dirty_interval_ms=20` | its rest between two passes (0: none) |
 //! | `drover.disk=/dev/vda` | a process writes to this disk, on its last quarter, with flushes, and checks what it wrote |
 //! | `drover.disk_kib=2048` | so much a second |
+//! | `drover.disk_check=1` | it first says up to where an earlier boot's writes are all there |
 //! | `drover.fill_mib=16` | memory filled once with noise, checked by `GET /check` |
 //! | `drover.root=/dev/vda` | not a guest but a lab host: mount this as root, run its init |
 //!
@@ -55,7 +56,7 @@ fn run() -> Result<(), String> {
     // Before the first thread: a child of a threaded process may not allocate.
     load::start_dirtying(&shared, options.dirty_mib, options.dirty_interval)?;
     if let Some(device) = &options.disk {
-        disk::start_writing(&shared, device, options.disk_kib)?;
+        disk::start_writing(&shared, device, options.disk_kib, options.disk_check)?;
     }
     let fill = Arc::new(load::Fill::new(options.fill_mib));
     control::watch_power_button();
@@ -92,6 +93,7 @@ struct Options {
     dirty_interval: Duration,
     disk: Option<String>,
     disk_kib: usize,
+    disk_check: bool,
     fill_mib: usize,
 }
 
@@ -115,6 +117,7 @@ impl Options {
             dirty_interval: Duration::from_millis(number("drover.dirty_interval_ms", 20)? as u64),
             disk: value("drover.disk").map(str::to_owned),
             disk_kib: number("drover.disk_kib", 2048)?,
+            disk_check: number("drover.disk_check", 0)? != 0,
             fill_mib: number("drover.fill_mib", 0)?,
         })
     }

@@ -167,9 +167,16 @@ impl World {
 
     /// The volumes on a host, by LVM's own word.
     pub(crate) fn volumes_on(&self, host: &str) -> Result<Vec<String>> {
-        let list = "lvs --noheadings -o lv_name drover | tr -d ' ' | \
-                    grep -vE '^(drover_image_.*|thin)$' || true";
-        let list = self.lab().ssh(host)?.run(list)?;
+        self.volumes_in(host, "drover")
+    }
+
+    /// As [`volumes_on`](Self::volumes_on), of another volume group.
+    pub(crate) fn volumes_in(&self, host: &str, group: &str) -> Result<Vec<String>> {
+        let list = format!(
+            "lvs --noheadings -o lv_name {group} | tr -d ' ' | \
+             grep -vE '^(drover_image_.*|thin)$' || true"
+        );
+        let list = self.lab().ssh(host)?.run(&list)?;
         Ok(list.split_whitespace().map(str::to_owned).collect())
     }
 

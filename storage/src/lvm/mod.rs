@@ -46,6 +46,10 @@ use crate::{PoolError, Result};
 const NEW_ARGS: [&str; 6] =
     ["--quiet", "--yes", "--setactivationskip", "y", "--addtag", names::TAG];
 
+/// What a thin pool does with writes for which it has no room, as LVM reports it: "error" or
+/// "queue".
+const ERROR_WHEN_FULL: &str = "error";
+
 /// A pool in a thin pool. See [`Pool`] for what it does.
 #[derive(Debug)]
 pub(crate) struct LvmPool(Arc<Inner>);
@@ -61,7 +65,8 @@ struct Inner {
 }
 
 impl LvmPool {
-    /// Opens a thin pool, and activates it so that its usage can be seen.
+    /// Opens a thin pool, and activates it so that its usage can be seen. When it is full, writes
+    /// shall fail at once.
     pub(crate) fn open(vg: &str, thin_pool: &str) -> Result<Self> {
         let (vg, thin_pool) = (vg.to_owned(), thin_pool.to_owned());
         let spec = PoolSpec::Lvm { vg: vg.clone(), thin_pool: thin_pool.clone() };
@@ -75,6 +80,12 @@ impl LvmPool {
         inner.extent_bytes = pool.extent_bytes;
         if !pool.is_active {
             inner.set_active(&inner.thin_pool, true)?;
+        }
+        if pool.when_full != ERROR_WHEN_FULL {
+            // LVM's default holds writes back for a minute, and with them the VMM, its pauses and
+            // whoever syncs; then they fail all the same.
+            let name = inner.full(&inner.thin_pool);
+            lvm(&["lvchange", "--quiet", "--errorwhenfull", "y", &name])?;
         }
         Ok(Self(Arc::new(inner)))
     }

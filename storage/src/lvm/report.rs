@@ -7,7 +7,7 @@ use crate::{PoolError, Result};
 /// What `lvs` is asked for.
 pub(super) const FIELDS: &str = "lv_name,lv_size,lv_tags,segtype,pool_lv,data_percent,\
                                  metadata_percent,lv_active,zero,discards,lv_health_status,\
-                                 vg_extent_size";
+                                 lv_when_full,vg_extent_size";
 
 /// Of a report's complaints, this many are shown.
 const COMPLAINTS_MAX: usize = 8;
@@ -30,6 +30,8 @@ pub(super) struct Lv {
     pub(super) zeroes: bool,
     /// Of a thin pool: "ignore", "nopassdown" or "passdown".
     pub(super) discards: String,
+    /// Of a thin pool: "queue" or "error".
+    pub(super) when_full: String,
     /// Empty while all is well.
     pub(super) health: String,
     pub(super) extent_bytes: u64,
@@ -95,6 +97,7 @@ struct Row {
     zero: String,
     discards: String,
     lv_health_status: String,
+    lv_when_full: String,
     vg_extent_size: String,
 }
 
@@ -114,6 +117,7 @@ impl Row {
             pool: self.pool_lv,
             discards: self.discards,
             health: self.lv_health_status,
+            when_full: self.lv_when_full,
         })
     }
 }
