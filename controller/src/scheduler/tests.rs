@@ -244,7 +244,7 @@ fn local_disks_take_their_time() {
         let view = cluster(vec![node(4, 4096), node(4, 4096)], vec![vm]);
         plan_drain(&view, &node_id(1), &DrainOptions::default()).expected_time.as_secs_f64()
     };
-    let sends = |mib: f64| 1.0 + mib * (1 << 20) as f64 / LINK_BYTES_PER_SECOND as f64;
+    let sends = |mib: f64| 1.0 + mib * f64::from(1 << 20) / LINK_BYTES_PER_SECOND as f64;
     let near = |a: f64, b: f64| assert!((a - b).abs() < 0.01, "{a} {b}");
     near(with(0, Mobility::Live), sends(512.0 * 1.2));
     near(with(10_240, Mobility::Live), sends((512.0 + 10_240.0) * 1.2));
