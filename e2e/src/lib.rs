@@ -32,6 +32,7 @@ pub mod image;
 pub mod initramfs;
 pub mod lab;
 pub mod netns;
+pub mod nfs;
 pub mod paths;
 pub mod process;
 mod qmp;

@@ -62,9 +62,10 @@ pub struct Options {
     /// The bridge of domains' interfaces that name none; made if it is not there
     #[arg(long, env = "DROVER_BRIDGE", value_name = "NAME", default_value = "br0")]
     pub bridge: String,
-    /// A pool for the domains' volumes: ID=lvm:VG/THINPOOL or ID=dir:/path, ",overcommit=2.0"
-    /// behind it when so many times its size may be promised; repeat it for each pool, or put
-    /// a ';' between them in the variable
+    /// A pool for the domains' volumes: ID=lvm:VG/THINPOOL, ID=dir:/path, or ID=shared:/path on a
+    /// filesystem that several nodes have mounted; ",overcommit=2.0" behind it when so many times
+    /// its size may be promised; repeat it for each pool, or put a ';' between them in the
+    /// variable
     #[arg(long = "pool", env = "DROVER_POOLS", value_name = "ID=POOL", value_delimiter = ';')]
     pub pools: Vec<PoolFlag>,
     /// vCPUs that are promised for each core

@@ -86,8 +86,14 @@ async fn run(options: Options) -> Result<(), Error> {
     let places = Places { state: options.state_dir.clone(), run: options.run_dir.clone() };
     let changed = watch::Sender::new(0);
     let quiescer = Quiescer::new(places.clone());
-    let (pools, pools_task) =
-        storage::start(&options.pools, quiescer.clone(), changed.clone()).await?;
+    let (pools, pools_task) = storage::start(
+        &options.pools,
+        &options.node,
+        &options.state_dir,
+        quiescer.clone(),
+        changed.clone(),
+    )
+    .await?;
     let volumes = Volumes::new(pools.clone(), options.node.clone());
     let images = Images::new(pools.clone(), options.node.clone(), options.state_dir.clone());
     let shared = Arc::new(Shared {

@@ -38,7 +38,7 @@ fn main() -> Done {
     let [spec, command, rest @ ..] = words.as_slice() else {
         return Err("pool SPEC COMMAND …: see the head of this file".into());
     };
-    let pool = pool::open(&spec.parse()?)?;
+    let pool = pool::open(&spec.parse()?, "example")?;
     match (*command, rest) {
         ("tour", []) => tour(&pool),
         ("list", []) => {

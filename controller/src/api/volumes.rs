@@ -14,7 +14,7 @@ use tonic::{Request, Response, Status};
 use super::errors::Fault;
 use super::service::{CALL_WAIT, Service};
 use super::{page, validate};
-use crate::model::{DomainId, Observed, OperationId, VolumeId, VolumeRecord, World};
+use crate::model::{DomainId, NodeId, Observed, OperationId, VolumeId, VolumeRecord, World};
 use crate::store::Versioned;
 use crate::workflows::Refusal;
 use crate::workflows::begin::etag;
@@ -34,6 +34,7 @@ impl PoolService for Service {
             return Err(Refusal::NotFound { name: only.name() }.into());
         }
         let observed = self.hub.observed();
+        let shared = world.promised_shared();
         let mut pools = Vec::new();
         for (node, seen) in &observed.nodes {
             let known = world.nodes.contains_key(node);
@@ -43,6 +44,8 @@ impl PoolService for Service {
             let promised = world.promised(node);
             pools.extend(seen.pools.values().map(|pool| {
                 let inside = seen.volumes.values().filter(|volume| volume.pool == pool.id);
+                let uid = pool.shared_uid.as_str();
+                let others = world.sharers(uid).filter(|other| *other != node && !uid.is_empty());
                 Pool {
                     name: format!("{}/pools/{}", node.name(), pool.id),
                     kind: pool.kind,
@@ -50,9 +53,17 @@ impl PoolService for Service {
                     state_reason: pool.state_reason.clone(),
                     size_bytes: pool.size_bytes,
                     used_bytes: pool.used_bytes,
-                    promised_bytes: promised.get(&pool.id).copied().unwrap_or_default(),
+                    promised_bytes: match uid {
+                        "" => promised.get(&pool.id).copied().unwrap_or_default(),
+                        uid => shared.get(uid).map_or(0, |shared| shared.bytes),
+                    },
                     overcommit: pool.overcommit,
-                    volume_count: u32::try_from(inside.count()).unwrap_or(u32::MAX),
+                    volume_count: match uid {
+                        "" => u32::try_from(inside.count()).unwrap_or(u32::MAX),
+                        uid => shared.get(uid).map_or(0, |shared| shared.volumes),
+                    },
+                    shared_uid: uid.to_owned(),
+                    shared_with: others.map(NodeId::name).collect(),
                 }
             }));
         }

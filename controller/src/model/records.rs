@@ -78,14 +78,6 @@ pub fn needs(record: &DomainRecord) -> Resources {
     })
 }
 
-/// Whether it has volumes.
-#[must_use]
-pub fn has_disks(record: &DomainRecord) -> bool {
-    record.spec.as_ref().is_some_and(|spec| !spec.disks.is_empty())
-        || is_rescued(record)
-        || has_memory(record)
-}
-
 /// Whether it boots a rescue disk.
 #[must_use]
 pub fn is_rescued(record: &DomainRecord) -> bool {
@@ -123,27 +115,35 @@ pub fn unready(volume: &VolumeRecord) -> String {
     }
 }
 
-/// What `node` shall remove: a volume or an image, whichever is not empty.
+/// What `node` shall remove from its pool: a volume or an image, whichever is not empty.
+/// `shared_uid` is which pool that is, where others share it.
 #[must_use]
-pub fn garbage(node: &str, pool: &str, volume_uid: &str, image_digest: &str) -> GarbageRecord {
+pub fn garbage(
+    node: &str,
+    (pool, shared_uid): (&str, &str),
+    volume_uid: &str,
+    image_digest: &str,
+) -> GarbageRecord {
     GarbageRecord {
         id: format!("{node}/{volume_uid}{image_digest}"),
         node: node.to_owned(),
         pool: pool.to_owned(),
         volume_uid: volume_uid.to_owned(),
         image_digest: image_digest.to_owned(),
+        shared_uid: shared_uid.to_owned(),
         ..GarbageRecord::default()
     }
 }
 
 /// What `node` shall remove: a snapshot's part.
 #[must_use]
-pub fn snapshot_garbage(node: &str, part: &SnapshotPart) -> GarbageRecord {
+pub fn snapshot_garbage(node: &str, shared_uid: &str, part: &SnapshotPart) -> GarbageRecord {
     GarbageRecord {
         id: format!("{node}/{}", part.uid),
         node: node.to_owned(),
         pool: part.pool.clone(),
         snapshot_uid: part.uid.clone(),
+        shared_uid: shared_uid.to_owned(),
         ..GarbageRecord::default()
     }
 }

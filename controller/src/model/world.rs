@@ -15,10 +15,19 @@ use super::{
     VolumeRecord,
 };
 use crate::scheduler::{
-    ClusterView, DomainView, LINK_BYTES_PER_SECOND, Mobility, NodeView, PoolNeeds, PoolView,
-    Resources, stays_behind,
+    ClusterView, DomainView, LINK_BYTES_PER_SECOND, Mobility, NodeView, Origin, PoolNeeds,
+    PoolView, Resources, stays_behind,
 };
 use crate::store::{ChangeSet, Record, Versioned, View};
+
+/// What is in a shared pool, or is to be.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Promised {
+    /// What its volumes may grow to.
+    pub bytes: u64,
+    /// How many there are.
+    pub volumes: u32,
+}
 
 /// The cluster at one revision. Finished operations and events are not here.
 #[derive(Clone, Debug, Default)]
@@ -212,10 +221,97 @@ impl World {
 
     /// What a move of the domain leaves on its node, for people; empty where it leaves nothing.
     #[must_use]
-    pub fn stays_behind(&self, domain: &DomainRecord, from: &str) -> String {
+    pub fn stays_behind(&self, domain: &DomainRecord, from: &str, to: &str) -> String {
+        let stays =
+            |row: &&Versioned<SnapshotRecord>| !self.snapshot_is_shared(&row.value, from, to);
+        stays_behind(self.snapshots_at(domain, from).filter(stays).count(), from)
+    }
+
+    /// The domain's snapshots that a move takes along, without moving them.
+    pub fn goes_along<'a>(
+        &'a self,
+        domain: &'a DomainRecord,
+        from: &'a str,
+        to: &'a str,
+    ) -> impl Iterator<Item = &'a Versioned<SnapshotRecord>> {
+        self.snapshots_at(domain, from)
+            .filter(move |row| self.snapshot_is_shared(&row.value, from, to))
+    }
+
+    fn snapshots_at<'a>(
+        &'a self,
+        domain: &'a DomainRecord,
+        from: &str,
+    ) -> impl Iterator<Item = &'a Versioned<SnapshotRecord>> {
         let node = NodeId::trusted(from);
-        let its = self.snapshots_on(&node).filter(|row| row.value.domain_uid == domain.uid);
-        stays_behind(its.count(), from)
+        let uid = &domain.uid;
+        let ids = self.snapshots_by_node.on(&node).cloned().collect::<Vec<_>>();
+        let rows = ids.into_iter().filter_map(|id| self.snapshots.get(&id));
+        rows.filter(move |row| row.value.domain_uid == *uid)
+    }
+
+    /// Whether both nodes have all parts of it.
+    fn snapshot_is_shared(&self, snapshot: &SnapshotRecord, a: &str, b: &str) -> bool {
+        snapshot.parts.iter().all(|part| self.is_shared(&part.pool, a, b))
+    }
+
+    /// Which pool the node's pool of this id is, where several share it; empty for its own.
+    #[must_use]
+    pub fn shared_uid(&self, node: &str, pool: &str) -> &str {
+        let row = self.nodes.get(&NodeId::trusted(node));
+        row.and_then(|row| row.value.shared_pools.get(pool)).map_or("", String::as_str)
+    }
+
+    /// Whether two nodes' pools of this id are one pool.
+    #[must_use]
+    pub fn is_shared(&self, pool: &str, a: &str, b: &str) -> bool {
+        let uid = self.shared_uid(a, pool);
+        !uid.is_empty() && uid == self.shared_uid(b, pool)
+    }
+
+    /// Where the domain's volumes lie, for a move.
+    #[must_use]
+    pub fn origin(&self, domain: &DomainRecord) -> Origin {
+        let pools = self.volumes_of(domain).map(|row| row.value.pool.as_str());
+        let shared = pools.filter_map(|pool| {
+            let uid = self.shared_uid(&domain.node, pool);
+            (!uid.is_empty()).then(|| (pool.to_owned(), uid.to_owned()))
+        });
+        Origin { shared: shared.collect(), live: !records::is_at_rest(domain) }
+    }
+
+    /// The nodes that share a pool, in their order.
+    pub fn sharers<'a>(&'a self, uid: &'a str) -> impl Iterator<Item = &'a NodeId> {
+        let shares = move |row: &NodeRecord| row.shared_pools.values().any(|held| held == uid);
+        self.nodes.iter().filter(move |(_, row)| shares(&row.value)).map(|(id, _)| id)
+    }
+
+    /// What is promised in shared pools, by what they are: each volume once, whoever shares it.
+    #[must_use]
+    pub fn promised_shared(&self) -> BTreeMap<String, Promised> {
+        let mut sum = BTreeMap::new();
+        if self.nodes.values().all(|row| row.value.shared_pools.is_empty()) {
+            return sum;
+        }
+        let mut add = |volume: &VolumeRecord, nodes: &BTreeSet<NodeId>| {
+            let uids = nodes.iter().map(|node| self.shared_uid(node.as_str(), &volume.pool));
+            let uids: BTreeSet<&str> = uids.filter(|uid| !uid.is_empty()).collect();
+            for uid in uids {
+                let promised: &mut Promised = sum.entry(uid.to_owned()).or_default();
+                promised.bytes += volume.size_bytes;
+                promised.volumes += 1;
+            }
+        };
+        for row in self.domains.values() {
+            let nodes = nodes_of(&row.value);
+            self.volumes_of(&row.value).for_each(|volume| add(&volume.value, &nodes));
+        }
+        for volume in self.volumes.values().map(|row| &row.value) {
+            if !volume.node.is_empty() {
+                add(volume, &BTreeSet::from([NodeId::trusted(&volume.node)]));
+            }
+        }
+        sum
     }
 
     /// What the domain's volumes may grow to, by pool.
@@ -251,7 +347,7 @@ impl World {
         mobility(domain, self.unready(domain))
     }
 
-    /// What is promised in a node's pools: to what it owns, to what comes or has not quite left,
+    /// What is promised in a node's own pools: to what it owns, to what comes or has not quite left,
     /// and to volumes that no domain has. Snapshots are promised nothing: nobody writes to them,
     /// and what they hold back from being freed shows in what their pool has in use.
     #[must_use]
@@ -271,16 +367,25 @@ impl World {
     /// The picture that the scheduler decides from.
     #[must_use]
     pub fn cluster_view(&self, observed: &Observed) -> ClusterView {
+        let shared = self.promised_shared();
         let nodes = self.nodes.iter().map(|(id, row)| {
             let seen = observed.nodes.get(id);
-            (id.clone(), self.node_view(id, &row.value, seen.map(AsRef::as_ref)))
+            (id.clone(), self.node_view(id, &row.value, seen.map(AsRef::as_ref), &shared))
         });
-        let mut snapshots: BTreeMap<(&str, &str), usize> = BTreeMap::new();
+        let mut snapshots: BTreeMap<(&str, &str), (usize, usize)> = BTreeMap::new();
         for row in self.snapshots.values() {
-            *snapshots.entry((&row.value.domain_uid, &row.value.node)).or_default() += 1;
+            let snapshot = &row.value;
+            let (all, shared) =
+                snapshots.entry((&snapshot.domain_uid, &snapshot.node)).or_default();
+            *all += 1;
+            *shared +=
+                usize::from(self.snapshot_is_shared(snapshot, &snapshot.node, &snapshot.node));
         }
         let domains = self.domains.iter().map(|(id, row)| {
-            let stay = snapshots.get(&(row.value.uid.as_str(), row.value.node.as_str()));
+            let (all, shared) = snapshots
+                .get(&(row.value.uid.as_str(), row.value.node.as_str()))
+                .copied()
+                .unwrap_or_default();
             let usage = observed.domain(&row.value.node, &row.value.uid).and_then(|d| d.usage);
             let view = DomainView {
                 node: NodeId::parse(&row.value.node).ok(),
@@ -288,7 +393,9 @@ impl World {
                 disks: self.pool_needs(&row.value),
                 disk_bytes: self.disk_bytes(&row.value, observed),
                 mobility: self.mobility(&row.value),
-                snapshots: stay.copied().unwrap_or_default(),
+                origin: self.origin(&row.value),
+                snapshots: all,
+                snapshots_shared: shared,
                 cpu_millicores: usage.map_or(0, |usage| usage.cpu_millicores),
             };
             (id.clone(), view)
@@ -301,6 +408,7 @@ impl World {
         id: &NodeId,
         node: &NodeRecord,
         seen: Option<&NodeObservation>,
+        shared: &BTreeMap<String, Promised>,
     ) -> NodeView {
         let capacity = node.capacity.unwrap_or_default();
         let migrating = self.concerning(id).filter(|row| row.value.migration.is_some());
@@ -310,26 +418,41 @@ impl World {
             draining: node.drain_state() != DrainState::Unspecified,
             capacity: Resources { vcpus: capacity.vcpus, memory_bytes: capacity.memory_bytes },
             reserved: self.reserved(id),
-            pools: self.pools(id, seen),
+            pools: self.pools(id, seen, shared),
             link_bytes_per_second: LINK_BYTES_PER_SECOND,
             migrations: u32::try_from(migrating.count()).unwrap_or(u32::MAX),
         }
     }
 
-    fn pools(&self, id: &NodeId, seen: Option<&NodeObservation>) -> BTreeMap<String, PoolView> {
+    fn pools(
+        &self,
+        node: &NodeId,
+        seen: Option<&NodeObservation>,
+        shared: &BTreeMap<String, Promised>,
+    ) -> BTreeMap<String, PoolView> {
         let Some(seen) = seen.filter(|seen| !seen.pools.is_empty()) else {
             return BTreeMap::new();
         };
-        let mut promised = self.promised(id);
+        let mut promised = self.promised(node);
         let view = |(id, pool): (&String, &ObservedPool)| {
             let closed = match pool.state() {
+                // What is decided rests on the row.
+                _ if pool.shared_uid != self.shared_uid(node.as_str(), id) => {
+                    Some("is not known well enough yet".to_owned())
+                }
                 PoolState::Ready => None,
                 PoolState::Filling => Some("is past its threshold".to_owned()),
                 _ => Some(format!("cannot be used: {}", pool.state_reason)),
             };
             let view = PoolView {
                 capacity_bytes: (pool.size_bytes as f64 * pool.overcommit.max(0.0)) as u64,
-                promised_bytes: promised.remove(id).unwrap_or_default(),
+                promised_bytes: match pool.shared_uid.as_str() {
+                    "" => promised.remove(id).unwrap_or_default(),
+                    uid => shared.get(uid).map_or(0, |shared| shared.bytes),
+                },
+                broken: !matches!(pool.state(), PoolState::Ready | PoolState::Filling)
+                    || pool.shared_uid != self.shared_uid(node.as_str(), id),
+                shared_uid: pool.shared_uid.clone(),
                 closed,
             };
             (id.clone(), view)

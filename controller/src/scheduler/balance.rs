@@ -10,7 +10,7 @@
 use std::collections::{BTreeMap, BTreeSet};
 
 use super::place::shortage;
-use super::view::{ClusterView, Mobility, NodeView, stays_behind};
+use super::view::{ClusterView, Mobility, NodeView, promise, stays_behind};
 use crate::model::{DomainId, NodeId};
 
 /// When to propose, and how much.
@@ -80,15 +80,15 @@ pub fn plan_balance(view: &ClusterView, options: &BalanceOptions) -> BalanceProp
         if let Some(node) = room.get_mut(&best.from) {
             node.reserved = node.reserved.less(domain.needs);
         }
-        if let Some(node) = room.get_mut(&best.to) {
-            node.promise(domain.needs, &domain.disks);
-        }
+        let to = &room[&best.to];
+        let (stays, shared) = (domain.left_behind(to), domain.disks_words(to));
+        promise(&mut room, &best.to, domain.needs, &domain.disks, &domain.origin);
         moved.insert(best.domain.clone());
         moves.push(BalanceMove {
             reason: format!(
-                "imbalance {now:.0} → {:.0} ‰{}",
+                "imbalance {now:.0} → {:.0} ‰{shared}{}",
                 best.deviation,
-                stays_behind(domain.snapshots, best.from.as_str())
+                stays_behind(stays, best.from.as_str())
             ),
             memory_bytes: domain.needs.memory_bytes,
             domain: best.domain,
@@ -119,7 +119,8 @@ fn best_move(
             continue;
         }
         for (to, node) in room {
-            if to == from || shortage(node, domain.needs, &domain.disks).is_some() {
+            let origin = Some(&domain.origin);
+            if to == from || shortage(node, domain.needs, &domain.disks, origin).is_some() {
                 continue;
             }
             let deviation = loads.deviation_after(from, to, f64::from(domain.cpu_millicores));

@@ -145,18 +145,26 @@ fn plan_move(
     };
     let mut excluded = options.failed.get(id).cloned().unwrap_or_default();
     excluded.insert(from.clone(), "it is there now".into());
-    let disks = domain.disks.clone();
-    let choice = PlaceOptions { strategy: options.strategy, only: None, excluded, disks };
+    let choice = PlaceOptions {
+        strategy: options.strategy,
+        only: None,
+        excluded,
+        disks: domain.disks.clone(),
+        origin: Some(domain.origin.clone()),
+    };
     match place(room, domain.needs, &choice) {
         Ok(decision) => {
-            if let Some(target) = room.nodes.get_mut(&decision.node) {
-                target.promise(domain.needs, &domain.disks);
+            let (mut copied, mut stays, mut shared) = (domain.disks.clone(), domain.snapshots, "");
+            if let Some(target) = room.nodes.get(&decision.node) {
+                copied = target.copied(&domain.disks, &domain.origin);
+                (stays, shared) = (domain.left_behind(target), domain.disks_words(target));
             }
+            room.promise(&decision.node, domain.needs, &domain.disks, &domain.origin);
             let how = match options.strategy {
                 Strategy::BestFit => "best fit",
                 Strategy::Spread => "emptiest",
             };
-            let disk_bytes = domain.disk_bytes;
+            let disk_bytes = domain.disk_bytes.min(copied.values().sum());
             let (what, expected_time) = match live {
                 true => ("", copy_time(with_resent(memory_bytes, disk_bytes), rate)),
                 false if disk_bytes > 0 => {
@@ -167,9 +175,9 @@ fn plan_move(
             ProposedMove {
                 domain: id.clone(),
                 reason: format!(
-                    "{how}, then {:.0} % promised{what}{}",
+                    "{how}, then {:.0} % promised{what}{shared}{}",
                     decision.score * 100.0,
-                    stays_behind(domain.snapshots, from.as_str())
+                    stays_behind(stays, from.as_str())
                 ),
                 to: Some(decision.node),
                 waits: false,
@@ -208,13 +216,14 @@ fn what_would_help(room: &ClusterView, needs: Resources, choice: &PlaceOptions) 
     let candidates =
         || room.nodes.iter().filter(|(id, n)| open(id) && n.ready && n.capacity.holds(needs));
     let disks = &choice.disks;
+    let origin = choice.origin.as_ref();
     let closed = candidates()
-        .find(|(_, n)| (n.cordoned || n.draining) && shortage(n, needs, disks).is_none());
+        .find(|(_, n)| (n.cordoned || n.draining) && shortage(n, needs, disks, origin).is_none());
     if let Some((id, _)) = closed {
         return format!("uncordon {id}");
     }
     let least = candidates()
-        .filter(|(_, n)| !n.cordoned && !n.draining && shortage(n, needs, disks).is_some())
+        .filter(|(_, n)| !n.cordoned && !n.draining && shortage(n, needs, disks, origin).is_some())
         .min_by_key(|(_, n)| (needs.less(n.free()).memory_bytes, needs.less(n.free()).vcpus));
     let Some((id, node)) = least else {
         return "add a node with room for it, or stop it and start it later".into();

@@ -27,7 +27,7 @@ pub use drain::{
 pub(crate) use place::shortage;
 pub use place::{Decision, NoRoom, OTHER_NODE, PlaceOptions, Rejection, Strategy, place};
 pub use view::{
-    ClusterView, DomainView, LINK_BYTES_PER_SECOND, Mobility, NodeView, PoolNeeds, PoolView,
-    Resources,
+    ClusterView, DomainView, LINK_BYTES_PER_SECOND, Mobility, NodeView, Origin, PoolNeeds,
+    PoolView, Resources,
 };
 pub(crate) use view::{size, stays_behind, vcpus};

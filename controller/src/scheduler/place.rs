@@ -2,7 +2,7 @@
 
 use std::collections::BTreeMap;
 
-use super::view::{ClusterView, NodeView, PoolNeeds, Resources, size, vcpus};
+use super::view::{ClusterView, NodeView, Origin, PoolNeeds, PoolView, Resources, size, vcpus};
 use crate::model::NodeId;
 
 /// Why the nodes that the caller did not ask for were passed over.
@@ -29,6 +29,8 @@ pub struct PlaceOptions {
     pub excluded: BTreeMap<NodeId, String>,
     /// Room that its disks need.
     pub disks: PoolNeeds,
+    /// Of one that moves: where they lie now.
+    pub origin: Option<Origin>,
 }
 
 /// A node that was passed over.
@@ -128,11 +130,16 @@ fn unfit(id: &NodeId, node: &NodeView, needs: Resources, options: &PlaceOptions)
     if node.cordoned {
         return Some("cordoned".into());
     }
-    shortage(node, needs, &options.disks)
+    shortage(node, needs, &options.disks, options.origin.as_ref())
 }
 
 /// What a node lacks, for people: "needs 512 MiB, 130 of 2048 MiB free".
-pub(crate) fn shortage(node: &NodeView, needs: Resources, disks: &PoolNeeds) -> Option<String> {
+pub(crate) fn shortage(
+    node: &NodeView,
+    needs: Resources,
+    disks: &PoolNeeds,
+    origin: Option<&Origin>,
+) -> Option<String> {
     let free = node.free();
     let mut lacks = Vec::new();
     if free.vcpus < needs.vcpus {
@@ -152,17 +159,25 @@ pub(crate) fn shortage(node: &NodeView, needs: Resources, disks: &PoolNeeds) -> 
             size(node.capacity.memory_bytes)
         ));
     }
-    lacks.extend(disks.iter().filter_map(|(id, bytes)| pool_shortage(node, id, *bytes)));
+    lacks.extend(disks.iter().filter_map(|(id, bytes)| pool_shortage(node, id, *bytes, origin)));
     (!lacks.is_empty()).then(|| lacks.join(" and "))
 }
 
-fn pool_shortage(node: &NodeView, id: &str, bytes: u64) -> Option<String> {
+fn pool_shortage(node: &NodeView, id: &str, bytes: u64, origin: Option<&Origin>) -> Option<String> {
     let Some((id, pool)) = node.pool_id(id).and_then(|id| node.pools.get_key_value(&id)) else {
         return Some(match id {
             "" => "has no pool".into(),
             id => format!("has no pool {id}"),
         });
     };
+    if origin.is_some_and(|origin| origin.shares(id, pool)) {
+        // Nothing new comes into it.
+        let why = pool.closed.as_ref().filter(|_| pool.broken)?;
+        return Some(format!("pool {id} {why}"));
+    }
+    if let Some(why) = origin.and_then(|origin| is_another(id, pool, origin)) {
+        return Some(why);
+    }
     if let Some(why) = &pool.closed {
         return Some(format!("pool {id} {why}"));
     }
@@ -174,6 +189,19 @@ fn pool_shortage(node: &NodeView, id: &str, bytes: u64) -> Option<String> {
             size(free & !((1 << 20) - 1)),
             size(pool.capacity_bytes)
         )
+    })
+}
+
+/// Why a running domain cannot go from its pool to this one, though they have one id.
+fn is_another(id: &str, there: &PoolView, origin: &Origin) -> Option<String> {
+    let here = origin.uid(id);
+    if !origin.live || here == there.shared_uid {
+        return None;
+    }
+    Some(match (here.is_empty(), there.shared_uid.is_empty()) {
+        (false, false) => format!("pool {id} is another shared pool there; stop the domain first"),
+        (false, true) => format!("pool {id} is shared, but not with it; stop the domain first"),
+        _ => format!("pool {id} is a shared one there, and not here; stop the domain first"),
     })
 }
 

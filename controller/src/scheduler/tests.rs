@@ -43,7 +43,9 @@ fn domain(on: usize, vcpus: u32, mib: u64) -> DomainView {
         node: Some(node_id(on)),
         needs: Resources { vcpus, memory_bytes: mib * MIB },
         mobility: Mobility::Live,
+        origin: super::Origin::default(),
         snapshots: 0,
+        snapshots_shared: 0,
         cpu_millicores: 0,
     }
 }

@@ -54,6 +54,33 @@ pub struct PoolView {
     pub promised_bytes: u64,
     /// Why it takes nothing new.
     pub closed: Option<String>,
+    /// What is there cannot be used either.
+    pub broken: bool,
+    /// Which pool it is, where several nodes share it; empty for the node's own.
+    pub shared_uid: String,
+}
+
+/// Where the volumes of a domain that moves lie now.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Origin {
+    /// The shared ones among its pools, by id: which they are.
+    pub shared: BTreeMap<String, String>,
+    /// It runs. Then its VMM knows which of its disks are shared, and both sides must agree.
+    pub live: bool,
+}
+
+impl Origin {
+    /// Which pool this id means where the domain is; empty for its node's own.
+    #[must_use]
+    pub fn uid(&self, pool: &str) -> &str {
+        self.shared.get(pool).map_or("", String::as_str)
+    }
+
+    /// Whether what lies in it is in its place at the other node already.
+    #[must_use]
+    pub fn shares(&self, id: &str, there: &PoolView) -> bool {
+        !there.shared_uid.is_empty() && self.uid(id) == there.shared_uid
+    }
 }
 
 /// A node and what is promised on it.
@@ -84,14 +111,12 @@ impl NodeView {
         self.capacity.less(self.reserved)
     }
 
-    /// One more domain is promised its room.
-    pub fn promise(&mut self, needs: Resources, disks: &PoolNeeds) {
-        self.reserved = self.reserved.plus(needs);
-        for (id, bytes) in disks {
-            if let Some(pool) = self.pool_id(id).and_then(|id| self.pools.get_mut(&id)) {
-                pool.promised_bytes = pool.promised_bytes.saturating_add(*bytes);
-            }
-        }
+    /// Those of the needs that are not in their place here already.
+    #[must_use]
+    pub fn copied(&self, disks: &PoolNeeds, origin: &Origin) -> PoolNeeds {
+        let stays = |id: &str| self.pools.get(id).is_some_and(|pool| origin.shares(id, pool));
+        let copied = disks.iter().filter(|(id, _)| !stays(id));
+        copied.map(|(id, bytes)| (id.clone(), *bytes)).collect()
     }
 
     /// The pool that this id means here; None when it has no such pool.
@@ -130,8 +155,12 @@ pub struct DomainView {
     pub disk_bytes: u64,
     /// Whether it can be moved.
     pub mobility: Mobility,
-    /// How many of its snapshots lie on its node: they stay there when it moves.
+    /// Where its volumes lie.
+    pub origin: Origin,
+    /// How many of its snapshots lie on its node: they stay there when it moves,
     pub snapshots: usize,
+    /// but for these, which lie in shared pools alone: they stay only when it leaves those.
+    pub snapshots_shared: usize,
     /// Measured, in thousandths of a core.
     pub cpu_millicores: u32,
 }
@@ -146,12 +175,68 @@ pub struct ClusterView {
 }
 
 impl ClusterView {
+    /// One more domain is promised its room on a node. What is shared is promised on all who share
+    /// it, and not again where it lies there already.
+    pub fn promise(&mut self, to: &NodeId, needs: Resources, disks: &PoolNeeds, origin: &Origin) {
+        promise(&mut self.nodes, to, needs, disks, origin);
+    }
+
     /// The domains that a node owns, by id.
     pub fn on<'a>(
         &'a self,
         node: &'a NodeId,
     ) -> impl Iterator<Item = (&'a DomainId, &'a DomainView)> {
         self.domains.iter().filter(move |(_, domain)| domain.node.as_ref() == Some(node))
+    }
+}
+
+/// See [`ClusterView::promise`].
+pub(super) fn promise(
+    nodes: &mut BTreeMap<NodeId, NodeView>,
+    to: &NodeId,
+    needs: Resources,
+    disks: &PoolNeeds,
+    origin: &Origin,
+) {
+    let Some(node) = nodes.get_mut(to) else { return };
+    node.reserved = node.reserved.plus(needs);
+    for (id, bytes) in node.copied(disks, origin) {
+        let Some(node) = nodes.get_mut(to) else { return };
+        let Some(pool) = node.pool_id(&id).and_then(|id| node.pools.get_mut(&id)) else { continue };
+        if pool.shared_uid.is_empty() {
+            pool.promised_bytes = pool.promised_bytes.saturating_add(bytes);
+            continue;
+        }
+        let uid = pool.shared_uid.clone();
+        let all = nodes.values_mut().flat_map(|node| node.pools.values_mut());
+        for pool in all.filter(|pool| pool.shared_uid == uid) {
+            pool.promised_bytes = pool.promised_bytes.saturating_add(bytes);
+        }
+    }
+}
+
+impl DomainView {
+    /// How many snapshots a move to that node leaves behind.
+    #[must_use]
+    pub fn left_behind(&self, to: &NodeView) -> usize {
+        let shares =
+            |id: &String| to.pools.get(id).is_some_and(|pool| self.origin.shares(id, pool));
+        match self.origin.shared.keys().all(shares) {
+            true => self.snapshots.saturating_sub(self.snapshots_shared),
+            false => self.snapshots,
+        }
+    }
+
+    /// What becomes of its disks on that node, to be put behind other words.
+    #[must_use]
+    pub fn disks_words(&self, to: &NodeView) -> &'static str {
+        let copied = to.copied(&self.disks, &self.origin).len();
+        match (self.disks.len(), copied) {
+            (0, _) => "",
+            (_, 0) => "; its disks are shared, none is copied",
+            (all, some) if some < all => "; some of its disks are shared and not copied",
+            _ => "",
+        }
     }
 }
 

@@ -171,7 +171,7 @@ pub fn start_domain(
     let mut domain = row.value.clone();
     let mut txn = Txn::new();
     if discard_saved && let Some(volume) = cx.world.memory_of(&row.value) {
-        txn = content::discard(txn, &domain.node, volume);
+        txn = content::discard(cx, txn, &domain.node, volume);
         domain.memory_volume.clear();
     }
     let filled = |volume: &Versioned<VolumeRecord>| volume.value.state() != VolumeState::Creating;
@@ -212,7 +212,7 @@ pub fn stop_domain(cx: &Context<'_>, id: &DomainId, grace_ms: u64) -> Result<Beg
     let mut txn = Txn::new();
     // Who stops it does not want it to go on from there.
     if let Some(volume) = cx.world.memory_of(&row.value) {
-        txn = content::discard(txn, &domain.node, volume);
+        txn = content::discard(cx, txn, &domain.node, volume);
         domain.memory_volume.clear();
     }
     Ok(hold(cx, txn, row, domain, operation))

@@ -52,7 +52,8 @@ pub(super) fn replace_content(
     new.state_reason.clear();
     fill(&mut new, source);
     domain.generation_id = cx.ids.uuid();
-    let old = garbage(&domain.node, &volume.value.pool, &volume.value.uid, "");
+    let pool = (volume.value.pool.as_str(), cx.world.shared_uid(&domain.node, &volume.value.pool));
+    let old = garbage(&domain.node, pool, &volume.value.uid, "");
     let mut txn = txn.unchanged(volume).put(&new).put(&old);
     if let Source::Image(image) | Source::Carrier(image) = source {
         txn = txn.present::<ImageRecord>(image.id.clone());
@@ -124,8 +125,14 @@ pub(super) fn new_volume(
 }
 
 /// A domain's volume goes: its row, and its data from the domain's node.
-pub(super) fn discard(txn: Txn, node: &str, volume: &Versioned<VolumeRecord>) -> Txn {
+pub(super) fn discard(
+    cx: &Context<'_>,
+    txn: Txn,
+    node: &str,
+    volume: &Versioned<VolumeRecord>,
+) -> Txn {
     let VolumeRecord { id, pool, uid, .. } = &volume.value;
+    let pool = (pool.as_str(), cx.world.shared_uid(node, pool));
     txn.unchanged(volume).delete::<VolumeRecord>(id.clone()).put(&garbage(node, pool, uid, ""))
 }
 

@@ -14,6 +14,9 @@
 //! operation holds the domain meanwhile, so nobody starts it. The domain's state stays what it
 //! was (STOPPED, FAILED, SAVED).
 //!
+//! What lies in a pool that both nodes share is not copied: the destination says that it is there,
+//! and it stays where it is, whatever becomes of the move.
+//!
 //! An agent copies again what broke off, some times (its own restart, its peer's); it is over when
 //! it says FAILED, when either node is lost, on a cancel and at the deadline.
 
@@ -21,6 +24,7 @@ use drover_proto::v1::{
     EventSeverity, MigrationPhase, OperationError, OperationState, VolumeState,
 };
 
+use super::snapshot;
 use super::step::{Work, error};
 use crate::model::{DomainRecord, Migration, MigrationStage, Observed, VolumeRecord};
 
@@ -64,7 +68,7 @@ pub(super) fn step(work: &mut Work<'_>) {
     if left.volumes == 0 {
         return arrive(work, &m);
     }
-    let stays = cx.world.stays_behind(&work.row.value, &m.from);
+    let stays = cx.world.stays_behind(&work.row.value, &m.from, &m.to);
     work.status(format!("{}{stays}", words(&m, &left)));
     if let Some(report) = work.operation.as_mut().and_then(|op| op.migration.as_mut()) {
         report.set_phase(MigrationPhase::CopyingDisks);
@@ -96,7 +100,9 @@ fn left(work: &Work<'_>, m: &Migration) -> Left {
             _ => {}
         }
         left.volumes += 1;
-        left.bytes += row.value.size_bytes;
+        if !m.shared_volumes.contains(&row.value.uid) {
+            left.bytes += row.value.size_bytes;
+        }
     }
     left
 }
@@ -130,6 +136,7 @@ fn arrive(work: &mut Work<'_>, m: &Migration) {
     work.domain.boot_id = work.cx.boot_id(&m.to);
     work.domain.migration = None;
     work.discard_volumes(&m.from);
+    snapshot::follow_domain(work, &m.from, &m.to);
     let message = format!("not running: from nodes/{} to nodes/{}", m.from, m.to);
     work.event(EventSeverity::Info, "DOMAIN_MIGRATED", message);
     if let Some(report) = work.operation.as_mut().and_then(|op| op.migration.as_mut()) {

@@ -33,10 +33,12 @@ pub fn desired(world: &World, node: &NodeId) -> Level {
     let mut level = Level::default();
     for row in world.concerning(node) {
         if let Some(source) = copied_from(world, &row.value, node) {
-            let copies = world.volumes_of(&row.value).map(|volume| WantedVolume {
-                create: true,
-                copy_from: source.clone(),
-                ..wanted(&volume.value)
+            let copies = world.volumes_of(&row.value).map(|volume| {
+                let here = wanted(world, node, &volume.value);
+                match stays(&row.value, &volume.value) {
+                    true => here,
+                    false => WantedVolume { create: true, copy_from: source.clone(), ..here },
+                }
             });
             level.volumes.extend(copies);
             continue;
@@ -53,12 +55,12 @@ pub fn desired(world: &World, node: &NodeId) -> Level {
         let memory = world.memory_of(&row.value).filter(|_| !comes);
         assignment.memory = memory.map(|volume| assigned(None, &volume.value));
         level.volumes.extend(world.volumes_of(&row.value).map(|volume| match comes {
-            true => arriving(&row.value, &volume.value),
-            false => owned(world, &volume.value),
+            true => arriving(world, node, &row.value, &volume.value),
+            false => owned(world, node, &volume.value),
         }));
         level.domains.push(assignment);
     }
-    level.volumes.extend(world.left_on(node).map(|volume| owned(world, &volume.value)));
+    level.volumes.extend(world.left_on(node).map(|volume| owned(world, node, &volume.value)));
     level.snapshots.extend(world.snapshots_on(node).map(|row| snapshot(&row.value)));
     let of_node = format!("{node}/");
     let garbage = world.garbage.range(of_node.clone()..);
@@ -68,6 +70,7 @@ pub fn desired(world: &World, node: &NodeId) -> Level {
             volume_uid: row.value.volume_uid.clone(),
             image_digest: row.value.image_digest.clone(),
             snapshot_uid: row.value.snapshot_uid.clone(),
+            shared_uid: row.value.shared_uid.clone(),
         });
     }
     level
@@ -112,7 +115,7 @@ fn assigned(disk: Option<&Disk>, volume: &VolumeRecord) -> AssignedDisk {
     }
 }
 
-fn owned(world: &World, volume: &VolumeRecord) -> WantedVolume {
+fn owned(world: &World, node: &NodeId, volume: &VolumeRecord) -> WantedVolume {
     let create = volume.state() == VolumeState::Creating;
     // By its digest: what the volume is said to be made of may be another one's name.
     let images =
@@ -129,21 +132,35 @@ fn owned(world: &World, volume: &VolumeRecord) -> WantedVolume {
             volume_uid: volume.snapshot_volume_uid.clone(),
             snapshot_uid: volume.snapshot_part.clone(),
         }),
-        ..wanted(volume)
+        ..wanted(world, node, volume)
     }
 }
 
-/// Blank, and filled by the migration.
-fn arriving(domain: &DomainRecord, volume: &VolumeRecord) -> WantedVolume {
+/// Blank, and filled by the migration; or there already, and to be opened when the source has let
+/// go of it.
+fn arriving(
+    world: &World,
+    node: &NodeId,
+    domain: &DomainRecord,
+    volume: &VolumeRecord,
+) -> WantedVolume {
     let stage = domain.migration.as_ref().map(Migration::stage);
-    WantedVolume { create: stage == Some(MigrationStage::Preparing), ..wanted(volume) }
+    let create = stage == Some(MigrationStage::Preparing) && !stays(domain, volume);
+    WantedVolume { create, ..wanted(world, node, volume) }
 }
 
-fn wanted(volume: &VolumeRecord) -> WantedVolume {
+/// Whether a migration leaves the volume in its place, in a pool that both nodes share.
+fn stays(domain: &DomainRecord, volume: &VolumeRecord) -> bool {
+    let migration = domain.migration.iter();
+    migration.flat_map(|m| &m.shared_volumes).any(|uid| *uid == volume.uid)
+}
+
+fn wanted(world: &World, node: &NodeId, volume: &VolumeRecord) -> WantedVolume {
     WantedVolume {
         uid: volume.uid.clone(),
         pool: volume.pool.clone(),
         size_bytes: volume.size_bytes,
+        shared_uid: world.shared_uid(node.as_str(), &volume.pool).to_owned(),
         ..WantedVolume::default()
     }
 }

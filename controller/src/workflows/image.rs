@@ -36,7 +36,7 @@ pub fn register(
     said: &Image,
 ) -> Result<Txn, Refusal> {
     absent(cx, id)?;
-    let listed = garbage(node.as_str(), "", "", &said.digest).id;
+    let listed = garbage(node.as_str(), ("", ""), "", &said.digest).id;
     if cx.world.garbage.contains_key(&listed) {
         return Err(Refusal::Precondition {
             subject: id.name(),
@@ -85,5 +85,5 @@ pub fn delete(cx: &Context<'_>, id: &ImageId, given: &str) -> Result<Txn, Refusa
         .filter(|(_, seen)| seen.images.iter().any(|held| held.digest == *digest));
     holders.extend(holds.map(|(node, _)| node.clone()));
     let known = holders.iter().filter(|node| cx.world.nodes.contains_key(node));
-    Ok(known.fold(txn, |txn, node| txn.put(&garbage(node.as_str(), "", "", digest))))
+    Ok(known.fold(txn, |txn, node| txn.put(&garbage(node.as_str(), ("", ""), "", digest))))
 }

@@ -12,6 +12,8 @@
 //! - who was granted a domain keeps it: its agent may start the guest anew at any moment;
 //! - a destination is let go of only when the source has said that it stays (`FAILED`), or the
 //!   destination has said that it never ran and is gone;
+//! - a volume in a pool that both share (`shared_volumes`) is nobody's copy: it is open at the one
+//!   that runs, and neither end's failure removes it;
 //! - whenever it cannot be known, nothing is granted: the domain is LOST with the reason, both
 //!   ends stay as they are, and the report that comes later decides.
 //!
@@ -52,8 +54,9 @@ use drover_proto::v1::{
     DomainState, EventSeverity, MigrationPhase, MigrationReport, OperationError, OperationState,
 };
 
+use super::snapshot;
 use super::step::{Work, error, millis, timestamp};
-use crate::model::{Migration, MigrationStage, NodeId, Side, has_disks};
+use crate::model::{Migration, MigrationStage, NodeId, Side};
 
 /// The destination must listen within this.
 pub const PREPARE_WAIT_MS: i64 = 60_000;
@@ -244,6 +247,7 @@ fn forward(work: &mut Work<'_>, m: Migration, source: &Source) {
 fn succeed(work: &mut Work<'_>) {
     if let Some(m) = work.domain.migration.take() {
         work.discard_volumes(&m.from);
+        snapshot::follow_domain(work, &m.from, &m.to);
     }
     if let Some(report) = work.operation.as_mut().and_then(|op| op.migration.as_mut()) {
         report.set_phase(MigrationPhase::Done);
@@ -270,6 +274,7 @@ fn start_anew(work: &mut Work<'_>, m: &Migration, why: &str) {
     work.domain.migration = None;
     // Both have what was written before the hand-over; only one may have what comes after it.
     work.discard_volumes(&m.from);
+    snapshot::follow_domain(work, &m.from, &m.to);
     let message = format!("nodes/{} failed as it took over ({why}); it starts anew there", m.to);
     work.event(EventSeverity::Error, "MIGRATION_FAILED", message.clone());
     work.set_state(DomainState::Starting, message.clone());
@@ -308,9 +313,11 @@ fn enter(work: &mut Work<'_>, mut m: Migration, stage: MigrationStage) {
 fn say_where_it_stands(work: &mut Work<'_>) {
     let Some(m) = work.domain.migration.clone() else { return };
     let (from_lost, to_lost) = (work.cx.is_lost(&m.from), work.cx.is_lost(&m.to));
+    let mut disks = work.cx.world.disks_of(&work.row.value);
+    let copies_disks = disks.any(|(_, disk)| !m.shared_volumes.contains(&disk.value.uid));
     let words = match m.stage() {
         MigrationStage::Preparing => format!("nodes/{} prepares", m.to),
-        MigrationStage::Copying if has_disks(&work.domain) => "disks and memory are copied".into(),
+        MigrationStage::Copying if copies_disks => "disks and memory are copied".into(),
         MigrationStage::Copying => "memory is copied".into(),
         MigrationStage::Cancelling => format!("nodes/{} is asked to stay the owner", m.from),
         MigrationStage::HandedOver => format!("handed over; waits for nodes/{} to run it", m.to),
@@ -319,7 +326,7 @@ fn say_where_it_stands(work: &mut Work<'_>) {
         MigrationStage::CopyingStopped => "its volumes are copied".into(),
         MigrationStage::Unspecified => String::new(),
     };
-    let stays = work.cx.world.stays_behind(&work.row.value, &m.from);
+    let stays = work.cx.world.stays_behind(&work.row.value, &m.from, &m.to);
     work.status(format!("{words}{stays}"));
     if m.stage() == MigrationStage::Settling {
         return;

@@ -69,21 +69,25 @@ impl<'a> Moving<'a> {
         parent: &str,
     ) -> Result<OperationRecord, Refusal> {
         let cx = self.cx;
-        let limits = with_total_time(limits, &cx.world.pool_needs(&row.value));
-        let wait = duration_ms(limits.total_time.as_ref()).saturating_add(MIGRATE_WAIT_MS);
-        let deadline_ms = latest_ms.min(cx.now.wall_ms.saturating_add(wait));
         let needs = needs(&row.value);
         let mut options = options.clone();
         options.disks = cx.world.pool_needs(&row.value);
+        let origin = cx.world.origin(&row.value);
+        options.origin = Some(origin.clone());
         options.excluded.extend(storage::unclean(&cx, &row.value));
         let decision = place(&self.view, needs, &options)
             .map_err(|no_room| Refusal::NoRoom { needs, no_room })?;
         let node = known_node(&cx, &decision.node)?;
         let to = decision.node.clone();
+        self.view.promise(&to, needs, &options.disks, &origin);
+        let mut copied = options.disks.clone();
         if let Some(target) = self.view.nodes.get_mut(&to) {
-            target.promise(needs, &options.disks);
+            copied = target.copied(&options.disks, &origin);
             target.migrations += 1;
         }
+        let limits = with_total_time(limits, &copied);
+        let wait = duration_ms(limits.total_time.as_ref()).saturating_add(MIGRATE_WAIT_MS);
+        let deadline_ms = latest_ms.min(cx.now.wall_ms.saturating_add(wait));
         self.destinations.insert(to.clone(), node);
 
         let id = DomainId::trusted(&row.value.id);
@@ -98,10 +102,12 @@ impl<'a> Moving<'a> {
         let mut domain = row.value.clone();
         domain.placement = Some(placement(&cx, &decision));
         domain.epoch_max += 1;
-        let stays = cx.world.stays_behind(&row.value, &row.value.node);
-        let disk_bytes = options.disks.values().sum::<u64>();
-        if is_at_rest(&row.value) && disk_bytes > 0 {
-            operation.status_message = format!("{} copies its volumes{stays}", to.name());
+        let stays = cx.world.stays_behind(&row.value, &row.value.node, to.as_str());
+        let disk_bytes = copied.values().sum::<u64>();
+        // What is shared must be seen at the other node before that is the owner.
+        if is_at_rest(&row.value) && !options.disks.is_empty() {
+            let what = if disk_bytes > 0 { "copies its volumes" } else { "looks for its volumes" };
+            operation.status_message = format!("{} {what}{stays}", to.name());
             if let Some(report) = &mut operation.migration {
                 report.set_phase(MigrationPhase::CopyingDisks);
                 report.disk_bytes_total = disk_bytes;
@@ -139,7 +145,7 @@ impl<'a> Moving<'a> {
     }
 
     fn started(&mut self, row: &Versioned<DomainRecord>, to: &NodeId) {
-        let stays = self.cx.world.stays_behind(&row.value, &row.value.node);
+        let stays = self.cx.world.stays_behind(&row.value, &row.value.node, to.as_str());
         let message = format!("from nodes/{} to {}{stays}", row.value.node, to.name());
         let subject = format!("domains/{}", row.value.id);
         let event = self.cx.event(EventSeverity::Info, subject, "MIGRATION_STARTED", message);
@@ -185,8 +191,16 @@ fn begun(
         to_epoch: row.value.epoch_max + 1,
         stage_time: Some(timestamp(cx.now.wall_ms)),
         limits: Some(limits),
+        shared_volumes: shared_volumes(cx, &row.value, to),
         ..Migration::default()
     }
+}
+
+/// The volumes that lie in a pool that both nodes share.
+fn shared_volumes(cx: &Context<'_>, domain: &DomainRecord, to: &NodeId) -> Vec<String> {
+    let volumes = cx.world.volumes_of(domain).map(|row| &row.value);
+    let stays = volumes.filter(|v| cx.world.is_shared(&v.pool, &domain.node, to.as_str()));
+    stays.map(|volume| volume.uid.clone()).collect()
 }
 
 /// What a move may take, where the caller has not said: enough for the memory, and for the disks

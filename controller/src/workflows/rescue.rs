@@ -88,7 +88,7 @@ pub fn end_rescue(cx: &Context<'_>, id: &DomainId) -> Result<Begun, Refusal> {
     let event = cx.event(EventSeverity::Info, id.name(), "RESCUE_ENDED", String::new());
     let mut txn = Txn::new().term_is(cx.term).unchanged(row).put(&domain).put(&operation);
     if let Some(volume) = cx.world.rescue_of(&row.value) {
-        txn = discard(txn, &row.value.node, volume);
+        txn = discard(cx, txn, &row.value.node, volume);
     }
     Ok(Begun { txn: txn.put(&event), operation })
 }

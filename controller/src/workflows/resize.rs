@@ -158,7 +158,7 @@ pub(super) fn room(
         });
     }
     let view = cx.world.cluster_view(cx.observed);
-    let lacks = view.nodes.get(&id).and_then(|node| shortage(node, needs, disks));
+    let lacks = view.nodes.get(&id).and_then(|node| shortage(node, needs, disks, None));
     match lacks {
         Some(reason) => Err(Refusal::NoRoomThere { name, node: id.name(), reason }),
         None => Ok(reserve(txn, node)),

@@ -7,7 +7,8 @@
 //!
 //! Parts are as independent of their volumes as copies would be: the volume may get other content
 //! or go, the domain may move away. They lie on the node on which they were taken, and end with
-//! their row or with the domain.
+//! their row or with the domain. What lies in pools that a move's destination shares goes along:
+//! its row names that node then.
 //!
 //! Restoring puts new volumes, filled with the parts, in the place of the old ones
 //! (`content`). The snapshot stays.
@@ -258,8 +259,19 @@ pub(super) fn discard(cx: &Context<'_>, txn: Txn, row: &Versioned<SnapshotRecord
     let is_open = row.value.state() == SnapshotState::Creating;
     let keep_until = is_open.then(|| timestamp(cx.now.wall_ms + LATE_MS_MAX));
     parts.iter().fold(txn, |txn, part| {
-        txn.put(&GarbageRecord { keep_until, ..snapshot_garbage(node, part) })
+        txn.put(&GarbageRecord {
+            keep_until,
+            ..snapshot_garbage(node, cx.world.shared_uid(node, &part.pool), part)
+        })
     })
+}
+
+/// A move has ended: the snapshots that lie where the domain is now, too, are its node's.
+pub(super) fn follow_domain(work: &mut Work<'_>, from: &str, to: &str) {
+    for row in work.cx.world.goes_along(&work.row.value, from, to) {
+        let snapshot = SnapshotRecord { node: to.to_owned(), ..row.value.clone() };
+        work.write(|txn| txn.unchanged(row).put(&snapshot));
+    }
 }
 
 /// Whose it is.

@@ -242,6 +242,16 @@ impl<'a> Work<'a> {
         self.operation.as_ref().is_some_and(|op| op.cancel_requested)
     }
 
+    /// Whether what the node has of the volume is the very volume that the domain's owner has: it
+    /// is that one's to keep or to remove.
+    fn is_in_place(&self, volume: &VolumeRecord, node: &str) -> bool {
+        let owner = if self.removed { &self.row.value.node } else { &self.domain.node };
+        let mut stays = self.row.value.migration.iter().flat_map(|m| &m.shared_volumes);
+        node != owner
+            && (stays.any(|uid| *uid == volume.uid)
+                || self.cx.world.is_shared(&volume.pool, node, owner))
+    }
+
     /// The transaction; None when nothing changed.
     pub(super) fn finish(self) -> Option<Step> {
         let subject = self.name();
@@ -257,7 +267,7 @@ impl<'a> Work<'a> {
             txn = txn.unchanged(self.row);
         }
         if let Some(row) = self.operation_row
-            && let Some(mut operation) = self.ended.or(self.operation)
+            && let Some(mut operation) = self.ended.as_ref().or(self.operation.as_ref()).cloned()
             && operation != row.value
         {
             operation.update_time = Some(timestamp(self.cx.now.wall_ms));
@@ -265,15 +275,20 @@ impl<'a> Work<'a> {
             changed = true;
         }
         for volume in self.cx.world.volumes_of(&self.row.value) {
+            let (pool, world) = (&volume.value.pool, self.cx.world);
             for node in self.discards.iter().filter(|node| self.cx.node(node).is_some()) {
-                txn = txn.put(&garbage(node, &volume.value.pool, &volume.value.uid, ""));
+                if self.is_in_place(&volume.value, node) {
+                    continue;
+                }
+                let pool = (pool.as_str(), world.shared_uid(node, pool));
+                txn = txn.put(&garbage(node, pool, &volume.value.uid, ""));
             }
             if self.removed {
                 txn = txn.delete::<VolumeRecord>(volume.value.id.clone());
             }
         }
         for volume in self.drops.iter().filter(|_| !self.removed) {
-            txn = discard(txn, &self.row.value.node, volume);
+            txn = discard(&self.cx, txn, &self.row.value.node, volume);
         }
         for row in self.cx.world.snapshots_of(&self.row.value).filter(|_| self.removed) {
             txn = snapshot::discard(&self.cx, txn, row);

@@ -5,6 +5,10 @@
 //! has lost its data, and must not come back blank. What shall be gone from a node is a row of
 //! its own ([`GarbageRecord`]), written together with what made it garbage, and it stays until
 //! a report comes without it: nothing is ever removed because something else forgot it.
+//!
+//! A pool that several nodes share is one pool: which ones are is in the nodes' rows
+//! (`shared_pools`), as their agents read it from the pools themselves. What lies in it is there
+//! for all of them, so no node's having it makes it a copy, and whoever is there may remove it.
 
 use std::collections::{BTreeMap, BTreeSet};
 
@@ -41,7 +45,8 @@ pub(super) fn steps(cx: &Context<'_>, busy: &BTreeSet<&DomainId>) -> Vec<Step> {
         steps.extend(volume(cx, &row.value.node, &subject, row));
     }
     steps.extend(strays(cx));
-    steps.extend(cx.world.garbage.values().filter_map(|row| removed(cx, row)));
+    let garbage = cx.world.garbage.values();
+    steps.extend(garbage.filter_map(|row| removed(cx, row).or_else(|| passed_on(cx, row))));
     steps.extend(cx.world.images.values().filter_map(|row| image(cx, row)));
     steps
 }
@@ -95,8 +100,10 @@ fn strays(cx: &Context<'_>) -> Vec<Step> {
         }
         for uid in seen.volumes.keys() {
             let Some((row, volume)) = volumes.get(uid.as_str()) else { continue };
-            let listed = garbage(node.as_str(), &volume.pool, uid, "");
+            let pool = (volume.pool.as_str(), cx.world.shared_uid(node.as_str(), &volume.pool));
+            let listed = garbage(node.as_str(), pool, uid, "");
             let stray = node.as_str() != row.value.node
+                && !cx.world.is_shared(&volume.pool, node.as_str(), &row.value.node)
                 && seen.taken_in >= row.mod_revision
                 && !cx.world.garbage.contains_key(&listed.id);
             if stray {
@@ -109,13 +116,35 @@ fn strays(cx: &Context<'_>) -> Vec<Step> {
     steps
 }
 
-/// It is gone, or there is no such node any more.
+/// What lies in a shared pool is removed by another node when the one that was told is away.
+fn passed_on(cx: &Context<'_>, row: &Versioned<GarbageRecord>) -> Option<Step> {
+    let GarbageRecord { id, node, shared_uid, .. } = &row.value;
+    if shared_uid.is_empty() || !cx.is_lost(node) {
+        return None;
+    }
+    let mut ready = cx.world.sharers(shared_uid).filter(|node| !cx.is_lost(node.as_str()));
+    let to = cx.node(ready.next()?.as_str())?;
+    // There it may have another id.
+    let pool = to.value.shared_pools.iter().find(|(_, uid)| *uid == shared_uid)?.0;
+    let what = id.strip_prefix(&format!("{node}/"))?;
+    let mut other = row.value.clone();
+    other.id = format!("{}/{what}", to.value.id);
+    other.node.clone_from(&to.value.id);
+    other.pool.clone_from(pool);
+    let txn = Txn::new().term_is(cx.term).unchanged(row);
+    let txn = txn.delete::<GarbageRecord>(id.clone()).put(&other);
+    Some(Step { subject: NodeId::trusted(&other.node).name(), txn })
+}
+
+/// It is gone, or there is no such node any more (and nobody else who could remove it).
 fn removed(cx: &Context<'_>, row: &Versioned<GarbageRecord>) -> Option<Step> {
     let garbage = &row.value;
     let node = NodeId::trusted(&garbage.node);
     let may_come = garbage.keep_until.as_ref().is_some_and(|until| cx.now.wall_ms < millis(until));
     let seen = cx.observed.nodes.get(&node);
-    let gone = !cx.world.nodes.contains_key(&node)
+    let forgotten = !cx.world.nodes.contains_key(&node)
+        && cx.world.sharers(&garbage.shared_uid).next().is_none();
+    let gone = forgotten
         || !may_come && seen.is_some_and(|seen| seen.is_without(garbage, row.mod_revision));
     let txn = || Txn::new().term_is(cx.term).unchanged(row);
     gone.then(|| Step {
@@ -156,11 +185,19 @@ pub(super) fn pools(cx: &Context<'_>, id: &NodeId, row: &Versioned<NodeRecord>) 
         .map(|pool| pool.id.clone())
         .collect();
     let held = &row.value.troubled_pools;
-    if *held == troubled {
+    let uids = seen.pools.values().filter(|pool| !pool.shared_uid.is_empty());
+    let uids: BTreeMap<_, _> =
+        uids.map(|pool| (pool.id.clone(), pool.shared_uid.clone())).collect();
+    // Before the first look at them a node has none.
+    let known = seen.pools.is_empty() || uids == row.value.shared_pools;
+    if *held == troubled && known {
         return None;
     }
     let mut node = row.value.clone();
     node.troubled_pools.clone_from(&troubled);
+    if !known {
+        node.shared_pools = uids;
+    }
     let mut txn = Txn::new().term_is(cx.term).unchanged(row).put(&node);
     for pool in troubled.iter().filter(|pool| !held.contains(pool)) {
         let message = seen.pools.get(pool).map(trouble).unwrap_or_default();
@@ -291,7 +328,8 @@ pub(super) fn unclean(cx: &Context<'_>, domain: &DomainRecord) -> BTreeMap<NodeI
             nodes.insert(NodeId::trusted(&row.value.node), why);
         }
         for (node, seen) in &cx.observed.nodes {
-            if seen.volumes.contains_key(&volume.value.uid) {
+            let shared = cx.world.is_shared(&volume.value.pool, node.as_str(), &domain.node);
+            if seen.volumes.contains_key(&volume.value.uid) && !shared {
                 let why = format!("has an earlier copy of volumes/{}", volume.value.id);
                 nodes.entry(node.clone()).or_insert(why);
             }

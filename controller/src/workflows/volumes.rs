@@ -129,7 +129,7 @@ pub fn delete_volume(cx: &Context<'_>, id: &VolumeId, etag: &str) -> Result<Txn,
     if cx.node(node).is_none() {
         return Ok(txn.unchanged(row).delete::<VolumeRecord>(id.as_str()));
     }
-    Ok(discard(txn, node, row))
+    Ok(discard(cx, txn, node, row))
 }
 
 /// Gives a volume to a domain of its node that is at rest or runs, as its last disk.
@@ -156,7 +156,7 @@ pub fn attach_volume(
     }
     let (owner, runs) = plug::owner(cx, domain)?;
     let (here, there) = (&row.value.node, &owner.value.node);
-    if here != there {
+    if here != there && !cx.world.is_shared(&row.value.pool, here, there) {
         let message = format!(
             "{} lies on nodes/{here}, and {} on nodes/{there}: migrate the {}domain to \
              nodes/{here} first",
@@ -331,7 +331,7 @@ fn making(cx: &Context<'_>, row: &Versioned<OperationRecord>) -> Option<Step> {
     );
     end(&mut operation, state, Some(why), cx.now);
     let txn = match cx.node(node) {
-        Some(_) => discard(txn, node, volume),
+        Some(_) => discard(cx, txn, node, volume),
         None => txn.unchanged(volume).delete::<VolumeRecord>(volume.value.id.clone()),
     };
     ends(txn.put(&event), &operation)

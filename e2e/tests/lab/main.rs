@@ -7,6 +7,7 @@ mod bad_input;
 mod disks;
 mod faults;
 mod fragile;
+mod shared_pool;
 mod storage_faults;
 mod story;
 mod world;
@@ -22,8 +23,15 @@ type Test = (&'static str, fn(&mut World) -> Result<()>);
 
 fn main() -> ExitCode {
     let words: Vec<String> = std::env::args().skip(1).filter(|a| !a.starts_with('-')).collect();
-    let all = [story::TESTS, disks::TESTS, bad_input::TESTS, faults::TESTS, storage_faults::TESTS]
-        .concat();
+    let all = [
+        story::TESTS,
+        disks::TESTS,
+        shared_pool::TESTS,
+        bad_input::TESTS,
+        faults::TESTS,
+        storage_faults::TESTS,
+    ]
+    .concat();
     let wanted = |name: &str| words.is_empty() || words.iter().any(|w| name.contains(w.as_str()));
     let tests: Vec<Test> = all.iter().copied().filter(|(name, _)| wanted(name)).collect();
     if std::env::args().any(|a| a == "--list") {

@@ -160,6 +160,7 @@ impl Domain {
     async fn open_disks(&self, assigned: &Assigned) -> Result<Opened, Error> {
         let storage = self.storage.clone();
         let disks = assigned.disks.clone();
+        let assigned_pools: Vec<String> = disks.iter().map(|disk| disk.pool.clone()).collect();
         let rescue = assigned.rescue;
         let memory = restores(self.record.as_ref(), assigned).cloned();
         blocking(move || {
@@ -173,7 +174,9 @@ impl Domain {
                 (true, index) => activate(&format!("disk {index}"), disk),
                 (false, index) => activate(&format!("disk {}", index + 1), disk),
             });
+            let pools = assigned_pools.into_iter().filter(|pool| storage.is_shared(pool));
             Ok(Opened {
+                shared_pools: pools.collect(),
                 disks: disks.collect::<Result<_, _>>()?,
                 memory: memory.map(|memory| activate("the saved memory", &memory)).transpose()?,
             })

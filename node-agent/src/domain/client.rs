@@ -89,13 +89,14 @@ impl VmmClient {
         &mut self,
         disk: &Disk,
         path: &Path,
+        shared: bool,
     ) -> Result<pb::VmmStatus, Error> {
         let request = pb::AttachDiskRequest {
             path: path.display().to_string(),
             read_only: disk.read_only,
             serial: disk.serial.clone(),
             slot: disk.slot.map_or(0, u32::from),
-            shared: false,
+            shared,
             limits: Some(disk_limits(disk.limits)),
         };
         call("AttachDisk", self.inner.attach_disk(request)).await

@@ -1,5 +1,6 @@
 //! The files that the agent and a VMM leave for each other.
 
+use std::collections::BTreeSet;
 use std::fs::{self, File, OpenOptions};
 use std::io::{self, Read, Seek, SeekFrom, Write};
 use std::os::unix::fs::OpenOptionsExt;
@@ -81,6 +82,8 @@ pub(crate) struct Opened {
     pub(crate) disks: Vec<PathBuf>,
     /// The saved memory that it goes on from.
     pub(crate) memory: Option<PathBuf>,
+    /// Pools whose volumes other nodes find in the same place.
+    pub(crate) shared_pools: BTreeSet<String>,
 }
 
 /// What the VMM is started with. `seed` is what cloud-init in the guest reads: the last disk.
@@ -105,9 +108,11 @@ pub(crate) fn domain_config(
         read_only: disk.read_only,
         serial: disk.serial.clone(),
         slot: disk.slot,
-        shared: false,
-        // Made for this very migration: nobody is sent to a node that has a copy.
-        zeroed: matches!(assigned.role, Role::Incoming { .. }),
+        shared: opened.shared_pools.contains(&disk.pool),
+        // Made for this very migration: nobody is sent to a node that has a copy. One that is
+        // shared is not made, and is full.
+        zeroed: matches!(assigned.role, Role::Incoming { .. })
+            && !opened.shared_pools.contains(&disk.pool),
         limits: DiskLimits {
             iops: disk.limits.requests_per_second,
             iops_burst: disk.limits.requests_burst,

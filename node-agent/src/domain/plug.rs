@@ -22,7 +22,10 @@ impl Domain {
             activated.map_err(|error| Error::Domain(format!("disk {}: {error}", index + 1)))
         });
         let attached = match activated.await {
-            Ok(path) => client.attach_disk(&disk, &path).await,
+            Ok(path) => {
+                let shared = self.storage.is_shared(&disk.pool);
+                client.attach_disk(&disk, &path, shared).await
+            }
             Err(error) => Err(error),
         };
         self.note_disk(attached)

@@ -79,6 +79,8 @@ impl Host {
         let quiescer = quiesce::Quiescer::new(places.clone());
         let storage = runtime.block_on(crate::storage::start(
             &self.pools(),
+            "host1",
+            &self.dir.path().join("storage"),
             quiescer.clone(),
             changed.clone(),
         ));

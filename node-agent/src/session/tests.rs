@@ -133,7 +133,9 @@ async fn a_node(dir: &tempfile::TempDir) -> NodeHandle {
     let home = Home::open(&places.state, "host1", "c1").unwrap();
     let changed = watch::Sender::new(0);
     let quiescer = crate::domain::quiesce::Quiescer::new(places.clone());
-    let (storage, _) = crate::storage::start(&[], quiescer.clone(), changed.clone()).await.unwrap();
+    let started =
+        crate::storage::start(&[], "host1", &places.state, quiescer.clone(), changed.clone());
+    let (storage, _) = started.await.unwrap();
     let shared = Shared {
         storage,
         node: "host1".into(),

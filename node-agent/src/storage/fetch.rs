@@ -9,7 +9,7 @@ use drover_proto::agent::v1::ReadImageRequest;
 use drover_proto::agent::v1::agent_service_client::AgentServiceClient;
 use drover_storage::PoolError;
 use drover_storage::image::{ImageLimits, ImageWriter};
-use drover_storage::pool::{ImageId, ImageInfo, Opened};
+use drover_storage::pool::{ImageClaim, ImageId, ImageInfo, Opened};
 use tokio::sync::mpsc;
 use tokio::time::timeout;
 use tonic::transport::Endpoint;
@@ -34,6 +34,12 @@ pub(super) async fn fetch(
     sources: &[String],
     progress: &Arc<Progress>,
 ) -> Result<ImageInfo, Error> {
+    let claimed = Arc::clone(pool);
+    let claim = blocking(move || claim(&claimed, image)).await?;
+    let _until_it_is_here = match claim {
+        Claim::Bring(claim) => claim,
+        Claim::Here(info) => return Ok(info),
+    };
     for other in others {
         let (pool, other, progress) = (Arc::clone(pool), Arc::clone(other), Arc::clone(progress));
         let copied = blocking(move || {
@@ -72,6 +78,24 @@ pub(super) async fn fetch(
         return Err(Error::Busy(format!("the image is to be copied: {reasons}")));
     }
     Err(Error::Domain(format!("the image cannot be fetched: {reasons}")))
+}
+
+enum Claim {
+    Bring(ImageClaim),
+    Here(ImageInfo),
+}
+
+/// Of the nodes that share a pool one brings an image; the others wait for it.
+fn claim(pool: &NodePool, image: ImageId) -> Result<Claim, Error> {
+    let pool = pool.pool()?;
+    let claim = match pool.claim_image(image) {
+        Err(busy @ PoolError::Busy { .. }) => return Err(Error::Busy(busy.to_string())),
+        other => other?,
+    };
+    Ok(match pool.image(image)? {
+        Some(info) => Claim::Here(info),
+        None => Claim::Bring(claim),
+    })
 }
 
 fn copy(

@@ -1,4 +1,4 @@
-//! `--pool ID=lvm:VG/THIN` or `ID=dir:/path`, with `,overcommit=2.0` behind it or without.
+//! `--pool ID=lvm:VG/THIN`, `ID=dir:/path` or `ID=shared:/path`, with `,overcommit=2.0` behind it or without.
 
 use std::str::FromStr;
 
@@ -26,7 +26,7 @@ impl FromStr for PoolFlag {
     fn from_str(text: &str) -> Result<Self, String> {
         let (id, rest) = text
             .split_once('=')
-            .ok_or("give ID=lvm:VG/THINPOOL or ID=dir:/path, such as main=lvm:vg0/thin")?;
+            .ok_or("give ID=lvm:VG/THINPOOL, ID=dir:/path or ID=shared:/path")?;
         let id = crate::cli::parse_id(id).map_err(|accepted| format!("id {id:?}: {accepted}"))?;
         let (place, overcommit) = match rest.rsplit_once(OVERCOMMIT) {
             Some((place, factor)) => (place, parse_overcommit(factor)?),

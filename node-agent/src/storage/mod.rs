@@ -19,6 +19,7 @@ mod flag;
 mod http;
 mod images;
 mod import;
+mod known;
 mod plan;
 mod serve;
 mod take;
@@ -40,6 +41,7 @@ use crate::error::Error;
 use crate::wanted::Disk;
 pub use flag::PoolFlag;
 pub use images::{Images, ImportAnswers, ReadAnswers};
+use known::Known;
 pub use plan::WantedStorage;
 pub use serve::{VolumeAnswers, Volumes};
 pub use task::start;
@@ -52,9 +54,23 @@ struct NodePool {
     spec: PoolSpec,
     /// Empty until it could be opened.
     opened: OnceLock<Arc<dyn Pool>>,
+    /// The node's name.
+    node: String,
+    /// Of a pool that several nodes share: which one this node knows by its id.
+    known: Known,
 }
 
 impl NodePool {
+    fn is_shared(&self) -> bool {
+        matches!(self.spec, PoolSpec::Shared { .. })
+    }
+
+    /// Which pool it is, where several nodes share it; empty for the node's own, and until it was
+    /// seen.
+    fn shared_uid(&self) -> &str {
+        if self.is_shared() { self.known.uid() } else { "" }
+    }
+
     fn pool(&self) -> Result<&Arc<dyn Pool>, Error> {
         self.opened.get().ok_or_else(|| {
             let reason = format!("pool {}: {} is not open yet", self.id, self.spec);
@@ -127,6 +143,11 @@ impl StorageHandle {
             Error::Domain(format!("pool {pool:?}: is not on this node; it has {}", self.names()))
         })?;
         Ok(found.pool()?.activate(volume.parse()?)?)
+    }
+
+    /// Whether the volumes of this pool are found by other nodes, too, in the same place.
+    pub(crate) fn is_shared(&self, pool: &str) -> bool {
+        self.pool(pool).is_some_and(|pool| pool.is_shared())
     }
 
     fn pool(&self, id: &str) -> Option<&Arc<NodePool>> {

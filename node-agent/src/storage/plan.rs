@@ -13,6 +13,9 @@
 //! - A copy that is not wanted any more is given up at once: it keeps its source from being used.
 //! - Nothing that is there is missing from the report: the controller takes that for "is gone".
 //!   What lies in a pool that cannot be read is reported as FAILED instead.
+//! - In a pool that several nodes share, a node speaks only of what it was told of, and looks
+//!   again before it says that something of it is missing. Nothing is made in or removed from
+//!   another pool than the controller means, whatever its id.
 //!
 //! No record is kept of the volumes that were made here. The pool is the record: an unfinished
 //! volume bears another name until it is whole, so that one that is there is one that was made,
@@ -30,6 +33,7 @@ use drover_proto::v1::VolumeState;
 use drover_storage::pool::{ImageId, ImageInfo, SnapshotId, SnapshotInfo, VolumeId, VolumeInfo};
 
 use super::Progress;
+pub(super) use seen::PoolSeen;
 
 /// How often in a row something is tried before it is called failed. It is tried on after that,
 /// with the longest pause: what was wrong may be put right, and the controller says when to stop.
@@ -68,6 +72,18 @@ impl WantedStorage {
                     .into_iter()
                     .any(|named| named == name)
             })
+    }
+
+    /// Whether it says something of the pool of which `before` says nothing.
+    pub(super) fn speaks_of_more(&self, before: &Self, pool: &str) -> bool {
+        let volumes = self.volumes.iter().filter(|volume| volume.pool == pool);
+        let parts = self.snapshots.iter().flat_map(|snapshot| &snapshot.parts);
+        let parts = parts.filter(|part| part.pool == pool);
+        let garbage = self.garbage.iter().filter(|garbage| garbage.pool == pool);
+        // Its image may be here by now as well.
+        volumes.map(|volume| &volume.uid).any(|uid| before.about(uid).next().is_none())
+            || parts.map(|part| &part.uid).any(|uid| !before.wants_part(uid))
+            || garbage.into_iter().any(|garbage| !before.garbage.contains(garbage))
     }
 
     /// Whether it asks for the volume or image of this name in the same words.
@@ -122,15 +138,6 @@ pub(super) struct Inventory {
     pub(super) volumes: BTreeMap<VolumeId, VolumeInfo>,
     pub(super) images: BTreeMap<ImageId, ImageInfo>,
     pub(super) snapshots: BTreeMap<SnapshotId, SnapshotInfo>,
-}
-
-/// A pool, as it was seen last.
-#[derive(Debug, Clone, Default)]
-pub(super) struct PoolSeen {
-    /// `None` until it could be read.
-    pub(super) inventory: Option<Inventory>,
-    /// Why it cannot be used.
-    pub(super) fault: Option<String>,
 }
 
 /// One thing to do.
@@ -308,8 +315,12 @@ impl Planner<'_> {
             return failed(format!("pool {}: {fault}", wanted.pool));
         }
         let Some(inventory) = &pool.inventory else {
-            return (VolumeState::Creating, "its pool has not been looked at yet".into());
+            return (VolumeState::Creating, pool.unsure().unwrap_or_default().into());
         };
+        if let Some(why) = pool.is_another(&wanted.shared_uid) {
+            // Neither made nor called lost: it may be a moment between two configurations.
+            return (VolumeState::Creating, format!("pool {}: {why}", wanted.pool));
+        }
         if let Some(busy) = self.facts.busy.get(&thing) {
             return match busy.work {
                 Work::Grow { .. } | Work::Take => (VolumeState::Ready, String::new()),
@@ -327,6 +338,9 @@ impl Planner<'_> {
             self.begin(&thing, Work::Grow { bytes: wanted.size_bytes });
             let why = self.facts.failed.get(&thing).map(|failure| failure.reason.clone());
             return (VolumeState::Ready, why.unwrap_or_default());
+        }
+        if let Some(why) = pool.unsure() {
+            return (VolumeState::Creating, why.into());
         }
         if !wanted.create {
             return failed("its data is not there".into());
@@ -420,7 +434,8 @@ impl Planner<'_> {
                 continue;
             }
             let Some(seen) = self.facts.pools.get(&pool) else { continue };
-            let fault = seen.fault.as_deref();
+            let another = seen.is_another(&garbage.shared_uid);
+            let fault = seen.fault.as_deref().or(another.as_deref());
             let inventory = seen.inventory.as_ref();
             if let Ok(id) = garbage.volume_uid.parse::<VolumeId>() {
                 let uid = garbage.volume_uid.as_str();
@@ -438,7 +453,7 @@ impl Planner<'_> {
                     self.said.insert(thing);
                 } else if inventory.is_some_and(|inventory| inventory.volumes.contains_key(&id)) {
                     self.begin(&thing, Work::Delete);
-                } else if self.facts.busy.contains_key(&thing) {
+                } else if self.facts.busy.contains_key(&thing) || seen.is_stale {
                     // It may be there any moment: then it is removed.
                     let reason = "is given up".to_owned();
                     let said = observed(uid, &thing.pool, None, VolumeState::Creating, reason);
@@ -446,7 +461,7 @@ impl Planner<'_> {
                     self.said.insert(thing);
                 }
             } else if let Ok(id) = garbage.snapshot_uid.parse::<SnapshotId>() {
-                self.garbage_snapshot(wanted, Thing { pool, id: Id::Snapshot(id) });
+                self.garbage_snapshot(wanted, Thing { pool, id: Id::Snapshot(id) }, fault);
             }
         }
     }
@@ -455,7 +470,9 @@ impl Planner<'_> {
     fn garbage_image(&mut self, wanted: &WantedStorage, fetches: &Fetches, thing: Thing) {
         let Id::Image(id) = thing.id else { return };
         let Some(seen) = self.facts.pools.get(&thing.pool) else { return };
-        let Some(inventory) = seen.inventory.as_ref().filter(|_| seen.fault.is_none()) else {
+        let Some(inventory) =
+            seen.inventory.as_ref().filter(|_| seen.fault.is_none() && seen.unsure().is_none())
+        else {
             // Nobody can say that it is gone.
             self.plan.images.push(ObservedImage {
                 digest: id.to_string(),
@@ -493,7 +510,7 @@ impl Planner<'_> {
             self.other_snapshots(pool, seen);
             for (id, info) in seen.inventory.iter().flat_map(|inventory| &inventory.volumes) {
                 let thing = Thing { pool: pool.clone(), id: Id::Volume(*id) };
-                if self.said.contains(&thing) {
+                if self.said.contains(&thing) || self.is_others(seen, &id.to_string()) {
                     continue;
                 }
                 let reason = match (self.facts.busy.get(&thing), self.facts.failed.get(&thing)) {
@@ -515,6 +532,11 @@ impl Planner<'_> {
                 });
             }
         }
+    }
+
+    /// In a pool that several nodes share each speaks of what it was told of; all else is another's.
+    fn is_others(&self, seen: &PoolSeen, name: &str) -> bool {
+        !seen.shared_uid.is_empty() && !self.facts.wanted.is_some_and(|wanted| wanted.names(name))
     }
 
     fn info(&self, pool: &str, id: VolumeId) -> Option<&VolumeInfo> {
@@ -555,6 +577,7 @@ fn observed(
     }
 }
 
+mod seen;
 mod snapshots;
 #[cfg(test)]
 mod tests;

@@ -5,6 +5,7 @@ mod look;
 mod snapshots;
 
 use std::collections::{BTreeMap, BTreeSet};
+use std::path::Path;
 use std::sync::{Arc, OnceLock};
 use std::time::Duration;
 
@@ -18,6 +19,7 @@ use tokio::sync::{mpsc, watch};
 use tokio::task::JoinSet;
 use tokio::time::Instant;
 
+use super::known::Known;
 use super::plan::{Busy, Facts, Failure, Id, PoolSeen, Take, Thing, WantedStorage, Work, plan};
 use super::take::Taken;
 use super::{
@@ -42,21 +44,27 @@ const COMMANDS_MAX: usize = 16;
 /// Opens the pools, removes what a crash left unfinished in them, and begins. When this returns
 /// and no pool hangs, [`StorageHandle::view`] is true. A pool that cannot be opened is FAILED, and
 /// tried again. `quiescer` makes guests stand still while snapshots are taken; `changed` counts up
-/// when something worth a report has changed. The second part is the task, which ends when it
-/// fails.
+/// when something worth a report has changed. `node` is this node's name; which shared pools it
+/// knows is kept in `state_dir`. The second part is the task, which ends when it fails.
 ///
 /// # Errors
 /// When the flags contradict each other.
 pub async fn start(
     flags: &[PoolFlag],
+    node: &str,
+    state_dir: &Path,
     quiescer: Quiescer,
     changed: watch::Sender<u64>,
 ) -> Result<(StorageHandle, tokio::task::JoinHandle<()>), Error> {
-    let pools: NodePools = Arc::new(pools(flags)?);
+    let pools: NodePools = Arc::new(pools(flags, node, state_dir)?);
     let (view_sink, view) = watch::channel(Arc::default());
     let (commands_sink, commands) = mpsc::channel(COMMANDS_MAX);
     let handle = StorageHandle { commands: commands_sink, view, pools: Arc::clone(&pools) };
-    let seen = pools.iter().map(|pool| (pool.id.clone(), PoolSeen::default())).collect();
+    let unseen = |pool: &Arc<NodePool>| {
+        let shared_uid = pool.shared_uid().to_owned();
+        (pool.id.clone(), PoolSeen { shared_uid, ..PoolSeen::default() })
+    };
+    let seen = pools.iter().map(unseen).collect();
     let looks = pools.iter().map(|pool| (pool.id.clone(), Look::new())).collect();
     let (looked_sink, mut looked) = watch::channel(pools.is_empty());
     let task = Task {
@@ -84,7 +92,7 @@ pub async fn start(
     Ok((handle, task))
 }
 
-fn pools(flags: &[PoolFlag]) -> Result<Vec<Arc<NodePool>>, Error> {
+fn pools(flags: &[PoolFlag], node: &str, state_dir: &Path) -> Result<Vec<Arc<NodePool>>, Error> {
     let mut pools: Vec<Arc<NodePool>> = Vec::with_capacity(flags.len());
     for flag in flags {
         let id = flag.id.clone();
@@ -97,7 +105,9 @@ fn pools(flags: &[PoolFlag]) -> Result<Vec<Arc<NodePool>>, Error> {
             return Err(Error::Flag { flag: "--pool", reason });
         }
         let (overcommit, spec) = (flag.overcommit, flag.spec.clone());
-        pools.push(Arc::new(NodePool { id, overcommit, spec, opened: OnceLock::new() }));
+        let (opened, node) = (OnceLock::new(), node.to_owned());
+        let known = Known::read(state_dir, &id)?;
+        pools.push(Arc::new(NodePool { id, overcommit, spec, opened, node, known }));
     }
     Ok(pools)
 }
@@ -169,6 +179,16 @@ impl Task {
         let now_ms = self.now_ms();
         let before = self.wanted.replace(wanted).unwrap_or_default();
         let Some(wanted) = &self.wanted else { return };
+        for (id, seen) in &mut self.seen {
+            let is_shared = self.pools.get(id).is_some_and(|pool| pool.is_shared());
+            if is_shared && wanted.speaks_of_more(&before, id) {
+                // Another node may have made it since.
+                seen.is_stale = true;
+                if let Some(look) = self.looks.get_mut(id) {
+                    (look.fresh_from, look.due) = (Instant::now(), Instant::now());
+                }
+            }
+        }
         for (thing, failure) in &mut self.failed {
             if !wanted.asks_the_same(&before, &thing.id.name()) {
                 failure.retry_ms = failure.retry_ms.min(now_ms);
@@ -367,7 +387,7 @@ impl Task {
         let pool = self.pools.get(id);
         let kind = match pool.map(|pool| &pool.spec) {
             Some(PoolSpec::Lvm { .. }) => PoolKind::Lvm,
-            Some(PoolSpec::Dir { .. }) => PoolKind::Dir,
+            Some(PoolSpec::Dir { .. } | PoolSpec::Shared { .. }) => PoolKind::Dir,
             None => PoolKind::Unspecified,
         };
         let (state, state_reason) = state_of(usage, fault);
@@ -379,6 +399,7 @@ impl Task {
             size_bytes: usage.map_or(0, |usage| usage.bytes),
             used_bytes: usage.map_or(0, |usage| usage.used_bytes),
             overcommit: pool.map_or(1.0, |pool| pool.overcommit),
+            shared_uid: pool.map_or_else(String::new, |pool| pool.shared_uid().to_owned()),
         }
     }
 
@@ -452,7 +473,9 @@ async fn on_thread<T: Send + 'static>(
 /// Whether two views differ in more than their counters.
 fn differs(a: &View, b: &View) -> bool {
     let pools = |view: &View| -> Vec<_> {
-        let state = |pool: &ObservedPool| (pool.id.clone(), pool.state, pool.size_bytes);
+        let state = |pool: &ObservedPool| {
+            (pool.id.clone(), pool.state, pool.size_bytes, pool.shared_uid.clone())
+        };
         view.pools.iter().map(state).collect()
     };
     let volumes = |view: &View| -> Vec<_> {

@@ -75,7 +75,8 @@ async fn node_in(dir: tempfile::TempDir) -> Node {
     let flag = format!("main=dir:{}", dir.path().join("pool").display()).parse().unwrap();
     let places = places(&dir);
     let quiescer = Quiescer::new(places.clone());
-    let (handle, task) = start(&[flag], quiescer, watch::Sender::new(0)).await.unwrap();
+    let started = start(&[flag], "a", &places.state, quiescer, watch::Sender::new(0)).await;
+    let (handle, task) = started.unwrap();
     let spool = places.state.clone();
     std::fs::create_dir_all(&spool).unwrap();
     let service = Service {
@@ -419,7 +420,8 @@ async fn flags_that_contradict_each_other_are_refused() {
     let error = |flags: Vec<PoolFlag>| {
         let quiescer = quiescer.clone();
         async move {
-            let started = start(&flags, quiescer, watch::Sender::new(0)).await;
+            let none = std::path::Path::new("/nonexistent");
+            let started = start(&flags, "a", none, quiescer, watch::Sender::new(0)).await;
             started.map(|_| ()).unwrap_err().to_string()
         }
     };

@@ -7,10 +7,13 @@
 //! new/<random>                  unfinished; removed by clean_up unless locked
 //! ```
 //!
+//! In a pool that several nodes share there is more: see [`shared`].
+//!
 //! What is made is made in `new/` under a lock, synced, and then linked to its name, which
 //! fails when the name is taken. So a name always has something whole behind it. Copies share
 //! blocks where the filesystem has reflinks (XFS, Btrfs); elsewhere they take time and room.
 
+mod shared;
 #[cfg(test)]
 mod tests;
 
@@ -20,15 +23,17 @@ use std::os::unix::fs::{DirBuilderExt, MetadataExt, OpenOptionsExt, PermissionsE
 use std::path::{Path, PathBuf};
 use std::sync::atomic::AtomicBool;
 
-use rustix::fs::FlockOperation;
+use rustix::fs::{FileType, FlockOperation};
 use rustix::io::Errno;
 use uuid::Uuid;
 
+use shared::Shared;
+
 use crate::lock::{Claim, open_locked};
 use crate::pool::{
-    Contents, ImageDraft, ImageId, ImageInfo, Opened, Pool, PoolSpec, PoolUsage, SnapshotDraft,
-    SnapshotId, SnapshotInfo, VolumeDraft, VolumeId, VolumeInfo, grows, holds_source, round_up,
-    same_size,
+    Contents, ImageClaim, ImageDraft, ImageId, ImageInfo, Opened, Pool, PoolSpec, PoolUsage,
+    SnapshotDraft, SnapshotId, SnapshotInfo, VolumeDraft, VolumeId, VolumeInfo, grows,
+    holds_source, round_up, same_size,
 };
 use crate::{PoolError, Result, sparse};
 
@@ -45,12 +50,25 @@ pub(crate) struct DirPool {
     spec: PoolSpec,
     root: PathBuf,
     has_reflinks: bool,
+    /// Of a pool that other nodes have mounted, too.
+    shared: Option<Shared>,
 }
 
 impl DirPool {
-    /// Opens the pool in an existing directory.
+    /// Opens the node's own pool in an existing directory.
     pub(crate) fn open(root: &Path) -> Result<Self> {
-        let spec = PoolSpec::Dir { path: root.to_owned() };
+        Self::open_as(PoolSpec::Dir { path: root.to_owned() }, root, None)
+    }
+
+    /// Opens the pool in a directory that several nodes have mounted; `maker` is this one's name.
+    pub(crate) fn open_among_nodes(root: &Path, maker: &str) -> Result<Self> {
+        let spec = PoolSpec::Shared { path: root.to_owned() };
+        let unfit = |reason| PoolError::Unfit { pool: spec.to_string(), reason };
+        let shared = Shared::read(root, maker).map_err(unfit)?;
+        Self::open_as(spec, root, Some(shared))
+    }
+
+    fn open_as(spec: PoolSpec, root: &Path, shared: Option<Shared>) -> Result<Self> {
         let unfit = |reason: String| PoolError::Unfit { pool: spec.to_string(), reason };
         match fs::metadata(root) {
             Ok(metadata) if metadata.is_dir() => {}
@@ -65,7 +83,10 @@ impl DirPool {
             }
         }
         sync_dir(root)?;
-        let mut pool = Self { spec, root: root.to_owned(), has_reflinks: false };
+        if let Some(shared) = &shared {
+            shared::make_drafts(&shared.drafts(root))?;
+        }
+        let mut pool = Self { spec, root: root.to_owned(), has_reflinks: false, shared };
         pool.has_reflinks = pool.try_reflink()?;
         Ok(pool)
     }
@@ -74,6 +95,29 @@ impl DirPool {
         let (from, to) = (self.draft()?, self.draft()?);
         from.file.set_len(GRAIN_BYTES).map_err(PoolError::io("write", &from.path))?;
         Ok(rustix::fs::ioctl_ficlone(&to.file, &from.file).is_ok())
+    }
+
+    /// Where drafts are made.
+    fn drafts(&self) -> PathBuf {
+        match &self.shared {
+            Some(shared) => shared.drafts(&self.root),
+            None => self.root.join("new"),
+        }
+    }
+
+    /// Checks, before anything counts as missing, that the pool itself is there.
+    fn check_present(&self) -> Result<()> {
+        let Some(shared) = &self.shared else { return Ok(()) };
+        let unfit = |reason| PoolError::Unfit { pool: self.spec.to_string(), reason };
+        shared.check(&self.root).map_err(unfit)
+    }
+
+    /// What is there, or that it is truly missing.
+    fn or_missing<T>(&self, found: Option<T>) -> Result<Option<T>> {
+        if found.is_none() {
+            self.check_present()?;
+        }
+        Ok(found)
     }
 
     fn volume_path(&self, id: VolumeId) -> PathBuf {
@@ -103,13 +147,13 @@ impl DirPool {
                 return Ok(draft);
             }
         }
-        let path = self.root.join("new");
+        let path = self.drafts();
         Err(PoolError::io("lock a file in", &path)(io::ErrorKind::WouldBlock.into()))
     }
 
     /// `None` when [`Pool::clean_up`] came between the file and its lock.
     fn try_draft(&self) -> Result<Option<Draft>> {
-        let path = self.root.join("new").join(Uuid::new_v4().to_string());
+        let path = self.drafts().join(Uuid::new_v4().to_string());
         let file = OpenOptions::new()
             .read(true)
             .write(true)
@@ -164,14 +208,19 @@ impl DirPool {
 
     /// Removes a file that nobody has open; one that is missing is fine.
     fn remove(&self, path: &Path, what: &str) -> Result<()> {
-        let Some(_lock) = open_locked(path, false, Claim::Exclusive, what)? else {
-            return Ok(());
+        let Some(_lock) = open_locked(path, self.locks_writing(), Claim::Exclusive, what)? else {
+            return self.check_present();
         };
         unlink(path)
     }
 
+    /// A network filesystem gives an exclusive lock only to those who may write.
+    fn locks_writing(&self) -> bool {
+        self.shared.is_some()
+    }
+
     fn snapshot(&self, volume: VolumeId, id: SnapshotId) -> Result<Option<SnapshotInfo>> {
-        measure_snapshot(&self.snapshot_path(volume, id), volume, id)
+        self.or_missing(measure_snapshot(&self.snapshot_path(volume, id), volume, id)?)
     }
 }
 
@@ -235,7 +284,7 @@ impl Pool for DirPool {
     }
 
     fn volume(&self, id: VolumeId) -> Result<Option<VolumeInfo>> {
-        measure_volume(self.volume_path(id), id)
+        self.or_missing(measure_volume(self.volume_path(id), id)?)
     }
 
     fn grow_volume(&self, id: VolumeId, bytes: u64) -> Result<VolumeInfo> {
@@ -264,7 +313,8 @@ impl Pool for DirPool {
 
     fn deactivate(&self, id: VolumeId) -> Result<()> {
         let what = format!("volume {id}");
-        open_locked(&self.volume_path(id), false, Claim::Exclusive, &what).map(drop)
+        let write = self.locks_writing();
+        open_locked(&self.volume_path(id), write, Claim::Exclusive, &what).map(drop)
     }
 
     fn open_volume(&self, id: VolumeId) -> Result<Opened> {
@@ -292,7 +342,7 @@ impl Pool for DirPool {
     }
 
     fn image(&self, id: ImageId) -> Result<Option<ImageInfo>> {
-        let found = measure(&self.image_path(id))?;
+        let found = self.or_missing(measure(&self.image_path(id))?)?;
         let info = |(bytes, allocated)| ImageInfo { id, bytes, allocated_bytes: Some(allocated) };
         Ok(found.map(info))
     }
@@ -309,6 +359,17 @@ impl Pool for DirPool {
         let draft = self.draft()?;
         draft.file.set_len(bytes).map_err(PoolError::io("write", &draft.path))?;
         Ok(Box::new(draft))
+    }
+
+    fn shared_uid(&self) -> Option<&str> {
+        self.shared.as_ref().map(|shared| shared.uid.as_str())
+    }
+
+    fn claim_image(&self, id: ImageId) -> Result<ImageClaim> {
+        match &self.shared {
+            Some(shared) => shared.claim(&self.root, id),
+            None => Ok(ImageClaim::default()),
+        }
     }
 
     fn usage(&self) -> Result<PoolUsage> {
@@ -341,12 +402,22 @@ impl Pool for DirPool {
                 Err(_) => strange("images", &name),
             }
         }
-        for name in file_names(&self.root.join("new"))? {
+        let (drafts, is_shared) = (self.drafts(), self.shared.is_some());
+        let place = drafts.strip_prefix(&self.root).unwrap_or(&drafts).display().to_string();
+        for name in file_names(&drafts)? {
             match name.parse::<VolumeId>() {
-                Ok(_) => all.leftovers.push(format!("new/{name}")),
-                Err(_) => strange("new", &name),
+                Ok(_) => all.leftovers.push(format!("{place}/{name}")),
+                // A crash came between: it is one more name of what was a draft.
+                Err(_) if is_shared && shared::is_removed(&name) => {
+                    all.leftovers.push(format!("{place}/{name}"));
+                }
+                Err(_) => strange(&place, &name),
             }
         }
+        all.strangers
+            .retain(|name| !is_shared || !name.rsplit('/').next().is_some_and(shared::is_removed));
+        // Had it gone meanwhile, all of it would be missing.
+        self.check_present()?;
         Ok(all)
     }
 
@@ -471,8 +542,10 @@ fn measure_snapshot(path: &Path, volume: VolumeId, id: SnapshotId) -> Result<Opt
 
 /// A file's length and the room it takes.
 fn measure(path: &Path) -> Result<Option<(u64, u64)>> {
-    match fs::symlink_metadata(path) {
-        Ok(metadata) if metadata.is_file() => Ok(Some((metadata.len(), metadata.blocks() * 512))),
+    match shared::look(path) {
+        Ok(found) if FileType::from_raw_mode(found.stx_mode.into()) == FileType::RegularFile => {
+            Ok(Some((found.stx_size, found.stx_blocks * 512)))
+        }
         Ok(_) => Err(PoolError::io("use", path)(io::Error::other("it is no regular file"))),
         Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(None),
         Err(error) => Err(PoolError::io("look at", path)(error)),
@@ -481,7 +554,8 @@ fn measure(path: &Path) -> Result<Option<(u64, u64)>> {
 
 /// The names in a directory, in order.
 fn file_names(path: &Path) -> Result<Vec<String>> {
-    let entries = fs::read_dir(path).map_err(PoolError::io("list", path))?;
+    let entries = shared::refresh(path).and_then(|()| fs::read_dir(path));
+    let entries = entries.map_err(PoolError::io("list", path))?;
     let mut names = Vec::new();
     for entry in entries.take(FILES_MAX) {
         let entry = entry.map_err(PoolError::io("list", path))?;

@@ -1,5 +1,7 @@
 //! What a directory pool promises, and a model that it is compared with.
 
+mod shared;
+
 use std::collections::BTreeMap;
 use std::fs::File;
 use std::os::unix::fs::FileExt;
@@ -17,7 +19,7 @@ const MIB: u64 = 1 << 20;
 
 fn pool() -> (tempfile::TempDir, Arc<dyn Pool>) {
     let dir = tempfile::tempdir().unwrap();
-    let pool = pool::open(&PoolSpec::Dir { path: dir.path().to_owned() }).unwrap();
+    let pool = pool::open(&PoolSpec::Dir { path: dir.path().to_owned() }, "a").unwrap();
     (dir, pool)
 }
 
@@ -61,7 +63,7 @@ fn what_cannot_be_a_pool_is_refused() {
     let file = dir.path().join("file");
     fs::write(&file, b"").unwrap();
     for path in [dir.path().join("missing"), file] {
-        let error = pool::open(&PoolSpec::Dir { path: path.clone() }).unwrap_err();
+        let error = pool::open(&PoolSpec::Dir { path: path.clone() }, "a").unwrap_err();
         assert!(matches!(error, PoolError::Unfit { .. }), "{error}");
         assert!(error.to_string().contains(path.to_str().unwrap()), "{error}");
     }

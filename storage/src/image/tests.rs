@@ -16,7 +16,7 @@ const MIB: u64 = 1 << 20;
 fn pool() -> (tempfile::TempDir, Arc<dyn Pool>) {
     let dir = tempfile::tempdir().unwrap();
     let spec = format!("dir:{}", dir.path().display()).parse().unwrap();
-    let pool = pool::open(&spec).unwrap();
+    let pool = pool::open(&spec, "a").unwrap();
     (dir, pool)
 }
 

@@ -24,13 +24,15 @@ pub const SECTOR_BYTES: u64 = 512;
 /// The largest volume: what ext4 with 4 KiB blocks can hold as one file is 16 TiB.
 pub const VOLUME_BYTES_MAX: u64 = 16 << 40;
 
-/// Opens a pool and checks that it is fit for use.
+/// Opens a pool and checks that it is fit for use. `node` is this node's name: it tells apart who
+/// works on what in a pool that several nodes share.
 ///
 /// # Errors
 /// [`PoolError::Unfit`] with what is wrong and what would put it right.
-pub fn open(spec: &PoolSpec) -> Result<Arc<dyn Pool>> {
+pub fn open(spec: &PoolSpec, node: &str) -> Result<Arc<dyn Pool>> {
     Ok(match spec {
         PoolSpec::Dir { path } => Arc::new(DirPool::open(path)?),
+        PoolSpec::Shared { path } => Arc::new(DirPool::open_among_nodes(path, node)?),
         PoolSpec::Lvm { vg, thin_pool } => Arc::new(LvmPool::open(vg, thin_pool)?),
     })
 }
@@ -40,8 +42,9 @@ pub fn open(spec: &PoolSpec) -> Result<Arc<dyn Pool>> {
 /// All calls block; some for minutes, where a filesystem has no reflinks. Each of them may be
 /// repeated: to create what is there already answers it, to delete what is missing succeeds.
 /// None leaves anything half done that could be taken for whole: what a crash interrupts is
-/// found and removed by [`clean_up`](Pool::clean_up). One process drives a pool (the node's
-/// agent), from as many threads as it likes; calls for *one* volume must take turns.
+/// found and removed by [`clean_up`](Pool::clean_up). One process of a node drives a pool (its
+/// agent), from as many threads as it likes; calls for *one* volume must take turns. A pool that
+/// several nodes share is driven by each of them.
 ///
 /// A volume is **in use** while somebody holds an exclusive `flock` on its file or device
 /// node, as a VMM does. Such a one is neither deleted nor read ([`PoolError::Busy`]); nor is one
@@ -183,6 +186,21 @@ pub trait Pool: Send + Sync + fmt::Debug {
     /// [`ImageWriter`]: crate::image::ImageWriter
     fn draft_image(&self, bytes: u64) -> Result<Box<dyn ImageDraft>>;
 
+    /// Which pool it is, wherever it is mounted, where several nodes share it.
+    fn shared_uid(&self) -> Option<&str> {
+        None
+    }
+
+    /// Says that this node brings the image, so that the others that share the pool do not. It
+    /// may be there by now.
+    ///
+    /// # Errors
+    /// [`PoolError::Busy`] while another one brings it.
+    fn claim_image(&self, id: ImageId) -> Result<ImageClaim> {
+        let _ = id;
+        Ok(ImageClaim::default())
+    }
+
     /// How full it is.
     fn usage(&self) -> Result<PoolUsage>;
 
@@ -275,6 +293,25 @@ impl Opened {
         let mut bulk = self.bulk.lock().unwrap_or_else(PoisonError::into_inner);
         let read = bulk.read(&self.file, offset, length);
         Ok(look(read.map_err(PoolError::io("read", &self.path))?))
+    }
+}
+
+/// An image is brought by this node, until this is dropped.
+#[derive(Debug, Default)]
+pub struct ImageClaim(Option<(File, PathBuf)>);
+
+impl ImageClaim {
+    pub(crate) fn new(lock: File, path: PathBuf) -> Self {
+        Self(Some((lock, path)))
+    }
+}
+
+impl Drop for ImageClaim {
+    fn drop(&mut self) {
+        if let Some((_lock, path)) = &self.0 {
+            // One that stays is empty, and is taken again.
+            let _ = std::fs::remove_file(path);
+        }
     }
 }
 

@@ -9,7 +9,7 @@ use crate::PoolError;
 /// The longest name of a volume group or thin pool, a hyphen counted as two characters as the
 /// device mapper writes it. That allows 127 for a device, of which an image's name takes 77.
 const LVM_NAME_CHARS_MAX: usize = 48;
-const ACCEPTED: &str = "lvm:VG/THINPOOL or dir:/absolute/path";
+const ACCEPTED: &str = "lvm:VG/THINPOOL, dir:/absolute/path or shared:/absolute/path";
 
 /// Where a pool is, and of what kind.
 #[derive(Debug, Clone, PartialEq, Eq, Hash)]
@@ -24,6 +24,11 @@ pub enum PoolSpec {
     /// A directory with raw files: `dir:/path`.
     Dir {
         /// The directory; it must exist.
+        path: PathBuf,
+    },
+    /// The same on a filesystem that several nodes have mounted: `shared:/path`.
+    Shared {
+        /// The directory; it must exist, and hold the pool's identity.
         path: PathBuf,
     },
 }
@@ -46,6 +51,9 @@ impl FromStr for PoolSpec {
                 Ok(Self::Lvm { vg: vg.into(), thin_pool: thin_pool.into() })
             }
             ("dir", path) if Path::new(path).is_absolute() => Ok(Self::Dir { path: path.into() }),
+            ("shared", path) if Path::new(path).is_absolute() => {
+                Ok(Self::Shared { path: path.into() })
+            }
             _ => Err(invalid()),
         }
     }
@@ -56,6 +64,7 @@ impl fmt::Display for PoolSpec {
         match self {
             Self::Lvm { vg, thin_pool } => write!(f, "lvm:{vg}/{thin_pool}"),
             Self::Dir { path } => write!(f, "dir:{}", path.display()),
+            Self::Shared { path } => write!(f, "shared:{}", path.display()),
         }
     }
 }
@@ -76,7 +85,9 @@ mod tests {
 
     #[test]
     fn good_ones_are_read_and_shown_alike() {
-        for text in ["lvm:vg0/thin", "lvm:a.b_c-d+1/POOL", "dir:/var/lib/drover/pool", "dir:/"] {
+        for text in
+            ["lvm:vg0/thin", "lvm:a.b_c-d+1/POOL", "dir:/var/lib/drover/pool", "shared:/mnt/a"]
+        {
             assert_eq!(text.parse::<PoolSpec>().unwrap().to_string(), text);
         }
     }
@@ -100,6 +111,7 @@ mod tests {
             "lvm:vg/\u{e9}",
             "dir:",
             "dir:relative",
+            "shared:relative",
             "zfs:x",
             "LVM:vg/thin",
             &long,

@@ -97,6 +97,10 @@ pub(super) struct Host {
     saved: BTreeMap<String, Saved>,
     /// Volumes whose guests have gone on here.
     spent: BTreeSet<String>,
+    /// Its pool is another host's, too: it speaks only of what it was told of, and what guests of
+    /// the other one have open is locked.
+    pub(super) is_shared: bool,
+    pub(super) locked: BTreeSet<String>,
     /// Decides what the next save comes to.
     pub(super) luck: usize,
     /// What should never have happened.
@@ -166,7 +170,7 @@ impl Host {
             let uid = &garbage.volume_uid;
             let listed = self.level.volumes.iter().any(|wanted| wanted.uid == *uid);
             let open = self.vmms.values().any(|vmm| vmm.has_open(uid));
-            if !listed && !open {
+            if !listed && !open && !self.locked.contains(uid) {
                 self.volumes.remove(uid);
                 match self.saved.remove(uid) {
                     Some(saved) if saved.used => drop(self.spent.insert(uid.clone())),
@@ -187,7 +191,7 @@ impl Host {
 
     /// What another agent reads of a volume: nothing while somebody has it open.
     pub(super) fn read(&self, uid: &str) -> Option<(u64, Option<Saved>)> {
-        let open = self.vmms.values().any(|vmm| vmm.has_open(uid));
+        let open = self.vmms.values().any(|vmm| vmm.has_open(uid)) || self.locked.contains(uid);
         let writes = self.volumes.get(uid).copied().filter(|_| self.up && !open)?;
         Some((writes, self.saved.get(uid).cloned()))
     }
@@ -447,6 +451,26 @@ impl Host {
         self.looked = false;
     }
 
+    /// What is on the disks that both hosts have: as this one has left it.
+    pub(super) fn see_disks_of(&mut self, other: &Self) {
+        self.volumes.clone_from(&other.volumes);
+        self.parts.clone_from(&other.parts);
+        self.sizes.clone_from(&other.sizes);
+        self.saved.clone_from(&other.saved);
+        self.spent.clone_from(&other.spent);
+        let open = other.vmms.values().filter(|vmm| vmm.is_alive());
+        let open = open.flat_map(|vmm| vmm.opens.iter().chain([&vmm.volume]));
+        self.locked = open.cloned().collect();
+    }
+
+    fn speaks_of(&self, uid: &str) -> bool {
+        let volumes = self.level.volumes.iter().map(|wanted| &wanted.uid);
+        let parts = self.level.snapshots.iter().flat_map(|wanted| &wanted.parts);
+        let garbage = self.level.garbage.iter().flat_map(|g| [&g.volume_uid, &g.snapshot_uid]);
+        let mut told = volumes.chain(parts.map(|part| &part.uid)).chain(garbage);
+        !self.is_shared || told.any(|named| named == uid)
+    }
+
     pub(super) fn report_volumes(&self) -> Vec<ObservedVolume> {
         let said = |uid: &String| ObservedVolume {
             uid: uid.clone(),
@@ -455,7 +479,7 @@ impl Host {
             size_bytes: self.sizes.get(uid).copied().unwrap_or_default(),
             ..ObservedVolume::default()
         };
-        self.volumes.keys().map(said).collect()
+        self.volumes.keys().filter(|uid| self.speaks_of(uid)).map(said).collect()
     }
 
     /// Those that are there, and those that shall be and are not.
@@ -469,7 +493,8 @@ impl Host {
         let kept = self.level.snapshots.iter().filter(|wanted| !wanted.create);
         let lost = kept.flat_map(|wanted| &wanted.parts);
         let lost = lost.filter(|part| !self.parts.contains_key(&part.uid));
-        let there = self.parts.keys().map(|uid| said(uid, SnapshotState::Ready));
+        let there = self.parts.keys().filter(|uid| self.speaks_of(uid));
+        let there = there.map(|uid| said(uid, SnapshotState::Ready));
         there.chain(lost.map(|part| said(&part.uid, SnapshotState::Failed))).collect()
     }
 

@@ -6,8 +6,12 @@
 //! was put back to), and a guest that was saved is not lost; when the faults end, every operation
 //! ends (I3), every domain that should run does, and no node holds a volume or a snapshot that is
 //! not its own.
+//!
+//! In every other world hosts `a` and `b` share their pool: what one of them writes, takes or
+//! removes is so for both.
 
 mod operator;
+mod shared;
 
 use std::collections::{BTreeMap, BTreeSet};
 
@@ -76,15 +80,28 @@ struct Chaos {
 impl Chaos {
     fn new(seed: u64) -> Self {
         let mut lab = Lab::new();
-        let hosts = NODES.map(|_| Host::booted());
+        let shared = seed.is_multiple_of(2);
+        let hosts = NODES.map(|name| {
+            let mut host = Host::booted();
+            host.is_shared = shared && name != "c";
+            host
+        });
         for name in NODES {
             let (id, size_bytes) = ("ssd".to_owned(), 4096 * MIB);
             let state = PoolState::Ready.into();
-            let pool =
-                ObservedPool { id, state, size_bytes, overcommit: 1.0, ..Default::default() };
+            let shared_uid = if shared && name != "c" { "one pool" } else { "" }.to_owned();
+            let pool = ObservedPool {
+                id,
+                state,
+                size_bytes,
+                overcommit: 1.0,
+                shared_uid,
+                ..Default::default()
+            };
             lab.pools.insert(name.into(), vec![pool]);
             lab.hello(name, "boot-1");
         }
+        lab.settle();
         let image = ImageRecord {
             id: "image".into(),
             digest: "digest".into(),
@@ -138,7 +155,9 @@ impl Chaos {
         for host in 0..3 {
             if self.hosts[host].up && !self.dice.once_in(4) {
                 self.hosts[host].luck = self.dice.below(4);
+                self.see(host);
                 self.hosts[host].work();
+                self.seen(host);
                 self.forgive(host);
                 self.check();
             }
@@ -149,13 +168,16 @@ impl Chaos {
     }
 
     fn guests_write(&mut self) {
-        for host in &mut self.hosts {
+        for host in 0..3 {
+            self.see(host);
+            let host = &mut self.hosts[host];
             for vmm in host.vmms.values().filter(|vmm| vmm.state == VmmState::Running) {
                 let writes = self.writes.entry(vmm.volume.clone()).or_default();
                 *writes += 1;
                 host.volumes.insert(vmm.volume.clone(), *writes);
             }
         }
+        self.seen(1);
     }
 
     /// The leader plans once; what it decided may be outdated or come too late.
@@ -293,6 +315,7 @@ impl Chaos {
                     && !self.dice.once_in(3)
                 {
                     self.hosts[to].copied(uid, read);
+                    self.seen(to);
                 }
             }
         }
@@ -372,6 +395,7 @@ impl Chaos {
                 let volume = volume.unwrap_or_default();
                 let writes = self.writes.get(&volume).copied().unwrap_or_default();
                 self.hosts[to].volumes.insert(volume, writes);
+                self.seen(to);
                 if lost {
                     self.note(format!("COMMIT of {} is lost", m.id));
                     return;
@@ -454,7 +478,14 @@ impl Chaos {
         }
         for (host, node) in self.hosts.iter().zip(NODES) {
             let held: Vec<&String> = host.volumes.keys().collect();
-            let level = self.lab.level(node);
+            let mut level = self.lab.level(node);
+            if host.is_shared {
+                // What is in the pool is the one's or the other's.
+                let other = self.lab.level(if node == "a" { "b" } else { "a" });
+                level.volumes.extend(other.volumes);
+                level.snapshots.extend(other.snapshots);
+                level.garbage.extend(other.garbage);
+            }
             let own: BTreeSet<&String> = level.volumes.iter().map(|wanted| &wanted.uid).collect();
             if held != own.into_iter().collect::<Vec<_>>() || !level.garbage.is_empty() {
                 self.fail(&format!("{node} holds {held:?}, should {level:?}"));

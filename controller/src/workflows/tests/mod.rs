@@ -18,6 +18,7 @@ mod lab;
 mod lives;
 mod migrations;
 mod networks;
+mod shared;
 mod snapshots;
 mod verbs;
 mod volumes;

@@ -247,10 +247,11 @@ impl Volume {
 fn open_locked(path: &Path, read_only: bool, kind: Kind) -> Result<File, VolumeError> {
     let exclusive = if kind == Kind::Device { libc::O_EXCL } else { 0 };
     let deadline = Instant::now() + LOCK_WAIT_MAX;
+    let mut write = !read_only;
     loop {
         let opened = OpenOptions::new()
             .read(true)
-            .write(!read_only)
+            .write(write)
             .custom_flags(exclusive | libc::O_CLOEXEC)
             .open(path);
         let locked = opened.and_then(|file| {
@@ -259,6 +260,8 @@ fn open_locked(path: &Path, read_only: bool, kind: Kind) -> Result<File, VolumeE
         });
         match locked {
             Ok(file) => return Ok(file),
+            // A network filesystem gives an exclusive lock only to those who may write.
+            Err(error) if !write && error.raw_os_error() == Some(libc::EBADF) => write = true,
             Err(error) if !is_busy(&error) => {
                 return Err(VolumeError::Open { path: path.to_owned(), source: error });
             }

@@ -72,6 +72,10 @@ impl Planner<'_> {
             if seen.inventory.is_none() {
                 return Stand::creating("its pool has not been looked at yet");
             }
+            let is_here = self.snapshot(&part.pool, part.snapshot).is_some();
+            if let Some(why) = seen.unsure().filter(|_| !is_here) {
+                return Stand::creating(why);
+            }
         }
         for part in parts {
             match self.facts.busy.get(&part.thing()).map(|busy| &busy.work) {
@@ -127,7 +131,12 @@ impl Planner<'_> {
     }
 
     /// A part that shall be gone.
-    pub(super) fn garbage_snapshot(&mut self, wanted: &WantedStorage, thing: Thing) {
+    pub(super) fn garbage_snapshot(
+        &mut self,
+        wanted: &WantedStorage,
+        thing: Thing,
+        fault: Option<&str>,
+    ) {
         let Id::Snapshot(id) = thing.id else { return };
         let uid = id.to_string();
         let is_source = wanted.volumes.iter().any(|volume| {
@@ -139,12 +148,12 @@ impl Planner<'_> {
         }
         let Some(seen) = self.facts.pools.get(&thing.pool) else { return };
         let unread = seen.inventory.is_none().then_some("is not read yet");
-        let (state, reason) = if let Some(reason) = seen.fault.as_deref().or(unread) {
+        let (state, reason) = if let Some(reason) = fault.or(unread) {
             // Nobody can say that it is gone.
             (SnapshotState::Failed, format!("pool {}: {reason}", thing.pool))
         } else if self.snapshot(&thing.pool, id).is_some() {
             return self.begin(&thing, Work::Delete);
-        } else if self.facts.busy.contains_key(&thing) {
+        } else if self.facts.busy.contains_key(&thing) || seen.is_stale {
             (SnapshotState::Creating, "is given up".to_owned())
         } else {
             return;
@@ -163,7 +172,7 @@ impl Planner<'_> {
     pub(super) fn other_snapshots(&mut self, pool: &str, seen: &PoolSeen) {
         for info in seen.inventory.iter().flat_map(|inventory| inventory.snapshots.values()) {
             let thing = Thing { pool: pool.to_owned(), id: Id::Snapshot(info.id) };
-            if self.said.contains(&thing) {
+            if self.said.contains(&thing) || self.is_others(seen, &info.id.to_string()) {
                 continue;
             }
             let busy = self.facts.busy.get(&thing).map(|busy| &busy.work);

@@ -1,5 +1,6 @@
 //! The rules, row by row, over pools that exist only here.
 
+mod shared;
 mod snapshots;
 
 use super::*;
@@ -91,7 +92,7 @@ impl World {
             inventory.images.insert(info.id, info);
         }
         let mut world = Self::default();
-        let seen = PoolSeen { inventory: Some(inventory), fault: None };
+        let seen = PoolSeen { inventory: Some(inventory), ..PoolSeen::default() };
         world.pools.insert("main".into(), seen);
         world
     }

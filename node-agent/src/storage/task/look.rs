@@ -27,6 +27,8 @@ pub(super) struct Look {
     /// When the one that goes on began.
     pub(super) since: Option<Instant>,
     pub(super) due: Instant,
+    /// One that began before knows too little of what other nodes did.
+    pub(super) fresh_from: Instant,
     pub(super) failed: u32,
     pub(super) usage: Option<PoolUsage>,
     /// What jobs have changed since it began: they know better.
@@ -42,6 +44,7 @@ impl Look {
         Self {
             since: None,
             due: now,
+            fresh_from: now,
             failed: 0,
             usage: None,
             touched: BTreeSet::new(),
@@ -88,7 +91,7 @@ impl Task {
         let (Some(look), Some(seen)) = (self.looks.get_mut(pool), self.seen.get_mut(pool)) else {
             return;
         };
-        look.since = None;
+        let began = look.since.take();
         let (contents, usage) = match result {
             Ok(found) => found,
             Err(reason) => {
@@ -105,6 +108,13 @@ impl Task {
         look.due = Instant::now() + LOOK_INTERVAL;
         look.usage = Some(usage);
         seen.fault = None;
+        if let Some(opened) = self.pools.get(pool) {
+            opened.shared_uid().clone_into(&mut seen.shared_uid);
+        }
+        seen.is_stale &= began.is_none_or(|began| began < look.fresh_from);
+        if seen.is_stale {
+            look.due = Instant::now();
+        }
         let before = seen.inventory.take().unwrap_or_default();
         let touched = |id: Id| look.touched.contains(&Thing { pool: pool.to_owned(), id });
         let mut found = Inventory::default();
@@ -181,7 +191,10 @@ impl Task {
 /// Looks at a pool, which is opened first when it could not be before.
 fn look_at(pool: &NodePool) -> Result<(Contents, PoolUsage), Error> {
     if pool.opened.get().is_none() {
-        let opened = drover_storage::pool::open(&pool.spec)?;
+        let opened = drover_storage::pool::open(&pool.spec, &pool.node)?;
+        if let Some(uid) = opened.shared_uid() {
+            pool.known.meet(&pool.id, uid)?;
+        }
         // Only one look at a pool goes on at a time.
         let _ = pool.opened.set(opened);
     }

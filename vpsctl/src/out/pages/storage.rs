@@ -1,5 +1,6 @@
 //! Pools, volumes and images.
 
+use std::collections::{BTreeMap, BTreeSet};
 use std::{fmt::Write, time::SystemTime};
 
 use drover_proto::v1::{Image, Pool, PoolState, Volume};
@@ -18,8 +19,19 @@ pub(crate) fn pools(pools: &[Pool]) -> String {
     let mut table =
         Table::new(&["NODE", "POOL", "KIND", "STATE", "SIZE", "USED", "PROMISED", "VOLUMES"]);
     let mut troubles = String::new();
+    let mut shared = BTreeMap::new();
     for pool in pools {
         let (node, id) = place(pool);
+        if !pool.shared_uid.is_empty() {
+            let others = pool.shared_with.iter().map(|other| short(other).to_owned());
+            let all: BTreeSet<String> = others.chain([node.clone()]).collect();
+            let all = all.into_iter().collect::<Vec<_>>().join(", ");
+            let words = match pool.shared_with.len() {
+                0 => format!("pool {id} can be shared, and only {all} has it so far"),
+                _ => format!("pool {id} is one pool, shared by {all}: its figures count once"),
+            };
+            shared.entry(&pool.shared_uid).or_insert(words);
+        }
         let state = pool_state(pool);
         if !is_ready(pool) {
             let why = with_reason(&state, &pool.state_reason).replace(['\n', '\r'], " ");
@@ -28,7 +40,7 @@ pub(crate) fn pools(pools: &[Pool]) -> String {
         table.row(vec![
             node,
             id,
-            enum_name(pool.kind().as_str_name(), "POOL_KIND_"),
+            kind(pool),
             state,
             size(pool.size_bytes),
             format!("{}, {}", size(pool.used_bytes), percent(pool.used_bytes, pool.size_bytes)),
@@ -36,8 +48,19 @@ pub(crate) fn pools(pools: &[Pool]) -> String {
             pool.volume_count.to_string(),
         ]);
     }
-    let table = table.render();
-    if troubles.is_empty() { table } else { format!("{table}\n{troubles}") }
+    let mut text = table.render();
+    let shared: String = shared.into_values().map(|words| format!("{words}\n")).collect();
+    for more in [shared, troubles] {
+        if !more.is_empty() {
+            text = format!("{text}\n{more}");
+        }
+    }
+    text
+}
+
+fn kind(pool: &Pool) -> String {
+    let kind = enum_name(pool.kind().as_str_name(), "POOL_KIND_");
+    if pool.shared_uid.is_empty() { kind } else { format!("{kind}, shared") }
 }
 
 /// `nodes/host1/pools/ssd` is `host1` and `ssd`.
@@ -192,6 +215,21 @@ host2: pool ssd is FILLING: its data is 85% full, its limit is 80%
 ";
         assert_eq!(pools(&[ready.clone(), filling]), expected);
         assert_eq!(pools(&[ready]).lines().count(), 2);
+    }
+
+    /// Two rows, one pool.
+    #[test]
+    fn who_shares_a_pool_is_said_once() {
+        let one = |node: &str, other: &str| Pool {
+            shared_uid: "0b6c9c0e".to_owned(),
+            shared_with: vec![format!("nodes/{other}")],
+            ..pool(node, PoolState::Ready, "")
+        };
+        let text = pools(&[one("host1", "host2"), one("host2", "host1")]);
+        assert_eq!(text.matches("lvm, shared").count(), 2, "{text}");
+        let words = "\npool ssd is one pool, shared by host1, host2: its figures count once\n";
+        assert!(text.ends_with(words), "{text}");
+        assert_eq!(text.matches("shared by").count(), 1, "{text}");
     }
 
     /// A pool that could not even be measured.
