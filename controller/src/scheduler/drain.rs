@@ -164,7 +164,10 @@ fn plan_move(
                 Strategy::BestFit => "best fit",
                 Strategy::Spread => "emptiest",
             };
-            let disk_bytes = domain.disk_bytes.min(copied.values().sum());
+            // What is allocated is known of all disks together.
+            let (all, some) = (domain.disks.values().sum::<u64>(), copied.values().sum());
+            let disk_bytes =
+                if some < all { domain.disk_bytes.min(some) } else { domain.disk_bytes };
             let (what, expected_time) = match live {
                 true => ("", copy_time(with_resent(memory_bytes, disk_bytes), rate)),
                 false if disk_bytes > 0 => {

@@ -116,10 +116,11 @@ fn strays(cx: &Context<'_>) -> Vec<Step> {
     steps
 }
 
-/// What lies in a shared pool is removed by another node when the one that was told is away.
+/// What lies in a shared pool is removed by another node when the one that was told is away. The
+/// row stays nevertheless: whoever is away may be about to make it, and must not be forgotten.
 fn passed_on(cx: &Context<'_>, row: &Versioned<GarbageRecord>) -> Option<Step> {
-    let GarbageRecord { id, node, shared_uid, .. } = &row.value;
-    if shared_uid.is_empty() || !cx.is_lost(node) {
+    let GarbageRecord { id, node, shared_uid, passed_on, .. } = &row.value;
+    if *passed_on || shared_uid.is_empty() || !cx.is_lost(node) {
         return None;
     }
     let mut ready = cx.world.sharers(shared_uid).filter(|node| !cx.is_lost(node.as_str()));
@@ -132,7 +133,8 @@ fn passed_on(cx: &Context<'_>, row: &Versioned<GarbageRecord>) -> Option<Step> {
     other.node.clone_from(&to.value.id);
     other.pool.clone_from(pool);
     let txn = Txn::new().term_is(cx.term).unchanged(row);
-    let txn = txn.delete::<GarbageRecord>(id.clone()).put(&other);
+    let told = GarbageRecord { passed_on: true, ..row.value.clone() };
+    let txn = txn.put(&told).put(&other);
     Some(Step { subject: NodeId::trusted(&other.node).name(), txn })
 }
 
@@ -143,7 +145,7 @@ fn removed(cx: &Context<'_>, row: &Versioned<GarbageRecord>) -> Option<Step> {
     let may_come = garbage.keep_until.as_ref().is_some_and(|until| cx.now.wall_ms < millis(until));
     let seen = cx.observed.nodes.get(&node);
     let forgotten = !cx.world.nodes.contains_key(&node)
-        && cx.world.sharers(&garbage.shared_uid).next().is_none();
+        && (garbage.passed_on || cx.world.sharers(&garbage.shared_uid).next().is_none());
     let gone = forgotten
         || !may_come && seen.is_some_and(|seen| seen.is_without(garbage, row.mod_revision));
     let txn = || Txn::new().term_is(cx.term).unchanged(row);
@@ -325,6 +327,10 @@ pub(super) fn unclean(cx: &Context<'_>, domain: &DomainRecord) -> BTreeMap<NodeI
         let rows = cx.world.garbage.values().filter(|row| row.value.volume_uid == volume.value.uid);
         for row in rows {
             let why = format!("has yet to remove an earlier copy of volumes/{}", volume.value.id);
+            // From a shared pool it is removed under everybody's hands.
+            let sharers = cx.world.sharers(&row.value.shared_uid).cloned();
+            let others = sharers.filter(|_| !row.value.shared_uid.is_empty());
+            nodes.extend(others.map(|node| (node, why.clone())));
             nodes.insert(NodeId::trusted(&row.value.node), why);
         }
         for (node, seen) in &cx.observed.nodes {

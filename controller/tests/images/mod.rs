@@ -246,7 +246,7 @@ async fn what_makes_no_operation_is_carried_out_once() {
     let anew = CreateNetworkRequest { request_id: id(4), ..create };
     let taken = networks.create_network(anew).await.unwrap_err();
     assert_eq!(taken.code(), Code::AlreadyExists);
-    let delete = DeleteNetworkRequest { name, request_id: id(5), ..Default::default() };
+    let delete = DeleteNetworkRequest { name, request_id: id(6), ..Default::default() };
     for _ in 0..2 {
         networks.delete_network(delete.clone()).await.unwrap();
     }
