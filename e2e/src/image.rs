@@ -115,7 +115,7 @@ pub(crate) fn touch(dir: &Path) -> Result<()> {
 
 /// Builds the guests' init and the initramfs around it, in `dir`.
 pub fn make_initramfs(image: &RootImage, dir: &Path) -> Result<PathBuf> {
-    let target = paths::cache_dir().join("target-guest");
+    let target = paths::guest_target_dir();
     let cargo = std::env::var_os("CARGO").unwrap_or_else(|| "cargo".into());
     // Static, with a target folder of its own: flags for the linker would otherwise make cargo
     // build everything else again.

@@ -19,6 +19,14 @@ pub fn target_dir() -> PathBuf {
     std::env::var_os("CARGO_TARGET_DIR").map_or_else(|| cache_dir().join("target"), PathBuf::from)
 }
 
+/// The same for the guests' own program. A clone with a folder of its own shares no guest either.
+pub fn guest_target_dir() -> PathBuf {
+    std::env::var_os("CARGO_TARGET_DIR").map_or_else(
+        || cache_dir().join("target-guest"),
+        |target| PathBuf::from(target).join("guest"),
+    )
+}
+
 /// A program of the workspace, as the dev profile builds it.
 pub fn program(name: &str) -> PathBuf {
     target_dir().join("debug").join(name)

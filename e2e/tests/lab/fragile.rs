@@ -2,6 +2,8 @@
 //! which the first pool's volume group leaves free. An operator's own steps: a volume group, a thin
 //! pool, one more flag of the agent.
 
+use std::time::Duration;
+
 use drover_e2e::cluster::list;
 use drover_e2e::guests::{DiskFigures, Guest};
 use drover_e2e::process::wait_for;
@@ -20,6 +22,9 @@ const PLACE: &str = "set -e; size=2097152; start=$(($(blockdev --getsz /dev/vdc)
 /// All that the disk is called by.
 const FIND: &str =
     "disk=$(losetup -nO NAME -j /dev/vdc || true); disk=${disk:-/dev/mapper/lab_disk}; ";
+/// The kernel notices that a thin pool's disk is broken when it writes metadata the next time, which
+/// failing writes of a guest bring about by chance only: 60 to 100 s were seen.
+const POOL_PATIENCE: Duration = Duration::from_secs(300);
 const SETTINGS: &str = "/etc/drover/agent.env";
 
 /// What the pool stands on.
@@ -141,12 +146,21 @@ fn table(world: &World, host: &str, table: &str) -> Result<()> {
 pub(crate) fn wait_pool(world: &World, host: &str, state: &str) -> Result<Value> {
     let name = format!("nodes/{host}/pools/{POOL}");
     let mut last = Value::Null;
-    wait_for(&format!("{name}: {state}"), PATIENCE, || {
+    wait_for(&format!("{name}: {state}"), POOL_PATIENCE, || {
         let pools = world.vpsctl().json(&["pool", "list"])?;
         last = list(&pools).find(|pool| pool["name"] == *name).cloned().unwrap_or_default();
         Ok((last["state"] == *state).then(|| last.clone()))
     })
     .map_err(|e| Error::other(format!("{e}; it is {last}")))
+}
+
+/// Waits until the kernel says that the thin pool has no room left.
+pub(crate) fn wait_full(world: &World, host: &str) -> Result<()> {
+    let status = format!("dmsetup status {POOL}-thin-tpool");
+    wait_for("a full thin pool", PATIENCE, || {
+        let status = world.lab().ssh(host)?.run(&status)?;
+        Ok(status.contains("out_of_data_space").then_some(()))
+    })
 }
 
 /// There is an event of this kind about the host's pool.

@@ -1,13 +1,15 @@
 //! Disks and pools that fail under running guests: power lost during writes, a volume group that is
-//! missing at the agent's start, a disk that returns errors.
+//! missing at the agent's start, a disk that returns errors, a thin pool that is really full.
 //! No flushed write is lost, guests get errors and no silence, neighbours and agent go on.
 
-use drover_e2e::Result;
-use drover_e2e::guests::Guest;
+use std::time::{Duration, Instant};
+
+use drover_e2e::guests::{DiskFigures, Guest};
+use drover_e2e::{Error, Result};
 
 use crate::fragile::{
-    Disk, POOL, attach, break_disk, has_event, lost_nothing, repair_disk, wait_disk, wait_pool,
-    with_pool,
+    Disk, POOL, attach, break_disk, has_event, lost_nothing, repair_disk, wait_disk, wait_full,
+    wait_pool, with_pool,
 };
 use crate::world::World;
 use crate::{Test, ensure};
@@ -15,11 +17,14 @@ use crate::{Test, ensure};
 pub(crate) const TESTS: &[Test] = &[
     ("storage_faults::power_is_lost_during_writes", power_is_lost_during_writes),
     ("storage_faults::a_disk_returns_errors", a_disk_returns_errors),
+    ("storage_faults::a_thin_pool_is_full", a_thin_pool_is_full),
 ];
 
 const HOST: &str = "host3";
 /// vpsctl's exit code when no node has the room.
 const NO_ROOM: i32 = 5;
+/// A write for which there is no room fails within this; LVM's default would hold it back for 60 s.
+const FULL_PATIENCE: Duration = Duration::from_secs(30);
 const KERNEL: &str = "/var/lib/drover/boot/vmlinuz";
 
 fn guest(name: &str, number: u8, mib: u32, kib_per_second: u32) -> Guest {
@@ -124,14 +129,16 @@ fn a_disk_returns_errors(world: &mut World) -> Result<()> {
         ensure!(world.cluster.agent_pid(HOST)? == agent, "the agent has ended");
         world.unnoticed(watch)?;
 
-        // A thin pool that could not write its metadata stays read-only until its operator has it
-        // checked.
+        // A thin pool that could not write its metadata stays read-only until its operator does as
+        // its reason says.
         repair_disk(world, HOST)?;
         world.succeeds(&vpsctl.start(&["domain", "stop", "web1"])?)?;
-        let check = "global/thin_check_options=[\"-q\",\"--clear-needs-check-flag\"]";
-        let activate =
-            format!("vgchange -q -an {POOL} && lvchange -q -ay -K --config '{check}' {POOL}/thin");
-        world.lab().ssh(HOST)?.run(&activate)?;
+        let why = pool["state_reason"].as_str().unwrap_or_default();
+        let way = why.split_once(" are stopped, by: ").and_then(|(_, ways)| ways.split(';').next());
+        let Some(way) = way else {
+            return Err(Error::other(format!("it should say what puts it right: {pool}")));
+        };
+        world.lab().ssh(HOST)?.run(way)?;
         wait_pool(world, HOST, "ready")?;
         has_event(world, HOST, "POOL_READY")?;
         world.succeeds(&vpsctl.start(&["domain", "start", "web1"])?)?;
@@ -144,6 +151,63 @@ fn a_disk_returns_errors(world: &mut World) -> Result<()> {
         world.succeeds(&vpsctl.start(&["snapshot", "create", "web1", "of-whole"])?)?;
         vpsctl.run(&["snapshot", "delete", "of-whole", "--yes"])?;
         delete(world, &["web1", "web2"])
+    })
+}
+
+/// It fills up, which is said; nothing new comes; at its end a guest's writes fail, at once, and
+/// those who have their room go on. With more room all go on.
+fn a_thin_pool_is_full(world: &mut World) -> Result<()> {
+    with_pool(world, HOST, Disk::Breakable, 64, |world| {
+        // Somebody's own volume takes the most of it.
+        let others = format!(
+            "set -e; lvcreate -q -y -V 48M --thinpool thin -n others {POOL}; \
+             dd if=/dev/zero of=/dev/{POOL}/others bs=1M count=46 oflag=direct status=none"
+        );
+        world.lab().ssh(HOST)?.run(&others)?;
+        // It has all its blocks after some hundred writes to 32 of them.
+        let settled = guest("web1", 11, 8, 4096);
+        create(world, &settled)?;
+        wait_disk(world, &settled, "all its blocks", |d| d.flushed > 450)?;
+        // Its first block too, as any disk with a partition table: in a full pool the kernel fails
+        // the flushes of a volume that has none.
+        let first = format!(
+            "dd if=/dev/zero of=$(ls /dev/{POOL}/drover_volume_*) bs=64K count=1 oflag=direct \
+             status=none"
+        );
+        world.lab().ssh(HOST)?.run(&first)?;
+        // Slow enough to be seen on its way.
+        let greedy = guest("web2", 12, 512, 512);
+        create(world, &greedy)?;
+
+        wait_pool(world, HOST, "filling")?;
+        has_event(world, HOST, "POOL_TROUBLED")?;
+        let disk = format!("size=8MiB,pool={POOL}");
+        let line = ["domain", "create", "web3", "--memory", "128MiB", "--kernel", KERNEL];
+        world.refuses(&[&line[..], &["--disk", &disk]].concat(), NO_ROOM, &[POOL])?;
+
+        wait_full(world, HOST)?;
+        let begin = Instant::now();
+        let full = wait_disk(world, &greedy, "errors", |d| d.failed > 0)?;
+        let seconds = begin.elapsed().as_secs_f64();
+        println!("  errors {seconds:.1} s after it was full: {full:?}");
+        ensure!(begin.elapsed() < FULL_PATIENCE, "its writes were held back: {full:?}");
+        lost_nothing(&full)?;
+        let pool = wait_pool(world, HOST, "failed")?;
+        println!("  the pool: {}", pool["state_reason"]);
+        let before = wait_disk(world, &settled, "an answer", |_| true)?;
+        let goes_on = |d: &DiskFigures| d.writes > before.writes + 64;
+        let after = wait_disk(world, &settled, "writes to the room it has", goes_on)?;
+        ensure!(after.wrong == 0, "its neighbour took its room: {after:?}");
+
+        let extend = format!("lvextend -q -L +96M {POOL}/thin");
+        world.lab().ssh(HOST)?.run(&extend)?;
+        wait_pool(world, HOST, "ready")?;
+        has_event(world, HOST, "POOL_READY")?;
+        let before = wait_disk(world, &greedy, "an answer", |_| true)?;
+        let after = wait_disk(world, &greedy, "writes again", |d| d.flushed > before.flushed + 16)?;
+        lost_nothing(&after)?;
+        delete(world, &["web1", "web2"])?;
+        world.lab().ssh(HOST)?.run(&format!("lvremove -q -y {POOL}/others")).map(drop)
     })
 }
 

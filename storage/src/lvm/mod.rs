@@ -50,6 +50,9 @@ const NEW_ARGS: [&str; 6] =
 /// "queue".
 const ERROR_WHEN_FULL: &str = "error";
 
+/// How LVM checks metadata that could not be written; without it the thin pool stays read-only.
+const CHECK: &str = r#"global/thin_check_options=["-q","--clear-needs-check-flag"]"#;
+
 /// A pool in a thin pool. See [`Pool`] for what it does.
 #[derive(Debug)]
 pub(crate) struct LvmPool(Arc<Inner>);
@@ -149,6 +152,24 @@ impl Inner {
             return Err(self.unfit(reason));
         }
         Ok(pool)
+    }
+
+    /// What is wrong with the thin pool, in LVM's word, and what puts it right.
+    fn fault(&self, pool: &Lv) -> Option<String> {
+        let (vg, full) = (&self.vg, self.full(&pool.name));
+        let way = match pool.health.as_str() {
+            "" if pool.is_active => return None,
+            "" => return Some(format!("inactive; put right by: lvchange -ay {full}")),
+            "out_of_data" => format!("put right by more room: lvextend -L +SIZE {full}"),
+            // It could not write its metadata, and is activated only when that has been checked.
+            "metadata_read_only" | "failed" => format!(
+                "put right, when its disk is whole and its domains are stopped, by: vgchange -an \
+                 {vg} && lvchange -ay --config '{CHECK}' {full}; if that finds damage: lvconvert \
+                 --repair {full}"
+            ),
+            word => return Some(word.to_owned()),
+        };
+        Some(format!("{}; {way}", pool.health))
     }
 
     fn kind(&self, lv: &Lv) -> Kind {
@@ -505,13 +526,11 @@ impl Pool for LvmPool {
     fn usage(&self) -> Result<PoolUsage> {
         let lvs = self.0.report()?;
         let pool = self.0.fit_pool(&lvs)?;
-        let inactive = || (!pool.is_active).then(|| "inactive".to_owned());
-        let fault = Some(pool.health.clone()).filter(|fault| !fault.is_empty()).or_else(inactive);
         Ok(PoolUsage {
             bytes: pool.bytes,
             used_bytes: pool.allocated_bytes().unwrap_or(0),
             metadata_fraction: pool.metadata_fraction,
-            fault,
+            fault: self.0.fault(pool),
         })
     }
 

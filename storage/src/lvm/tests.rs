@@ -119,6 +119,27 @@ fn an_unfit_thin_pool_is_refused_with_what_would_put_it_right() {
     assert!(error.contains("no logical volume thin"), "{error}");
 }
 
+/// A pool that takes nothing more says what its operator does.
+#[test]
+fn a_fault_says_what_would_put_it_right() {
+    let fault = |health: &str, is_active: bool| {
+        let mut lvs = lvs();
+        let pool = named(&mut lvs, "thin");
+        (pool.health, pool.is_active) = (health.to_owned(), is_active);
+        inner().fault(pool)
+    };
+    assert_eq!(fault("", true), None);
+    for (health, way) in [
+        ("", "lvchange -ay vgtest/thin"),
+        ("out_of_data", "lvextend -L +SIZE vgtest/thin"),
+        ("metadata_read_only", "vgchange -an vgtest && lvchange -ay --config"),
+        ("failed", "lvconvert --repair vgtest/thin"),
+    ] {
+        let said = fault(health, false).unwrap();
+        assert!(said.starts_with(health) && said.contains(way), "{health}: {said}");
+    }
+}
+
 #[test]
 fn complaints_are_found_and_nonsense_is_an_error() {
     let said = report::complaints(NO_VG.as_bytes());

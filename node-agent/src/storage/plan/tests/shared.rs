@@ -33,7 +33,7 @@ fn a_node_speaks_only_of_what_it_was_told_of() {
         garbage: vec![garbage(3)],
         ..WantedStorage::default()
     };
-    let plan = world.plan(wanted.clone());
+    let plan = world.plan(wanted);
     assert_eq!(states(&plan), [(uid(1), VolumeState::Ready), (uid(3), VolumeState::Ready)]);
     assert_eq!(plan.begin, [(volume_thing(3), Work::Delete)]);
     assert!(states(&world.plan(None::<WantedStorage>)).is_empty());
@@ -50,7 +50,7 @@ fn nothing_is_called_missing_before_another_look() {
     let plan = shared(&[], true).plan(wanted.clone());
     assert_eq!(states(&plan), [(uid(1), VolumeState::Creating), (uid(2), VolumeState::Creating)]);
     assert!(plan.begin.is_empty(), "{plan:?}");
-    let plan = shared(&[], false).plan(wanted.clone());
+    let plan = shared(&[], false).plan(wanted);
     assert_eq!(states(&plan), [(uid(1), VolumeState::Failed)], "and the other is gone");
 }
 
@@ -63,7 +63,7 @@ fn in_another_pool_nothing_is_made_or_removed() {
         garbage: vec![garbage_volume(2)],
         ..WantedStorage::default()
     };
-    let plan = shared(&[1, 2], false).plan(wanted.clone());
+    let plan = shared(&[1, 2], false).plan(wanted);
     assert!(plan.begin.is_empty(), "{plan:?}");
     let expected = [
         (uid(1), VolumeState::Creating),
@@ -78,7 +78,7 @@ fn in_another_pool_nothing_is_made_or_removed() {
         garbage: vec![garbage(2)],
         ..WantedStorage::default()
     };
-    let plan = World::with(&[1, 2], &[]).plan(wanted.clone());
+    let plan = World::with(&[1, 2], &[]).plan(wanted);
     assert!(plan.begin.is_empty(), "{plan:?}");
     assert_eq!(states(&plan), [(uid(1), VolumeState::Creating), (uid(2), VolumeState::Failed)]);
 }
