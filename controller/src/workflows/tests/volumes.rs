@@ -70,7 +70,8 @@ fn with_data() -> Lab {
 }
 
 fn at_rest(lab: &mut Lab) {
-    let said = lab.observed("vm", lab.domain("vm").epoch, S::Stopped);
+    let mut said = lab.observed("vm", lab.domain("vm").epoch, S::Stopped);
+    said.set_exit_reason(drover_proto::v1::ExitReason::Shutdown);
     lab.report("a", vec![said]);
     lab.settle();
 }
