@@ -47,7 +47,7 @@ fn a_disk_comes_and_goes_while_its_domain_runs() {
     let says = ["AttachDisk", "DetachDisk"];
     let with = |data: bool| {
         let mut assignment = with_disk(&host, "", host.run(3));
-        assignment.disks[0].slot = 16;
+        (assignment.disks[0].slot, assignment.seed_slot) = (16, 31);
         if data {
             let disk = AssignedDisk {
                 volume_uid: DATA.into(),
