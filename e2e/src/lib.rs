@@ -41,7 +41,6 @@ pub mod ssh;
 pub mod switch;
 pub mod vps;
 pub mod vpsctl;
-pub mod website;
 
 pub use cluster::Cluster;
 pub use error::{Error, Result};

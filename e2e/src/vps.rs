@@ -64,8 +64,6 @@ pub struct Vps {
     pub memory_mib: u32,
     /// GiB.
     pub disk_gib: u32,
-    /// What cloud-init does at its first boot.
-    pub user_data: Option<PathBuf>,
     lab: String,
 }
 
@@ -73,7 +71,7 @@ impl Vps {
     /// Small: 512 MiB, 4 GiB of disk.
     pub fn new(cluster: &Cluster, name: &str) -> Self {
         let lab = cluster.lab().name().to_owned();
-        Self { name: name.to_owned(), memory_mib: 512, disk_gib: 4, user_data: None, lab }
+        Self { name: name.to_owned(), memory_mib: 512, disk_gib: 4, lab }
     }
 
     /// Asks for it; the operation's name.
@@ -95,31 +93,15 @@ impl Vps {
         let disk = format!("image={IMAGE},size={}GiB,pool={POOL}", self.disk_gib);
         let mut arguments = vec!["domain", "create", &self.name, "--memory", &memory];
         arguments.extend(["--disk", &disk, "--network", NETWORK, "--ssh-key", &public]);
-        let user_data = self.user_data.as_ref().map(|path| path.to_string_lossy().into_owned());
-        if let Some(file) = &user_data {
-            arguments.extend(["--user-data", file]);
-        }
         arguments.extend(how);
         vpsctl.start(&arguments)
     }
 
     /// The address that it was given.
     pub fn address(&self, vpsctl: &Vpsctl) -> Result<Ipv4Addr> {
-        self.of_interface(vpsctl, |domain| domain["addresses"].get(0))
-    }
-
-    /// Its interface's address.
-    pub fn mac(&self, vpsctl: &Vpsctl) -> Result<String> {
-        self.of_interface(vpsctl, |domain| domain["spec"]["interfaces"].get(0)?.get("mac"))
-    }
-
-    fn of_interface<T: std::str::FromStr>(
-        &self,
-        vpsctl: &Vpsctl,
-        find: impl FnOnce(&Value) -> Option<&Value>,
-    ) -> Result<T> {
         let domain = vpsctl.json(&["domain", "show", &self.name])?;
-        find(&domain)
+        domain["addresses"]
+            .get(0)
             .and_then(Value::as_str)
             .and_then(|text| text.parse().ok())
             .ok_or_else(|| Error::other(format!("{} has no address: {domain:#}", self.name)))

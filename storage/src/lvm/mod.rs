@@ -50,8 +50,10 @@ const NEW_ARGS: [&str; 6] =
 /// "queue".
 const ERROR_WHEN_FULL: &str = "error";
 
-/// How LVM checks metadata that could not be written; without it the thin pool stays read-only.
-const CHECK: &str = r#"global/thin_check_options=["-q","--clear-needs-check-flag"]"#;
+/// How LVM checks a thin pool's metadata before it is activated. A host that lost power leaves blocks
+/// that nobody has, and one whose disk failed a mark that a check is due: both would keep the pool
+/// from being used until somebody came, and both are put right here. Damage is not.
+const CHECK: &str = r#"global/thin_check_options=["-q","--auto-repair"]"#;
 
 /// A pool in a thin pool. See [`Pool`] for what it does.
 #[derive(Debug)]
@@ -288,7 +290,8 @@ impl Inner {
 
     fn set_active(&self, name: &str, active: bool) -> Result<()> {
         let value = if active { "y" } else { "n" };
-        let args = ["lvchange", "--quiet", "--yes", "--ignoreactivationskip", "--activate", value];
+        let mut args = vec!["lvchange", "--quiet", "--yes", "--config", CHECK];
+        args.extend(["--ignoreactivationskip", "--activate", value]);
         lvm(&[&args[..], &[&self.full(name)]].concat()).map(drop)
     }
 
