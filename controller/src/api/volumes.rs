@@ -18,7 +18,7 @@ use crate::model::{DomainId, NodeId, Observed, OperationId, VolumeId, VolumeReco
 use crate::store::Versioned;
 use crate::workflows::Refusal;
 use crate::workflows::begin::etag;
-use crate::workflows::volumes::{self, NewVolume};
+use crate::workflows::volumes::{self, Attached, NewVolume};
 
 #[tonic::async_trait]
 impl PoolService for Service {
@@ -143,11 +143,15 @@ impl VolumeService for Service {
         &self,
         request: Request<AttachVolumeRequest>,
     ) -> Result<Response<Volume>, Status> {
-        let AttachVolumeRequest { name, domain, read_only, etag } = request.into_inner();
+        let AttachVolumeRequest { name, domain, read_only, etag, limits } = request.into_inner();
         let id = validate::volume("name", &name)?;
         let domain = validate::domain("domain", &domain)?;
+        if let Some(limits) = &limits {
+            validate::disk_limits("limits", limits)?;
+        }
+        let how = Attached { read_only, limits };
         self.decide(Instant::now() + CALL_WAIT, |cx, _| {
-            Ok((volumes::attach_volume(cx, &id, &domain, read_only, &etag)?, ()))
+            Ok((volumes::attach_volume(cx, &id, &domain, &how, &etag)?, ()))
         })
         .await?;
         Ok(Response::new(self.volume(&id).await?))

@@ -5,7 +5,9 @@
 //! lies on the node that its row names, is in what that node is told, and counts as promised
 //! there.
 
-use drover_proto::v1::{Disk, EventSeverity, OperationKind, OperationState, VolumeState};
+use drover_proto::v1::{
+    Disk, DiskLimits, EventSeverity, OperationKind, OperationState, VolumeState,
+};
 
 use super::begin::{
     Begun, FILL_WAIT_MS, busy, check_etag, known_domain, known_node, operation, reserve,
@@ -132,6 +134,15 @@ pub fn delete_volume(cx: &Context<'_>, id: &VolumeId, etag: &str) -> Result<Txn,
     Ok(discard(cx, txn, node, row))
 }
 
+/// What a disk is to the domain that gets it.
+#[derive(Debug, Clone, Copy, Default)]
+pub struct Attached {
+    /// The guest may not write to it.
+    pub read_only: bool,
+    /// What the guest may ask of it, checked.
+    pub limits: Option<DiskLimits>,
+}
+
 /// Gives a volume to a domain of its node that is at rest or runs, as its last disk.
 ///
 /// # Errors
@@ -141,7 +152,7 @@ pub fn attach_volume(
     cx: &Context<'_>,
     id: &VolumeId,
     domain: &DomainId,
-    read_only: bool,
+    how: &Attached,
     etag: &str,
 ) -> Result<Txn, Refusal> {
     let row = known(cx, id)?;
@@ -182,8 +193,8 @@ pub fn attach_volume(
             "" => String::new(),
             image => format!("images/{image}"),
         },
-        read_only,
-        ..Disk::default()
+        read_only: how.read_only,
+        limits: how.limits,
     });
     domain.as_str().clone_into(&mut volume.domain);
     volume.node.clear();
@@ -217,6 +228,9 @@ pub fn detach_volume(cx: &Context<'_>, id: &VolumeId, etag: &str) -> Result<Txn,
             format!("{name} is not one of {}'s own disks: end the rescue instead", domain.name());
         return refuse("NOT_A_DISK", message);
     };
+    if runs {
+        plug::may_go(&owner.value, &row.value, place)?;
+    }
     if place == 0 && disks.len() > 1 {
         let message =
             format!("{name} is the first disk of {}: detach the others first", domain.name());
@@ -224,7 +238,6 @@ pub fn detach_volume(cx: &Context<'_>, id: &VolumeId, etag: &str) -> Result<Txn,
     }
     let mut volume = row.value.clone();
     if runs {
-        plug::may_go(&owner.value, &volume, place)?;
         volume.detaching = true;
         return Ok(plug::begin(cx, OperationKind::DetachVolume, (row, volume), owner, record));
     }

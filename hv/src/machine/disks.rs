@@ -69,8 +69,11 @@ impl Machine {
         let wiring = Arc::clone(&self.wiring);
         let function = VirtioPci::new(Box::new(blk), slot, self.memory.clone(), wiring);
         let function = Arc::new(function.map_err(device)?);
-        if self.paused {
-            function.pause().map_err(|error| device(std::io::Error::other(error)))?;
+        if self.paused
+            && let Err(error) = function.pause()
+        {
+            function.release();
+            return Err(device(std::io::Error::other(error)));
         }
         let index = self.config.insert_disk(disk);
         self.volumes.insert(index, migratable);

@@ -147,6 +147,9 @@ impl Machine {
                 .and_then(|function| function.pause().map_err(io::Error::other).map(|()| function))
                 .map_err(|source| MachineError::Device { device: name, source })?;
             let function = Arc::new(function);
+            if purpose == Purpose::Incoming {
+                function.expect();
+            }
             pci.add(slot, Arc::clone(&function) as _);
             virtio.push(Arc::clone(&function));
             Ok::<_, MachineError>(function)

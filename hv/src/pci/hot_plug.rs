@@ -11,7 +11,11 @@
 //!
 //! Only what was asked for is ejected: a guest that plays with the registers loses what was to go,
 //! at most. From that moment on the guest does not find the function; whoever owns the machine
-//! takes it out of the bus when it can.
+//! takes it out of the bus when it can. A guest that lets go of what it need not (it was asked, and
+//! then no more) is told of it as of something that has come.
+//!
+//! The line has edges, and an edge is lost while the guest has masked it: before its driver is
+//! there, or as it moves. So what is [unread](HotPlug::unread) is told [again](HotPlug::remind).
 
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
@@ -83,6 +87,27 @@ impl HotPlug {
         self.raise();
     }
 
+    /// It may stay, if the guest has not let go of it. Answers whether it does.
+    pub fn keep(&self, slot: u8) -> bool {
+        let mut registers = self.registers();
+        registers.asked &= !bit(slot);
+        registers.down &= !bit(slot);
+        registers.ejected & bit(slot) == 0
+    }
+
+    /// Slots of which the guest was told, and has not read so, one bit each.
+    pub fn unread(&self) -> u32 {
+        let registers = self.registers();
+        registers.up | registers.down
+    }
+
+    /// Tells the guest again of what it has not read.
+    pub fn remind(&self) {
+        if self.unread() != 0 {
+            self.raise();
+        }
+    }
+
     /// Slots that the guest was asked to let go of and has not, one bit each.
     pub fn asked(&self) -> u32 {
         self.registers().asked
@@ -104,11 +129,8 @@ impl HotPlug {
 
     /// The machine goes on, perhaps elsewhere: what the guest has not read it is told again.
     pub fn resume(&self) {
-        let registers = *self.registers();
-        if registers.up | registers.down != 0 {
-            self.raise();
-        }
-        if registers.ejected != 0 {
+        self.remind();
+        if self.ejected() != 0 {
             (self.on_eject)();
         }
     }
@@ -130,10 +152,16 @@ impl HotPlug {
     pub fn write(&self, offset: u16, data: &[u8]) {
         let (EJECT, Ok(value)) = (offset, <[u8; 4]>::try_from(data)) else { return };
         let mut registers = self.registers();
-        let ejected = u32::from_le_bytes(value) & registers.asked;
+        let value = u32::from_le_bytes(value) & ALL & !registers.ejected;
+        let ejected = value & registers.asked;
         registers.asked &= !ejected;
         registers.ejected |= ejected;
+        let stays = value & !ejected;
+        registers.up |= stays;
         drop(registers);
+        if stays != 0 {
+            self.raise();
+        }
         if ejected != 0 {
             (self.on_eject)();
         }
@@ -171,8 +199,10 @@ fn bit(slot: u8) -> u32 {
     1 << slot
 }
 
+/// Every slot from which something may go.
+const ALL: u32 = u32::MAX << *HOT_PLUG_SLOTS.start();
+
 fn slots(fields: &mut Decoder<'_>, field: &'static str) -> Result<u32, StateError> {
-    const ALL: u32 = u32::MAX << *HOT_PLUG_SLOTS.start();
     let value = fields.u32(field)?;
     if value & !ALL != 0 {
         let accepted = format!("bits of {ALL:#x}");
@@ -231,6 +261,42 @@ mod tests {
         assert_eq!((device.asked(), read(&device, DOWN)), (0, 0));
         device.gone(17);
         assert_eq!(device.ejected(), 0);
+    }
+
+    /// A guest that was asked in vain, and lets go of it when it may stay, finds it again.
+    #[test]
+    fn what_may_stay_after_all_is_found_again() {
+        let (device, line, ejects) = device();
+        device.ask(17);
+        assert_eq!((line.read().unwrap(), read(&device, DOWN)), (1, 1 << 17));
+        assert!(device.keep(17));
+        assert_eq!((device.asked(), device.unread()), (0, 0));
+        device.write(EJECT, &(1u32 << 17).to_le_bytes());
+        assert_eq!((device.ejected(), ejects.load(Ordering::SeqCst)), (0, 0));
+        assert_eq!((line.read().unwrap(), read(&device, UP)), (1, 1 << 17));
+
+        device.ask(17);
+        device.write(EJECT, &(1u32 << 17).to_le_bytes());
+        assert!(!device.keep(17), "too late");
+    }
+
+    /// An edge that came before the guest's driver is lost: there is another one until the guest
+    /// has read what there is, and none then.
+    #[test]
+    fn what_is_not_read_is_told_again() {
+        let (device, line, _) = device();
+        device.plugged(17);
+        device.ask(18);
+        line.read().unwrap();
+        for _ in 0..2 {
+            device.remind();
+            assert_eq!(line.read().unwrap(), 1);
+        }
+        read(&device, UP);
+        assert_eq!(device.unread(), 1 << 18);
+        read(&device, DOWN);
+        device.remind();
+        assert!(line.read().is_err(), "all is read");
     }
 
     /// What the guest had not read is told again where it goes on, and what it has let go of is

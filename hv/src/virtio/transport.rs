@@ -97,15 +97,20 @@ impl VirtioPci {
         let name = format!("{}-{slot}", device_kind.name);
         let worker = Some(worker::spawn(Arc::clone(&core), name)?);
         let config = Mutex::new(config);
-        // Most windows stay there: a guest that comes here need not wait for it in its pause.
         let notifications = Notifications::new(slot, wiring);
-        notifications.wire(&core.kicks, Some(window_start(slot)));
         Ok(Self { core, msix, config, slot, notifications, pci_cap, msix_cap, features, worker })
     }
 
     /// Its slot on the bus.
     pub fn slot(&self) -> u8 {
         self.slot
+    }
+
+    /// A guest is about to come here. Most windows stay where they were made: it need not wait for
+    /// their wiring in its pause. No other machine does this: until the guest has put the window
+    /// there, the address may be another function's, whose notifications would be lost.
+    pub fn expect(&self) {
+        self.notifications.wire(&self.core.kicks, Some(window_start(self.slot)));
     }
 
     /// The queues' notifications come from where the window is now.
@@ -115,7 +120,7 @@ impl VirtioPci {
 
     /// The function leaves the bus for good: the guest reaches it no more, nor it the guest.
     pub fn release(&self) {
-        self.notifications.wire(&self.core.kicks, None);
+        self.notifications.release(&self.core.kicks);
         self.msix.release();
     }
 

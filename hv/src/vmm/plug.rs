@@ -4,9 +4,11 @@
 //! guest, which lets go of it when it likes: a vCPU writes that into the hot-plug registers, the
 //! supervisor is told and takes the disk out, and whoever waits sees it in the status. While a
 //! migration or a saving has the machine, nothing is taken out: what the guest has let go of is
-//! part of the state, and goes where the guest goes on.
+//! part of the state, and goes where the guest goes on. One that is attached while the guest is
+//! asked for it stays: so a guest that never answers leaves nothing half done.
 
 use std::path::PathBuf;
+use std::time::Duration;
 
 use drover_proto::vmm::v1::{AttachDiskRequest, DetachDiskRequest, DiskStatus};
 
@@ -16,6 +18,11 @@ use super::supervisor::{Place, Supervisor};
 use crate::config::{DiskConfig, FieldError};
 use crate::machine::MachineError;
 use crate::pci::HOT_PLUG_SLOTS;
+
+/// A guest that has not read what came or goes is told again after so long, so many times: it may
+/// be booting, and one that never looks costs nothing for ever.
+const REMIND: Duration = Duration::from_secs(1);
+pub(super) const REMINDERS_MAX: u32 = 120;
 
 impl Supervisor {
     pub(super) fn attach_disk(&mut self, request: AttachDiskRequest) -> Result<(), VmmError> {
@@ -32,17 +39,17 @@ impl Supervisor {
         if disk.serial.is_empty() {
             return Err(FieldError::new("serial", "", "a serial number of its own").into());
         }
-        let detaching = self.detaching();
         let Place::Owned(machine) = &mut self.place else { return Err(self.refuse(ASKED)) };
         let disks = &self.options.config.disks;
         if let Some(there) = disks.iter().find(|there| there.serial == disk.serial)
             && (&there.path, there.slot) == (&disk.path, disk.slot)
         {
-            if is_detaching(there, detaching) {
-                let state = "the guest is asked to let go of it".to_owned();
+            // Asked again, or it may stay after all.
+            if there.slot.is_some_and(|slot| !machine.devices().pci.hot_plug().keep(slot)) {
+                let state = "the guest has just let go of it".to_owned();
                 return Err(VmmError::State { asked: ASKED, state });
             }
-            // Asked again.
+            self.tell_disks();
             return Ok(());
         }
         let mut config = self.options.config.clone();
@@ -54,6 +61,7 @@ impl Supervisor {
         })?;
         // The machine after a reboot is made from it.
         self.options.config = config;
+        self.reminders = REMINDERS_MAX;
         self.tell_disks();
         Ok(())
     }
@@ -76,8 +84,23 @@ impl Supervisor {
             return Err(self.refuse(ASKED));
         }
         machine.devices().pci.hot_plug().ask(slot);
+        self.reminders = REMINDERS_MAX;
         self.tell_disks();
         Ok(())
+    }
+
+    /// When the guest is to be told again of what it has not read, if it is.
+    pub(super) fn remind_in(&self) -> Option<Duration> {
+        let Place::Owned(machine) = &self.place else { return None };
+        let unread = machine.devices().pci.hot_plug().unread() != 0 && !machine.is_paused();
+        (unread && self.reminders > 0).then_some(REMIND)
+    }
+
+    /// Tells it again.
+    pub(super) fn remind(&mut self) {
+        let Place::Owned(machine) = &self.place else { return };
+        machine.devices().pci.hot_plug().remind();
+        self.reminders = self.reminders.saturating_sub(1);
     }
 
     /// Takes out what the guest has let go of, when the machine is here.

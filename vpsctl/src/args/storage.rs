@@ -3,6 +3,7 @@
 use std::path::PathBuf;
 
 use clap::{Args, Subcommand, ValueEnum};
+use drover_proto::v1::DiskLimits;
 
 use super::{Detach, Yes, domain::DomainName};
 use crate::parse;
@@ -44,6 +45,9 @@ Examples:
         /// The guest may not write to it
         #[arg(long)]
         read_only: bool,
+        /// What the guest may ask of it: iops=…,bps=… with one or both [default: no limit]
+        #[arg(long, value_name = "LIMITS", value_parser = parse::limits)]
+        limits: Option<DiskLimits>,
     },
     /// Take a volume from its domain; it stays on the node
     ///

@@ -43,12 +43,13 @@ pub(super) async fn volume(context: &Context, command: VolumeCommand) -> Result<
             call!(context, VolumeServiceClient::delete_volume, request)?;
             context.gone(&name.volume, &format!("{} is deleted", short(&name.volume)))
         }
-        VolumeCommand::Attach { name, domain, read_only } => {
+        VolumeCommand::Attach { name, domain, read_only, limits } => {
             let request = AttachVolumeRequest {
                 name: name.volume,
                 domain: domain.domain,
                 read_only,
                 etag: String::new(),
+                limits,
             };
             let volume = call!(context, VolumeServiceClient::attach_volume, request)?;
             plugged(context, &volume).await?;

@@ -1,14 +1,16 @@
 //! Volumes that no domain has: where they are made, who gets them, and that nothing takes them for
 //! what nobody knows.
 
+use drover_proto::agent::v1::{MigrationProgress as P, MigrationRole};
 use drover_proto::agent::v1::{ObservedState as S, ObservedVolume};
-use drover_proto::v1::{DomainState, OperationState, VolumeState};
+use drover_proto::v1::{DiskLimits, DomainState, OperationState, VolumeState};
 
 use super::copies::stopped;
 use super::disks::{garbage, lab};
-use super::lab::{Lab, ended, split};
+use super::lab::{Lab, Observe, ended, split};
 use crate::model::{DomainId, NodeId, OperationRecord, VolumeId, VolumeRecord};
-use crate::workflows::volumes::{self, NewVolume};
+use crate::store::Txn;
+use crate::workflows::volumes::{self, Attached, NewVolume};
 use crate::workflows::{Refusal, begin, nodes};
 
 const GIB: u64 = 1 << 30;
@@ -28,8 +30,12 @@ fn create(lab: &mut Lab, new: &NewVolume) -> Result<OperationRecord, Refusal> {
 }
 
 fn attach(lab: &mut Lab, id: &str, domain: &str) -> Result<(), Refusal> {
+    attach_as(lab, id, domain, &Attached::default())
+}
+
+fn attach_as(lab: &mut Lab, id: &str, domain: &str, how: &Attached) -> Result<(), Refusal> {
     let (id, domain) = (VolumeId::trusted(id), DomainId::trusted(domain));
-    lab.with(|cx| volumes::attach_volume(cx, &id, &domain, false, "").map(|txn| (txn, ())))
+    lab.with(|cx| volumes::attach_volume(cx, &id, &domain, how, "").map(|txn| (txn, ())))
 }
 
 fn detach(lab: &mut Lab, id: &str) -> Result<(), Refusal> {
@@ -354,6 +360,83 @@ fn a_running_domain_gets_it_and_gives_it_back() {
     assert!(garbage(&lab).is_empty());
 }
 
+/// What a domain boots from stays while it runs, whatever else it has; and a new disk's limits are
+/// told with it.
+#[test]
+fn the_disk_that_a_domain_runs_from_stays() {
+    let mut lab = running();
+    let mut domain = lab.domain("vm");
+    domain.spec.as_mut().unwrap().boot = None;
+    assert!(lab.commit(&Txn::new().put(&domain)));
+    for data in [false, true] {
+        if data {
+            let limits = DiskLimits { requests_per_second: 500, ..DiskLimits::default() };
+            let how = Attached { read_only: true, limits: Some(limits) };
+            attach_as(&mut lab, "data", "vm", &how).unwrap();
+            let told = lab.level("a").domains.remove(0).disks.remove(1);
+            assert_eq!((told.read_only, told.limits), (true, Some(limits)));
+            runs(&mut lab, &[("vm-0", false), ("data", false)], "");
+        }
+        let before = lab.domain("vm");
+        let refused = detach(&mut lab, "vm-0").unwrap_err();
+        let Refusal::Precondition { reason, message, .. } = &refused else { panic!("{refused}") };
+        assert_eq!(*reason, "BOOT_DISK");
+        assert_eq!(message, "domains/vm runs from volumes/vm-0: stop it first");
+        assert_eq!((lab.domain("vm"), row(&lab, "vm-0").unwrap().detaching), (before, false));
+    }
+    // One from before disks had slots of their own stays, too.
+    let data = VolumeRecord { slot: 0, ..row(&lab, "data").unwrap() };
+    assert!(lab.commit(&Txn::new().put(&data)));
+    let refused = detach(&mut lab, "data").unwrap_err().to_string();
+    assert!(refused.contains("before disks could leave a running guest: stop domains/vm first"));
+}
+
+/// One that moves gets nothing and gives nothing; where it goes on, its disks are in their slots,
+/// and so they are when it starts anew.
+#[test]
+fn a_domain_that_moves_keeps_its_slots() {
+    let mut lab = running();
+    create(&mut lab, &new("more", Some("a"), 1)).unwrap();
+    has(&mut lab, "a", &["vm-0", "data", "more"], VolumeState::Ready);
+    attach(&mut lab, "data", "vm").unwrap();
+    runs(&mut lab, &[("vm-0", false), ("data", false)], "");
+    attach(&mut lab, "more", "vm").unwrap();
+    runs(&mut lab, &[("vm-0", false), ("data", false), ("more", false)], "");
+    detach(&mut lab, "data").unwrap();
+    runs(&mut lab, &[("vm-0", false), ("more", false)], "");
+    assert_eq!(held_by(&lab), "");
+
+    let migration = lab.migrate("vm", "b").unwrap();
+    lab.settle();
+    assert!(matches!(attach(&mut lab, "data", "vm"), Err(Refusal::Busy { .. })));
+    assert!(matches!(detach(&mut lab, "more"), Err(Refusal::Busy { .. })));
+    let slots = |lab: &Lab, node: &str| -> Vec<u32> {
+        let assignment = lab.assignment(node, "vm").unwrap();
+        assignment.disks.iter().map(|disk| disk.slot).collect()
+    };
+    assert_eq!((slots(&lab, "a"), slots(&lab, "b")), (vec![16, 18], vec![16, 18]));
+
+    // It fails: the domain is where it was, and gets what it shall.
+    lab.cancel(&migration.id).unwrap();
+    let back = lab.observed("vm", lab.domain("vm").epoch, S::Running).migrating(
+        &migration.id,
+        MigrationRole::Source,
+        P::Failed,
+    );
+    lab.report("a", vec![back]);
+    lab.report("b", vec![]);
+    lab.settle();
+    assert_eq!(held_by(&lab), "");
+    runs(&mut lab, &[("vm-0", false), ("more", false)], "");
+    attach(&mut lab, "data", "vm").unwrap();
+    assert_eq!(slots(&lab, "a"), [16, 18, 19], "behind the others, so that it is the last");
+}
+
+/// The operation that holds `vm`.
+fn held_by(lab: &Lab) -> String {
+    lab.domain("vm").operation
+}
+
 /// What cannot be done is undone: the rows are as they were, and say why.
 #[test]
 fn a_guest_that_does_not_play_along_changes_nothing() {
@@ -442,5 +525,13 @@ fn a_guest_has_so_many_disks() {
         attach(&mut lab, &format!("d{n}"), "vm").unwrap();
     }
     let refused = attach(&mut lab, "data", "vm").unwrap_err().to_string();
-    assert!(refused.contains("domains/vm has 7 disks"), "{refused}");
+    assert!(refused.contains("domains/vm has 7 disks: no more fit"), "{refused}");
+    // Nor while it runs.
+    let id = DomainId::trusted("vm");
+    lab.with(|cx| begin::start_domain(cx, &id, false).map(split)).unwrap();
+    let disks: Vec<_> = all.iter().filter(|id| **id != "data").map(|id| (*id, false)).collect();
+    runs(&mut lab, &disks, "");
+    assert_eq!(lab.domain("vm").state(), DomainState::Running);
+    let refused = attach(&mut lab, "data", "vm").unwrap_err().to_string();
+    assert!(refused.contains("domains/vm has 7 disks: no more fit"), "{refused}");
 }

@@ -91,6 +91,9 @@ fn disks_come_and_go() {
         ("asked long ago", vec![&going()], &Disks::Ready, asked(NOW - 10_000), {
             DetachDisk("old".into())
         }),
+        ("it may stay", vec![&root, &has("data", 17, true)], &Disks::Ready, told.clone(), {
+            AttachDisk(1)
+        }),
         ("from the start", vec![&root, &data, &has("old", 0, false)], &Disks::Ready, told, Nothing),
     ] {
         let plugged: Vec<_> = plugged.into_iter().cloned().collect();

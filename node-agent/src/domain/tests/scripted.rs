@@ -130,7 +130,10 @@ impl Vmm {
     }
 
     fn change(&self, change: impl FnOnce(&mut VmmStatus)) -> Response<VmmStatus> {
-        self.status.send_modify(change);
+        self.status.send_modify(|status| {
+            change(status);
+            status.sequence += 1;
+        });
         Response::new(self.status.borrow().clone())
     }
 
@@ -223,12 +226,22 @@ impl VmmService for Vmm {
         let AttachDiskRequest { serial, slot, .. } = request.into_inner();
         eprintln!("AttachDisk {serial} {slot}");
         let disk = DiskStatus { serial, slot, detaching: false };
-        Ok(self.change(|status| status.disks.push(disk)))
+        Ok(self.change(|status| {
+            status.disks.retain(|there| there.serial != disk.serial);
+            status.disks.push(disk);
+        }))
     }
 
     async fn detach_disk(&self, request: Request<DetachDiskRequest>) -> Answer<VmmStatus> {
         let serial = request.into_inner().serial;
         eprintln!("DetachDisk {serial}");
+        if self.how == "keeps-disks" {
+            self.change(|status| {
+                let asked = |disk: &&mut DiskStatus| disk.serial == serial;
+                status.disks.iter_mut().filter(asked).for_each(|disk| disk.detaching = true);
+            });
+            return Err(Status::deadline_exceeded("the guest has not let go of it"));
+        }
         Ok(self.change(|status| status.disks.retain(|disk| disk.serial != serial)))
     }
 
