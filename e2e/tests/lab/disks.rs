@@ -2,7 +2,7 @@
 //! what its operators do with it.
 
 use std::collections::BTreeSet;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use drover_e2e::cluster::list;
 use drover_e2e::process::wait_for;
@@ -221,6 +221,7 @@ fn its_operators_repair_it(world: &mut World) -> Result<()> {
 /// A disk is attached to the VPS, which runs, written to, detached, and attached again.
 fn another_disk(world: &World, vps: &Vps) -> Result<()> {
     let vpsctl = world.vpsctl();
+    let begin = Instant::now();
     let made = vpsctl.start(&["volume", "create", "data", "--size", "1GiB", "--node", "host1"])?;
     let made = world.cluster.wait_operation(&made, COPY_PATIENCE)?;
     ensure!(made["state"] == "succeeded", "the volume should be made: {made:#}");
@@ -248,5 +249,6 @@ fn another_disk(world: &World, vps: &Vps) -> Result<()> {
     ensure!(same == sum, "the disk holds something else: {sum} {same}");
     vpsctl.run(&["volume", "detach", "data"])?;
     vpsctl.run(&["volume", "delete", "data"])?;
+    println!("  a disk came, went and came again: {:.0} s", begin.elapsed().as_secs_f64());
     Ok(())
 }
