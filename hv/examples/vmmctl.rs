@@ -8,10 +8,11 @@ use std::time::Duration;
 use drover_proto::v1::{ConsoleInput, MigrationLimits};
 use drover_proto::vmm::v1::vmm_service_client::VmmServiceClient;
 use drover_proto::vmm::v1::{
-    CancelMigrationRequest, Disk, DiskLimits, GetStatusRequest, GrowDiskRequest,
-    GuestAgentCallRequest, PauseRequest, PowerButtonRequest, PrepareIncomingRequest, QuitRequest,
-    ResetRequest, ResumeRequest, SaveRequest, SetDiskLimitsRequest, SetGenerationRequest,
-    StartMigrationRequest, TakeOverRequest, VmmStatus, disk,
+    AttachDiskRequest, CancelMigrationRequest, DetachDiskRequest, Disk, DiskLimits,
+    GetStatusRequest, GrowDiskRequest, GuestAgentCallRequest, PauseRequest, PowerButtonRequest,
+    PrepareIncomingRequest, QuitRequest, ResetRequest, ResumeRequest, SaveRequest,
+    SetDiskLimitsRequest, SetGenerationRequest, StartMigrationRequest, TakeOverRequest, VmmStatus,
+    disk,
 };
 use hyper_util::rt::TokioIo;
 use tokio::net::UnixStream;
@@ -23,6 +24,7 @@ const COMMANDS: &str = "commands:
   save PATH                   write the guest to a file or block device, and end
   limit INDEX IOPS IOPS_BURST BYTES_PER_SECOND BYTES_BURST
   grow INDEX                  the disk's volume is larger now
+  attach PATH SERIAL SLOT | detach SERIAL
   agent COMMAND               a command of the guest agent protocol, JSON
   generation UUID             the guest has become another one
   console SECONDS             show history and what comes
@@ -98,6 +100,19 @@ async fn main() -> Result<(), Box<dyn std::error::Error>> {
             println!("{:?}", vmm.grow_disk(request).await?.into_inner());
             return Ok(());
         }
+        ["attach", path, serial, slot] => {
+            let request = AttachDiskRequest {
+                path: path.into(),
+                serial: serial.into(),
+                slot: slot.parse()?,
+                ..Default::default()
+            };
+            vmm.attach_disk(request).await?.into_inner()
+        }
+        ["detach", serial] => {
+            let request = DetachDiskRequest { serial: serial.into(), timeout: None };
+            vmm.detach_disk(request).await?.into_inner()
+        }
         ["generation", id] => {
             let request = SetGenerationRequest { generation_id: id.into() };
             vmm.set_generation(request).await?.into_inner()
@@ -147,6 +162,9 @@ fn show(status: &VmmStatus) {
         status.net_rx_bytes,
         status.net_tx_bytes
     );
+    for disk in &status.disks {
+        println!("  {disk:?}");
+    }
     if let Some(migration) = &status.migration {
         println!("  {migration:?}");
     }

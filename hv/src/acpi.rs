@@ -11,12 +11,14 @@
 //! Field offsets are those of the ACPI specification 6.5: FADT 5.2.9, FACS 5.2.10, MADT 5.2.12.
 
 use acpi_tables::aml::{
-    AddressSpace, AddressSpaceCacheable, Device, EISAName, IO, Interrupt, Method, Name, Notify,
-    Package, Path, ResourceTemplate,
+    Acquire, AddressSpace, AddressSpaceCacheable, And, Arg, Device, EISAName, Field,
+    FieldAccessType, FieldEntry, FieldLockRule, FieldUpdateRule, IO, If, Interrupt, Method,
+    MethodCall, Mutex, Name, Notify, OpRegion, OpRegionSpace, Package, Path, Release,
+    ResourceTemplate, Scope, Store,
 };
 use acpi_tables::rsdp::Rsdp;
 use acpi_tables::sdt::Sdt;
-use acpi_tables::{Aml, aml};
+use acpi_tables::{Aml, AmlSink, aml};
 use vm_memory::{Bytes, GuestAddress, GuestMemoryError};
 
 use crate::machine::ports;
@@ -232,12 +234,119 @@ fn dsdt(generation: bool) -> Sdt {
     for part in [off, pci, serial, panic] {
         table.append_slice(&part);
     }
+    for part in hot_plug() {
+        table.append_slice(&part);
+    }
     if generation {
         for part in generation_devices() {
             table.append_slice(&part);
         }
     }
     table
+}
+
+/// The slots whose functions come and go, with the methods that read and write the registers of
+/// [`pci::HotPlug`], and the device of the event by which they are called.
+fn hot_plug() -> [Vec<u8>; 2] {
+    /// What is notified: look whether there is something, or let it go.
+    const CHECK: u8 = 1;
+    const EJECT: u8 = 3;
+    const FOR_EVER: u16 = 0xffff;
+    let name = |slot: u8| format!("S{slot:03}");
+    let (lock, unlock) = (Acquire::new("PHLK".into(), FOR_EVER), Release::new("PHLK".into()));
+
+    let slots: Vec<Vec<u8>> = pci::HOT_PLUG_SLOTS
+        .map(|slot| {
+            let (bit, path) = (1u32 << slot, Path::new("PEJT"));
+            Device::new(
+                name(slot).as_str().into(),
+                vec![
+                    &Name::new("_SUN".into(), &slot),
+                    &Name::new("_ADR".into(), &(u32::from(slot) << 16)),
+                    &Method::new(
+                        "_EJ0".into(),
+                        1,
+                        true,
+                        vec![&lock, &Store::new(&path, &bit), &unlock],
+                    ),
+                ],
+            )
+            .bytes()
+        })
+        .collect();
+    // Notifies the slots whose bits are in the first argument of the second.
+    let tell: Vec<Vec<u8>> = pci::HOT_PLUG_SLOTS
+        .map(|slot| {
+            let (bit, path) = (1u32 << slot, Path::new(&name(slot)));
+            let is_set = And::new(&aml::ZERO, &Arg(0), &bit);
+            If::new(&is_set, vec![&Notify::new(&path, &Arg(1))]).bytes()
+        })
+        .collect();
+    let tell: Vec<Raw> = tell.into_iter().map(Raw).collect();
+    let slots: Vec<Raw> = slots.into_iter().map(Raw).collect();
+
+    let region = OpRegion::new(
+        "PHPR".into(),
+        OpRegionSpace::SystemIO,
+        &ports::HOT_PLUG,
+        &pci::HOT_PLUG_REGISTER_BYTES,
+    );
+    let registers = Field::new(
+        "PHPR".into(),
+        FieldAccessType::DWord,
+        FieldLockRule::NoLock,
+        FieldUpdateRule::WriteAsZeroes,
+        vec![
+            FieldEntry::Named(*b"PCUP", 32),
+            FieldEntry::Named(*b"PCDN", 32),
+            FieldEntry::Named(*b"PEJT", 32),
+        ],
+    );
+    let mutex = Mutex::new("PHLK".into(), 0);
+    let tell = Method::new("PTEL".into(), 2, true, tell.iter().map(|part| part as _).collect());
+    let (up, down) = (Path::new("PCUP"), Path::new("PCDN"));
+    let tell_up = MethodCall::new("PTEL".into(), vec![&up, &CHECK]);
+    let tell_down = MethodCall::new("PTEL".into(), vec![&down, &EJECT]);
+    let look = Method::new("PLOK".into(), 0, true, vec![&lock, &tell_up, &tell_down, &unlock]);
+    let mut parts: Vec<&dyn Aml> = vec![&region, &registers, &mutex];
+    parts.extend(slots.iter().map(|part| part as &dyn Aml));
+    parts.extend([&tell as &dyn Aml, &look]);
+    let scope = Scope::new("_SB_.PCI0".into(), parts).bytes();
+
+    let events = Device::new(
+        "_SB_.GEDP".into(),
+        vec![
+            &Name::new("_HID".into(), &"ACPI0013"),
+            &Name::new("_UID".into(), &aml::ONE),
+            &Name::new(
+                "_CRS".into(),
+                &ResourceTemplate::new(vec![&Interrupt::new(
+                    true,
+                    true,
+                    false,
+                    false,
+                    ports::HOT_PLUG_LINE,
+                )]),
+            ),
+            &Method::new(
+                "_EVT".into(),
+                1,
+                true,
+                vec![&MethodCall::new("\\_SB_.PCI0.PLOK".into(), vec![])],
+            ),
+        ],
+    )
+    .bytes();
+    [scope, events]
+}
+
+/// A part that is made already.
+struct Raw(Vec<u8>);
+
+impl Aml for Raw {
+    fn to_aml_bytes(&self, sink: &mut dyn AmlSink) {
+        self.0.iter().for_each(|byte| sink.byte(*byte));
+    }
 }
 
 /// The generation's device, and the one that tells of its changes (ACPI 6.5, 5.6.9).
@@ -356,7 +465,8 @@ mod tests {
         assert!(has(&with, &[0x89, 6, 0, 0b11, 1, 5, 0, 0, 0]));
         assert!(has(&with, b"\x86\x5c\x2e_SB_VGEN\x0a\x80"));
         assert!(!has(&dsdt(false), b"VM_Gen_Counter"));
-        assert!(!has(&dsdt(false), b"ACPI0013"));
+        // The other event device is there always.
+        assert!(has(&dsdt(false), b"\x5c\x2f\x03_SB_PCI0PLOK"));
         // It lies where the guest has no memory of its own.
         let memory = memory::create(32 << 20).unwrap();
         const { assert!(GENERATION_START.0 >= TABLES_END) };

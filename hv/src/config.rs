@@ -136,7 +136,8 @@ pub struct DomainConfig {
     /// At most [`INTERFACES_MAX`], in the order in which the guest finds them.
     #[serde(default)]
     pub interfaces: Vec<InterfaceConfig>,
-    /// At most [`DISKS_MAX`], in the order in which the guest finds them.
+    /// At most [`DISKS_MAX`], in the order in which the guest finds them: those without a slot,
+    /// then by slot (a file may have them in any order).
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub disks: Vec<DiskConfig>,
     /// There is a port for the guest's agent.
@@ -194,9 +195,10 @@ impl DomainConfig {
             .into());
         }
         let text = std::fs::read(path).map_err(read)?;
-        let config: Self = serde_json::from_slice(&text)
+        let mut config: Self = serde_json::from_slice(&text)
             .map_err(|source| ConfigError::Parse { path: path.to_owned(), source })?;
         config.validate()?;
+        config.disks.sort_by_key(|disk| disk.slot);
         Ok(config)
     }
 
@@ -276,6 +278,13 @@ impl DomainConfig {
     /// When it is no UUID.
     pub fn generation(&self) -> Result<Option<Uuid>, FieldError> {
         self.generation_id.as_deref().map(parse_generation).transpose()
+    }
+
+    /// Puts a disk where the guest finds it. Answers its index.
+    pub fn insert_disk(&mut self, disk: DiskConfig) -> usize {
+        let index = self.disks.partition_point(|other| other.slot <= disk.slot);
+        self.disks.insert(index, disk);
+        index
     }
 
     /// What the guest calls the disk that its root must be on (`vda` is the first), if it must.

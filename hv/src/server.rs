@@ -1,5 +1,6 @@
 //! `drover.vmm.v1.VmmService` on the domain's unix socket.
 
+use std::ops::RangeInclusive;
 use std::pin::Pin;
 use std::time::Duration;
 
@@ -7,11 +8,11 @@ use bytes::Bytes;
 use drover_proto::v1::{ConsoleInput, ConsoleOutput};
 use drover_proto::vmm::v1::vmm_service_server::VmmService;
 use drover_proto::vmm::v1::{
-    CancelMigrationRequest, GetStatusRequest, GrowDiskRequest, GrowDiskResponse,
-    GuestAgentCallRequest, GuestAgentCallResponse, PauseRequest, PowerButtonRequest,
-    PrepareIncomingRequest, PrepareIncomingResponse, QuitRequest, QuitResponse, ResetRequest,
-    ResumeRequest, SaveRequest, SetDiskLimitsRequest, SetGenerationRequest, StartMigrationRequest,
-    TakeOverRequest, VmmState, VmmStatus,
+    AttachDiskRequest, CancelMigrationRequest, DetachDiskRequest, GetStatusRequest,
+    GrowDiskRequest, GrowDiskResponse, GuestAgentCallRequest, GuestAgentCallResponse, PauseRequest,
+    PowerButtonRequest, PrepareIncomingRequest, PrepareIncomingResponse, QuitRequest, QuitResponse,
+    ResetRequest, ResumeRequest, SaveRequest, SetDiskLimitsRequest, SetGenerationRequest,
+    StartMigrationRequest, TakeOverRequest, VmmState, VmmStatus,
 };
 use futures::{Stream, StreamExt, stream};
 use tokio::time::Instant;
@@ -29,6 +30,10 @@ const CONSOLE_CHUNK_BYTES: usize = 16 << 10;
 const CONSOLE_INTERVAL: Duration = Duration::from_millis(10);
 /// How long the guest's agent may take when the caller does not say.
 const AGENT_TIMEOUT: Duration = Duration::from_secs(5);
+
+/// How long a guest may take to let go of a disk when the caller does not say, and what it may say.
+const DETACH_TIMEOUT: Duration = Duration::from_secs(30);
+const DETACH_TIMEOUTS: RangeInclusive<Duration> = Duration::from_secs(1)..=Duration::from_secs(300);
 
 /// The service.
 #[derive(Debug, Clone)]
@@ -121,6 +126,35 @@ impl VmmService for Server {
         }
     }
 
+    async fn attach_disk(
+        &self,
+        request: tonic::Request<AttachDiskRequest>,
+    ) -> Result<Response<VmmStatus>, Status> {
+        self.ask(Request::AttachDisk(request.into_inner())).await
+    }
+
+    async fn detach_disk(
+        &self,
+        request: tonic::Request<DetachDiskRequest>,
+    ) -> Result<Response<VmmStatus>, Status> {
+        let request = request.into_inner();
+        let timeout = detach_timeout(request.timeout).map_err(VmmError::from)?;
+        let serial = request.serial.clone();
+        let mut status = self.vmm.shared().watch();
+        self.vmm.ask(Request::DetachDisk(request)).await?;
+        let gone = status.wait_for(|status| {
+            status.state == VmmState::Exited as i32
+                || status.disks.iter().all(|disk| disk.serial != serial)
+        });
+        match tokio::time::timeout(timeout, gone).await {
+            Ok(_) => Ok(Response::new(self.vmm.shared().status())),
+            Err(_) => Err(Status::deadline_exceeded(format!(
+                "the guest has not let go of the disk {serial} within {timeout:?}: it is still \
+                 attached"
+            ))),
+        }
+    }
+
     async fn set_generation(
         &self,
         request: tonic::Request<SetGenerationRequest>,
@@ -207,6 +241,17 @@ fn agent_timeout(asked: Option<prost_types::Duration>) -> Result<Duration, Field
     }
 }
 
+fn detach_timeout(asked: Option<prost_types::Duration>) -> Result<Duration, FieldError> {
+    let Some(asked) = asked else { return Ok(DETACH_TIMEOUT) };
+    match Duration::try_from(asked) {
+        Ok(timeout) if DETACH_TIMEOUTS.contains(&timeout) => Ok(timeout),
+        _ => {
+            let (least, most) = (DETACH_TIMEOUTS.start(), DETACH_TIMEOUTS.end());
+            Err(FieldError::new("timeout", asked, format!("{least:?} to {most:?}")))
+        }
+    }
+}
+
 fn unexpected(reply: &Reply) -> Status {
     Status::internal(format!("the supervisor answered something else: {reply:?}"))
 }
@@ -248,8 +293,8 @@ fn same_but_counters(one: &VmmStatus, other: &VmmStatus) -> bool {
     let progress = |status: &VmmStatus| {
         status.migration.as_ref().map(|m| (m.id.clone(), m.progress, m.error.clone()))
     };
-    (one.state, &one.state_reason, one.epoch, one.reboot_count)
-        == (other.state, &other.state_reason, other.epoch, other.reboot_count)
+    (one.state, &one.state_reason, one.epoch, one.reboot_count, &one.disks)
+        == (other.state, &other.state_reason, other.epoch, other.reboot_count, &other.disks)
         && progress(one) == progress(other)
 }
 

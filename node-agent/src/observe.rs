@@ -1,12 +1,13 @@
 //! What is reported of one domain: a pure function of the same facts that decisions rest on.
 
 use drover_proto::agent::v1::{
-    MigrationProgress, MigrationRole, ObservedDomain, ObservedMigration, ObservedState,
+    MigrationProgress, MigrationRole, ObservedDisk, ObservedDomain, ObservedMigration,
+    ObservedState,
 };
 use drover_proto::v1::{ExitReason, RestartPolicy};
-use drover_proto::vmm::v1::{VmmState, VmmStatus};
+use drover_proto::vmm::v1::{DiskStatus, VmmState, VmmStatus};
 
-use crate::decide::{CRASH_RESTARTS_MAX, Disks, Facts, Vmm, restart_at, save_failed};
+use crate::decide::{CRASH_RESTARTS_MAX, Disks, Facts, Vmm, plug, restart_at, save_failed};
 use crate::records::{DomainRecord, End, EndReason, Handover};
 use crate::wanted::{Outgoing, Owner, Power, Role};
 
@@ -34,6 +35,8 @@ pub fn observe(
         state_reason: shorten(reason),
         migration: migration(facts, record, status),
         reboot_count: status.map_or(0, |status| status.reboot_count),
+        disks: status.map(disks).unwrap_or_default(),
+        disks_known: matches!(facts.vmm, Vmm::Live { state: VmmState::Running, .. }),
         ..ObservedDomain::default()
     };
     if record.run.is_none()
@@ -43,8 +46,17 @@ pub fn observe(
     }
     if record.run.is_some() {
         observed.save_error = shorten(save_error(facts, record).unwrap_or_default());
+        if plug(facts).is_some() {
+            observed.disk_error = shorten(facts.progress.disk_error.clone());
+        }
     }
     Some(observed)
+}
+
+fn disks(status: &VmmStatus) -> Vec<ObservedDisk> {
+    let disk =
+        |disk: &DiskStatus| ObservedDisk { serial: disk.serial.clone(), detaching: disk.detaching };
+    status.disks.iter().map(disk).collect()
 }
 
 /// Why a guest that shall be saved runs on.

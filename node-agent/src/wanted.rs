@@ -43,6 +43,8 @@ pub struct Assigned {
     pub generation_id: Option<String>,
     /// Where its memory is to be saved, or has been.
     pub memory: Option<Disk>,
+    /// The seed's PCI slot, if it has one of its own.
+    pub seed_slot: Option<u8>,
 }
 
 /// A disk of a domain: a volume of this node.
@@ -58,6 +60,8 @@ pub struct Disk {
     pub limits: DiskLimits,
     /// What the guest finds as its serial number, whatever its content.
     pub serial: String,
+    /// Its PCI slot, if it has one of its own.
+    pub slot: Option<u8>,
 }
 
 /// What the node is to a domain.
@@ -159,7 +163,8 @@ impl Wanted {
 }
 
 fn parse(assignment: pb::Assignment) -> Result<Assigned, String> {
-    let pb::Assignment { uid: _, name, epoch, spec, role, outgoing, disks, .. } = assignment;
+    let pb::Assignment { uid: _, name, epoch, spec, role, outgoing, disks, seed_slot, .. } =
+        assignment;
     let (rescue, generation_id) = (assignment.rescue, assignment.generation_id);
     let memory = assignment.memory;
     let spec = spec.ok_or("the assignment has no spec")?;
@@ -213,7 +218,8 @@ fn parse(assignment: pb::Assignment) -> Result<Assigned, String> {
     let disks = disks.collect::<Result<_, _>>()?;
     let generation_id = Some(generation_id).filter(|id| !id.is_empty());
     let memory = memory.map(|memory| parse_disk("memory", memory)).transpose()?;
-    Ok(Assigned { name, epoch, spec, role, disks, rescue, generation_id, memory })
+    let seed_slot = parse_slot("seed_slot", seed_slot)?;
+    Ok(Assigned { name, epoch, spec, role, disks, rescue, generation_id, memory, seed_slot })
 }
 
 fn parse_disk(field: &str, disk: pb::AssignedDisk) -> Result<Disk, String> {
@@ -233,7 +239,17 @@ fn parse_disk(field: &str, disk: pb::AssignedDisk) -> Result<Disk, String> {
         pool: disk.pool,
         read_only: disk.read_only,
         limits: disk.limits.unwrap_or_default(),
+        slot: parse_slot(&format!("{field}.slot"), disk.slot)?,
     })
+}
+
+/// The VMM knows which slots there are.
+fn parse_slot(field: &str, slot: u32) -> Result<Option<u8>, String> {
+    match u8::try_from(slot) {
+        Ok(0) => Ok(None),
+        Ok(slot) => Ok(Some(slot)),
+        Err(_) => Err(format!("the assignment's {field}: {slot} is no PCI slot")),
+    }
 }
 
 /// As much of a volume's uid as a serial number holds.

@@ -290,7 +290,7 @@ pub(super) fn volume_spec(
 }
 
 /// What a VMM would refuse when the domain starts (hv/src/config/disk.rs).
-fn disk_limits(field: &str, limits: &DiskLimits) -> Result<(), Refusal> {
+pub(super) fn disk_limits(field: &str, limits: &DiskLimits) -> Result<(), Refusal> {
     let requests = (limits.requests_per_second, 1..=100_000_000, limits.requests_burst, 1 << 30);
     let bytes = (limits.bytes_per_second, 64 << 10..=1 << 40, limits.bytes_burst, 1 << 50);
     for (name, (rate, rates, burst, burst_max)) in [("requests", requests), ("bytes", bytes)] {

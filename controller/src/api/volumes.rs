@@ -14,11 +14,11 @@ use tonic::{Request, Response, Status};
 use super::errors::Fault;
 use super::service::{CALL_WAIT, Service};
 use super::{page, validate};
-use crate::model::{NodeId, Observed, VolumeId, VolumeRecord, World};
+use crate::model::{DomainId, NodeId, Observed, OperationId, VolumeId, VolumeRecord, World};
 use crate::store::Versioned;
 use crate::workflows::Refusal;
 use crate::workflows::begin::etag;
-use crate::workflows::volumes::{self, NewVolume};
+use crate::workflows::volumes::{self, Attached, NewVolume};
 
 #[tonic::async_trait]
 impl PoolService for Service {
@@ -143,11 +143,15 @@ impl VolumeService for Service {
         &self,
         request: Request<AttachVolumeRequest>,
     ) -> Result<Response<Volume>, Status> {
-        let AttachVolumeRequest { name, domain, read_only, etag } = request.into_inner();
+        let AttachVolumeRequest { name, domain, read_only, etag, limits } = request.into_inner();
         let id = validate::volume("name", &name)?;
         let domain = validate::domain("domain", &domain)?;
+        if let Some(limits) = &limits {
+            validate::disk_limits("limits", limits)?;
+        }
+        let how = Attached { read_only, limits };
         self.decide(Instant::now() + CALL_WAIT, |cx, _| {
-            Ok((volumes::attach_volume(cx, &id, &domain, read_only, &etag)?, ()))
+            Ok((volumes::attach_volume(cx, &id, &domain, &how, &etag)?, ()))
         })
         .await?;
         Ok(Response::new(self.volume(&id).await?))
@@ -177,9 +181,17 @@ impl Service {
     }
 }
 
+/// The operation in which a running domain's guest gets the volume or lets go of it.
+fn plugged_by(world: &World, domain: &DomainId, record: &VolumeRecord) -> String {
+    let held = world.domains.get(domain).map(|row| row.value.operation.as_str());
+    let held = held.and_then(|id| world.operation(&OperationId::trusted(id)));
+    let its = held.filter(|held| held.volume == record.id);
+    its.map(|held| format!("operations/{}", held.id)).unwrap_or_default()
+}
+
 fn present(row: &Versioned<VolumeRecord>, world: &World, observed: &Observed) -> Volume {
     let record = &row.value;
-    let domain = crate::model::DomainId::trusted(&record.domain);
+    let domain = DomainId::trusted(&record.domain);
     // Its domain's, or where it was left.
     let node = world.domains.get(&domain).map_or(&record.node, |row| &row.value.node).clone();
     let said = observed.volume(&node, &record.uid);
@@ -204,5 +216,6 @@ fn present(row: &Versioned<VolumeRecord>, world: &World, observed: &Observed) ->
         image: full("images", &record.image),
         create_time: record.create_time,
         etag: etag(row.mod_revision),
+        operation: plugged_by(world, &domain, record),
     }
 }

@@ -15,7 +15,7 @@ use super::moving::Moving;
 use super::power::starts;
 use super::refusal::Refusal;
 use super::step::{Context, end, error, millis, timestamp};
-use super::{content, network, save, storage};
+use super::{content, network, plug, save, storage};
 use crate::model::{
     DomainId, DomainRecord, ImageRecord, MigrationStage, NetworkId, NodeId, NodeRecord,
     OperationId, OperationRecord, VolumeRecord, has_memory, is_at_rest, unready,
@@ -111,6 +111,7 @@ pub fn create_domain(cx: &Context<'_>, new: &NewDomain) -> Result<Begun, Refusal
         placement: Some(placement(cx, &decision)),
         create_time: Some(timestamp(cx.now.wall_ms)),
         boot_id: node.value.boot_id.clone(),
+        seed_slot: plug::SEED_SLOT,
         ..DomainRecord::default()
     };
     if new.leave_stopped {

@@ -45,8 +45,12 @@ pub fn desired(world: &World, node: &NodeId) -> Level {
         }
         let Some(mut assignment) = assignment(&row.value, node.as_str()) else { continue };
         let comes = matches!(assignment.role, Some(Role::Incoming(_)));
-        let disks = world.disks_of(&row.value);
-        assignment.disks.extend(disks.map(|(disk, volume)| assigned(disk, &volume.value)));
+        // One that the guest is asked to let go of is the domain's until it has.
+        let (stay, go): (Vec<_>, Vec<_>) =
+            world.disks_of(&row.value).partition(|(_, volume)| !volume.value.detaching);
+        assignment.disks.extend(stay.into_iter().map(|(disk, row)| assigned(disk, &row.value)));
+        let goes = |disk: &Disk| go.iter().any(|(other, _)| *other == Some(disk));
+        assignment.spec.iter_mut().for_each(|spec| spec.disks.retain(|disk| !goes(disk)));
         assignment.rescue = world.rescue_of(&row.value).is_some();
         let memory = world.memory_of(&row.value).filter(|_| !comes);
         assignment.memory = memory.map(|volume| assigned(None, &volume.value));
@@ -107,6 +111,7 @@ fn assigned(disk: Option<&Disk>, volume: &VolumeRecord) -> AssignedDisk {
             "" => serial(&volume.uid),
             held => held.to_owned(),
         },
+        slot: volume.slot,
     }
 }
 
@@ -224,6 +229,7 @@ fn assign(domain: &DomainRecord, epoch: u64, role: Role, outgoing: Option<Outgoi
         disks: Vec::new(),
         rescue: false,
         memory: None,
+        seed_slot: domain.seed_slot,
         generation_id: domain.generation_id.clone(),
     }
 }

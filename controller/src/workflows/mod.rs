@@ -44,6 +44,7 @@ pub mod network;
 pub mod nodes;
 mod operation;
 mod plan;
+mod plug;
 mod power;
 mod refusal;
 pub mod reinstall;

@@ -9,7 +9,7 @@ use drover_proto::v1::{
 };
 
 use super::step::{Work, error};
-use super::{reinstall, resize, save, snapshot};
+use super::{plug, reinstall, resize, save, snapshot};
 use crate::model::{Side, has_memory};
 
 /// A create that fails takes back what it made; past its deadline it waits this long for that.
@@ -28,6 +28,9 @@ pub(super) fn step(work: &mut Work<'_>, removed: bool) {
         OperationKind::ReinstallDomain => reinstall::step(work),
         OperationKind::ResizeDomain => resize::step(work),
         OperationKind::SaveDomain => save::step(work),
+        kind @ (OperationKind::AttachVolume | OperationKind::DetachVolume) => {
+            plug::step(work, kind);
+        }
         _ => {}
     }
 }

@@ -15,6 +15,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use drover_proto::agent::v1::ObservedPool;
 use drover_proto::v1::{Disk, DomainState, EventSeverity, PoolState, VolumeState};
 
+use super::plug;
 use super::refusal::Refusal;
 use super::step::{Context, Step, millis, timestamp};
 use crate::model::{
@@ -257,6 +258,7 @@ pub(super) fn new_volumes(
             image_digest: image.map(|image| image.digest.clone()).unwrap_or_default(),
             image_size_bytes: image.map_or(0, |image| image.size_bytes),
             create_time: Some(timestamp(cx.now.wall_ms)),
+            slot: plug::slot_at(index),
             ..VolumeRecord::default()
         })
     };

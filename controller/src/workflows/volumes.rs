@@ -1,19 +1,21 @@
 //! Volumes that no domain has: made on a node, given to a domain of that node and taken back,
-//! deleted by name only.
+//! deleted by name only. [`plug`](super::plug) waits for the guest of a domain that runs.
 //!
 //! A domain's volume lies where the domain is, and its row names no node. One that no domain has
 //! lies on the node that its row names, is in what that node is told, and counts as promised
 //! there.
 
-use drover_proto::v1::{Disk, EventSeverity, OperationKind, OperationState, VolumeState};
+use drover_proto::v1::{
+    Disk, DiskLimits, EventSeverity, OperationKind, OperationState, VolumeState,
+};
 
 use super::begin::{
     Begun, FILL_WAIT_MS, busy, check_etag, known_domain, known_node, operation, reserve,
 };
-use super::content::{discard, resting};
+use super::content::discard;
 use super::refusal::Refusal;
 use super::step::{Context, Step, end, error, is_overdue, timestamp};
-use super::storage;
+use super::{plug, storage};
 use crate::model::{
     DomainId, DomainRecord, ImageRecord, NodeId, OperationRecord, VolumeId, VolumeRecord,
     is_rescued, serial,
@@ -132,16 +134,25 @@ pub fn delete_volume(cx: &Context<'_>, id: &VolumeId, etag: &str) -> Result<Txn,
     Ok(discard(cx, txn, node, row))
 }
 
-/// Gives a volume to a domain of its node that is at rest, as its last disk.
+/// What a disk is to the domain that gets it.
+#[derive(Debug, Clone, Copy, Default)]
+pub struct Attached {
+    /// The guest may not write to it.
+    pub read_only: bool,
+    /// What the guest may ask of it, checked.
+    pub limits: Option<DiskLimits>,
+}
+
+/// Gives a volume to a domain of its node that is at rest or runs, as its last disk.
 ///
 /// # Errors
 /// There is no such volume or domain; it has changed, is not READY, or a domain has it; the domain
-/// is held, not at rest, on another node, or has all the disks that it can have.
+/// is held, between two states, on another node, or has all the disks that it can have.
 pub fn attach_volume(
     cx: &Context<'_>,
     id: &VolumeId,
     domain: &DomainId,
-    read_only: bool,
+    how: &Attached,
     etag: &str,
 ) -> Result<Txn, Refusal> {
     let row = known(cx, id)?;
@@ -154,14 +165,15 @@ pub fn attach_volume(
         let message = format!("{} has failed: {}", id.name(), row.value.state_reason);
         return refuse("VOLUME_NOT_READY", message);
     }
-    let owner = resting(cx, domain)?;
+    let (owner, runs) = plug::owner(cx, domain)?;
     let (here, there) = (&row.value.node, &owner.value.node);
     if here != there && !cx.world.is_shared(&row.value.pool, here, there) {
         let message = format!(
-            "{} lies on nodes/{here}, and {} on nodes/{there}: migrate the stopped domain to \
+            "{} lies on nodes/{here}, and {} on nodes/{there}: migrate the {}domain to \
              nodes/{here} first",
             id.name(),
-            domain.name()
+            domain.name(),
+            if runs { "" } else { "stopped " }
         );
         return refuse("OTHER_NODE", message);
     }
@@ -181,19 +193,23 @@ pub fn attach_volume(
             "" => String::new(),
             image => format!("images/{image}"),
         },
-        read_only,
-        ..Disk::default()
+        read_only: how.read_only,
+        limits: how.limits,
     });
     domain.as_str().clone_into(&mut volume.domain);
     volume.node.clear();
+    volume.slot = plug::free_slot(cx, &owner.value);
+    if runs {
+        return Ok(plug::begin(cx, OperationKind::AttachVolume, (row, volume), owner, record));
+    }
     Ok(written(cx, row, &volume, owner, &record, "VOLUME_ATTACHED"))
 }
 
-/// Takes a volume from its domain, which is at rest; it stays on the node.
+/// Takes a volume from its domain, which is at rest or runs; it stays on the node.
 ///
 /// # Errors
-/// There is none, it has changed, no domain has it, the domain is held or not at rest, or it is the
-/// disk that the others are counted from.
+/// There is none, it has changed, no domain has it, the domain is held or between two states, or it
+/// is the disk that the others are counted from, or one that stays while the guest runs.
 pub fn detach_volume(cx: &Context<'_>, id: &VolumeId, etag: &str) -> Result<Txn, Refusal> {
     let row = known(cx, id)?;
     check_etag(&id.name(), etag, row.mod_revision)?;
@@ -203,7 +219,7 @@ pub fn detach_volume(cx: &Context<'_>, id: &VolumeId, etag: &str) -> Result<Txn,
         return refuse("NOT_ATTACHED", format!("no domain has {}", id.name()));
     }
     let domain = DomainId::trusted(&row.value.domain);
-    let owner = resting(cx, &domain)?;
+    let (owner, runs) = plug::owner(cx, &domain)?;
     let mut record = owner.value.clone();
     let disks = &mut record.spec.get_or_insert_default().disks;
     let name = id.name();
@@ -212,13 +228,21 @@ pub fn detach_volume(cx: &Context<'_>, id: &VolumeId, etag: &str) -> Result<Txn,
             format!("{name} is not one of {}'s own disks: end the rescue instead", domain.name());
         return refuse("NOT_A_DISK", message);
     };
+    if runs {
+        plug::may_go(&owner.value, &row.value, place)?;
+    }
     if place == 0 && disks.len() > 1 {
         let message =
             format!("{name} is the first disk of {}: detach the others first", domain.name());
         return refuse("FIRST_DISK", message);
     }
-    disks.remove(place);
     let mut volume = row.value.clone();
+    if runs {
+        volume.detaching = true;
+        return Ok(plug::begin(cx, OperationKind::DetachVolume, (row, volume), owner, record));
+    }
+    disks.remove(place);
+    volume.slot = 0;
     volume.domain.clear();
     volume.node.clone_from(&owner.value.node);
     Ok(written(cx, row, &volume, owner, &record, "VOLUME_DETACHED"))

@@ -2,7 +2,7 @@
 //! its owner and its operators do with it.
 
 use std::collections::BTreeSet;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use drover_e2e::cluster::list;
 use drover_e2e::process::wait_for;
@@ -157,6 +157,9 @@ fn its_operators_repair_it(world: &mut World) -> Result<()> {
     let mib = size.trim().trim_end_matches('M').parse().ok();
     ensure!(mib.is_some_and(|mib: u32| mib > 1800), "the filesystem did not grow: {size}");
 
+    // Another disk comes while it runs, goes, and has its data when it comes again.
+    another_disk(world, &vps)?;
+
     // Saved and woken, it is the same boot.
     let boot = vps.run(&world.cluster, "cat /proc/sys/kernel/random/boot_id")?;
     ends_well(&["domain", "save", "vps1"])?;
@@ -251,5 +254,40 @@ fn upgrade_its_kernel(world: &World, vps: &Vps) -> Result<()> {
     let running = now.lines().nth(1).unwrap_or_default();
     println!("  kernel {} was followed by {running}", before.trim_end());
     ensure!(running == release.trim_end(), "it runs {running} and not {release}");
+    Ok(())
+}
+
+/// A disk is attached to the VPS, which runs, written to, detached, and attached again.
+fn another_disk(world: &World, vps: &Vps) -> Result<()> {
+    let vpsctl = world.vpsctl();
+    let begin = Instant::now();
+    let made = vpsctl.start(&["volume", "create", "data", "--size", "1GiB", "--node", "host1"])?;
+    let made = world.cluster.wait_operation(&made, COPY_PATIENCE)?;
+    ensure!(made["state"] == "succeeded", "the volume should be made: {made:#}");
+    vpsctl.run(&["volume", "attach", "data", "vps1"])?;
+    let volume = vpsctl.json(&["volume", "show", "data"])?;
+    let serial: String = volume["uid"].as_str().unwrap_or_default().replace('-', "");
+    let disk = format!("/dev/disk/by-id/virtio-{}", &serial[..20]);
+    let fill = format!(
+        "udevadm wait --timeout=60 {disk} && sudo mkfs.ext4 -q {disk} && sudo mount {disk} /mnt \
+         && sudo dd if=/dev/urandom of=/mnt/data bs=1M count=16 status=none && sync \
+         && sha256sum /mnt/data && sudo umount /mnt"
+    );
+    let sum = vps.run(&world.cluster, &fill)?;
+    vpsctl.run(&["volume", "detach", "data"])?;
+    let gone = format!("udevadm wait --removed --timeout=60 {disk}");
+    vps.run(&world.cluster, &gone)?;
+    let volume = vpsctl.json(&["volume", "show", "data"])?;
+    ensure!(volume["node"] == "nodes/host1", "it should lie on host1: {volume:#}");
+    vpsctl.run(&["volume", "attach", "data", "vps1"])?;
+    let look = format!(
+        "udevadm wait --timeout=60 {disk} && sudo mount -o ro {disk} /mnt \
+         && sha256sum /mnt/data && sudo umount /mnt"
+    );
+    let same = vps.run(&world.cluster, &look)?;
+    ensure!(same == sum, "the disk holds something else: {sum} {same}");
+    vpsctl.run(&["volume", "detach", "data"])?;
+    vpsctl.run(&["volume", "delete", "data"])?;
+    println!("  a disk came, went and came again: {:.0} s", begin.elapsed().as_secs_f64());
     Ok(())
 }

@@ -6,6 +6,7 @@ use std::path::PathBuf;
 use serde::{Deserialize, Serialize};
 
 use super::{FieldError, validate_path};
+use crate::pci::HOT_PLUG_SLOTS;
 pub use crate::virtio::blk::Limits as DiskLimits;
 
 /// Most disks.
@@ -32,6 +33,11 @@ pub struct DiskConfig {
     /// What the guest finds as the disk's serial number; empty for none.
     #[serde(default)]
     pub serial: String,
+    /// Its PCI slot, one of [`HOT_PLUG_SLOTS`]: such a disk may be taken from a running guest, and
+    /// has the same slot wherever the guest moves. None: the next one behind the network
+    /// interfaces, for as long as the guest runs.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub slot: Option<u8>,
     /// A migration finds the same volume at the other node: its content is not copied. With
     /// `--incoming` it is opened and locked when the source has let go of it.
     #[serde(default, skip_serializing_if = "is_false")]
@@ -65,6 +71,11 @@ pub(super) fn validate(disks: &[DiskConfig]) -> Result<(), FieldError> {
         }
         if !disk.serial.is_empty() && others.iter().any(|other| other.serial == disk.serial) {
             return Err(FieldError::new(format!("{at}.serial"), &disk.serial, accepted));
+        }
+        if let Some(slot) = disk.slot
+            && others.iter().any(|other| other.slot == disk.slot)
+        {
+            return Err(FieldError::new(format!("{at}.slot"), slot, accepted));
         }
     }
     Ok(())
@@ -116,6 +127,10 @@ impl DiskConfig {
                 &self.serial,
                 format!("at most {SERIAL_BYTES_MAX} of a-z, A-Z, 0-9, '-', '_' and '.'"),
             ));
+        }
+        if let Some(slot) = self.slot.filter(|slot| !HOT_PLUG_SLOTS.contains(slot)) {
+            let (first, last) = (HOT_PLUG_SLOTS.start(), HOT_PLUG_SLOTS.end());
+            return Err(FieldError::new(format!("{at}.slot"), slot, format!("{first} to {last}")));
         }
         validate_limits(&format!("{at}.limits"), &self.limits)
     }

@@ -23,6 +23,7 @@ fn good() -> DomainConfig {
             read_only: false,
             serial: "web-1-root".into(),
             limits: DiskLimits { iops: 500, iops_burst: 2000, ..DiskLimits::default() },
+            slot: None,
             shared: false,
             zeroed: false,
         }],

@@ -8,7 +8,7 @@ use super::exit::GuestExit;
 use super::ports;
 use super::power::{self, LevelLine, Power};
 use super::vcpu::Bus;
-use crate::pci::PciBus;
+use crate::pci::{HOT_PLUG_REGISTER_BYTES, PciBus};
 use crate::serial::SerialPort;
 
 /// What the guest reaches by ports and addresses.
@@ -28,6 +28,8 @@ impl Bus for Devices {
             self.serial.read(register, data);
         } else if power::owns(port, data.len()) {
             self.power.read(port, data);
+        } else if let Some(offset) = hot_plug_register(port) {
+            self.pci.hot_plug().read(offset, data);
         } else if !self.pci.read_port(port, data) {
             data.fill(0xff);
         }
@@ -38,6 +40,8 @@ impl Bus for Devices {
             self.serial.write(register, data);
         } else if power::owns(port, data.len()) {
             return self.power.write(port, data);
+        } else if let Some(offset) = hot_plug_register(port) {
+            self.pci.hot_plug().write(offset, data);
         } else {
             // To nobody, like on a PC.
             self.pci.write_port(port, data);
@@ -59,6 +63,10 @@ impl Bus for Devices {
 fn serial_register(port: u16) -> Option<u8> {
     let register = port.checked_sub(ports::SERIAL)?;
     (register < ports::SERIAL_PORTS).then_some(register as u8)
+}
+
+fn hot_plug_register(port: u16) -> Option<u16> {
+    port.checked_sub(ports::HOT_PLUG).filter(|offset| *offset < HOT_PLUG_REGISTER_BYTES)
 }
 
 /// ACPI's interrupt line.

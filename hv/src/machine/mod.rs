@@ -42,7 +42,7 @@ use crate::console::Console;
 use crate::guest_agent::GuestAgent;
 use crate::memory::{self, DirtyPages, DirtyTracker, GuestMemory, KvmDirtyLog};
 use crate::migration::{Shape, cpu_features};
-use crate::pci::{self, KvmWiring, PciBus, Wiring};
+use crate::pci::{self, HotPlug, KvmWiring, PciBus, Wiring};
 use crate::serial::SerialPort;
 use crate::state::{self, kind};
 use crate::virtio::blk::{Blk, VolumeError};
@@ -78,6 +78,7 @@ pub struct Machine {
     generation: Option<Generation>,
     dirty: DirtyTracker,
     vm: Arc<VmFd>,
+    wiring: Arc<dyn Wiring>,
     memory: GuestMemory,
     config: DomainConfig,
     /// CPUID of the first vCPU, as the guest was shown it.
@@ -99,7 +100,8 @@ impl std::fmt::Debug for Machine {
 }
 
 impl Machine {
-    /// Makes a machine that stands still, with empty memory.
+    /// Makes a machine that stands still, with empty memory. `on_eject` is called when the guest
+    /// has let go of a disk.
     ///
     /// # Errors
     /// When KVM, memory, a tap or a disk is not to be had; nothing is left behind.
@@ -108,6 +110,7 @@ impl Machine {
         purpose: Purpose,
         console: Arc<Console>,
         on_exit: OnExit,
+        on_eject: Box<dyn Fn() + Send + Sync>,
     ) -> Result<Self, MachineError> {
         let ended = Arc::new(AtomicBool::new(false));
         let on_exit: OnExit = {
@@ -127,20 +130,27 @@ impl Machine {
         let log = KvmDirtyLog::register(Arc::clone(&vm), &memory)?;
         let dirty = DirtyTracker::new(memory.clone(), Box::new(log));
 
-        let serial = serial(&vm, console)?;
+        let serial =
+            SerialPort::new(console, interrupt(&vm, "the serial port", ports::SERIAL_LINE)?);
         let power = Power::new(Box::new(SciLine(Arc::clone(&vm))));
         let wiring: Arc<dyn Wiring> = Arc::new(KvmWiring::new(Arc::clone(&vm)));
-        let mut pci = PciBus::new(Arc::clone(&wiring));
+        let hot_plug =
+            HotPlug::new(interrupt(&vm, "the hot-plug registers", ports::HOT_PLUG_LINE)?, on_eject);
+        let pci = PciBus::new(Arc::clone(&wiring), hot_plug);
         let mut virtio = Vec::new();
         let mut counters = Vec::new();
-        let mut add = |device: Box<dyn VirtioDevice>, name: String| {
-            let made = VirtioPci::new(device, pci.next_slot(), memory.clone(), Arc::clone(&wiring));
+        let mut add = |device: Box<dyn VirtioDevice>, slot: Option<u8>, name: String| {
+            let slot = slot.unwrap_or_else(|| pci.next_slot());
+            let made = VirtioPci::new(device, slot, memory.clone(), Arc::clone(&wiring));
             // The machine stands still.
             let function = made
                 .and_then(|function| function.pause().map_err(io::Error::other).map(|()| function))
                 .map_err(|source| MachineError::Device { device: name, source })?;
             let function = Arc::new(function);
-            pci.add(Arc::clone(&function) as _);
+            if purpose == Purpose::Incoming {
+                function.expect();
+            }
+            pci.add(slot, Arc::clone(&function) as _);
             virtio.push(Arc::clone(&function));
             Ok::<_, MachineError>(function)
         };
@@ -152,26 +162,32 @@ impl Machine {
             })?;
             let net = Net::new(Box::new(tap), MacAddress(mac.bytes()), interface.ip_addresses());
             counters.push(net.counters());
-            add(Box::new(net), format!("interfaces[{index}]"))?;
+            add(Box::new(net), None, format!("interfaces[{index}]"))?;
         }
         let (mut disks, mut volumes) = (Vec::new(), Vec::new());
         for (index, disk) in config.disks.iter().enumerate() {
-            let (mut blk, disk) = disks::make(index, disk, purpose, config.vcpus, &memory)?;
-            blk.set_limits(config.disks[index].limits, Instant::now());
-            volumes.push(disk);
-            disks.push(add(Box::new(blk), format!("disks[{index}]"))?);
+            let at = format!("disks[{index}]");
+            let (mut blk, volume) = disks::make(&at, disk, purpose, config.vcpus, &memory)?;
+            blk.set_limits(disk.limits, Instant::now());
+            volumes.push(volume);
+            disks.push(add(Box::new(blk), disk.slot, at)?);
         }
-        add(Box::new(Rng::new()), "the entropy device".into())?;
+        add(Box::new(Rng::new()), None, "the entropy device".into())?;
         let mut guest_agent = None;
         if config.guest_agent {
             let device = || "guest_agent".to_owned();
             let port =
                 Port::new().map_err(|source| MachineError::Device { device: device(), source })?;
-            add(Box::new(VirtioConsole::new(Arc::clone(&port))), device())?;
+            add(Box::new(VirtioConsole::new(Arc::clone(&port))), None, device())?;
             guest_agent = Some(Arc::new(GuestAgent::new(port)));
         }
-        let generation =
-            config.generation()?.map(|_| generation(&vm, memory.clone())).transpose()?;
+        let generation = match config.generation()? {
+            Some(_) => {
+                let line = interrupt(&vm, "the generation's device", ports::GENERATION_LINE)?;
+                Some(Generation::new(memory.clone(), line))
+            }
+            None => None,
+        };
         let devices = Arc::new(Devices { serial, power, pci });
 
         let (vcpus, cpuid) = vcpus(&system, &vm, config.vcpus, &devices, &on_exit)?;
@@ -184,6 +200,7 @@ impl Machine {
             generation,
             dirty,
             vm,
+            wiring,
             memory,
             config: config.clone(),
             cpuid,
@@ -340,19 +357,13 @@ impl Machine {
     }
 }
 
-fn serial(vm: &VmFd, console: Arc<Console>) -> Result<SerialPort, MachineError> {
-    let device = |source| MachineError::Device { device: "the serial port".into(), source };
-    let interrupt = EventFd::new(libc::EFD_NONBLOCK | libc::EFD_CLOEXEC).map_err(device)?;
-    kvm("wiring the serial port's interrupt", vm.register_irqfd(&interrupt, ports::SERIAL_LINE))?;
-    Ok(SerialPort::new(console, interrupt))
-}
-
-fn generation(vm: &VmFd, memory: GuestMemory) -> Result<Generation, MachineError> {
-    let device = |source| MachineError::Device { device: "the generation's device".into(), source };
-    let interrupt = EventFd::new(libc::EFD_NONBLOCK | libc::EFD_CLOEXEC).map_err(device)?;
-    let registered = vm.register_irqfd(&interrupt, ports::GENERATION_LINE);
-    kvm("wiring the generation's interrupt", registered)?;
-    Ok(Generation::new(memory, interrupt))
+/// An eventfd that raises this device's line, edge by edge.
+fn interrupt(vm: &VmFd, device: &'static str, line: u32) -> Result<EventFd, MachineError> {
+    let made = EventFd::new(libc::EFD_NONBLOCK | libc::EFD_CLOEXEC);
+    let interrupt =
+        made.map_err(|source| MachineError::Device { device: device.into(), source })?;
+    kvm(device, vm.register_irqfd(&interrupt, line))?;
+    Ok(interrupt)
 }
 
 /// The vCPUs, parked, and the CPUID of the first.
@@ -447,6 +458,7 @@ impl MigratableVm for Machine {
         for function in &self.virtio {
             function.resume();
         }
+        self.devices.pci.hot_plug().resume();
         for vcpu in &self.vcpus {
             vcpu.run();
         }

@@ -10,6 +10,11 @@ pub const SERIAL_LINE: u32 = 4;
 /// Interrupt line by which the guest is told that its generation has changed.
 pub const GENERATION_LINE: u32 = 5;
 
+/// Interrupt line by which the guest is told of PCI functions that come and go.
+pub const HOT_PLUG_LINE: u32 = 10;
+/// First port of the registers that say which.
+pub const HOT_PLUG: u16 = 0x620;
+
 /// pvpanic's port, where QEMU has it.
 pub const PANIC: u16 = 0x505;
 

@@ -2,10 +2,10 @@
 
 use std::io;
 use std::sync::atomic::{AtomicU32, Ordering};
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex, PoisonError, RwLock};
 
 use super::config::{ClassCode, ConfigSpace, Identity};
-use super::{CONFIG_PORT_END, CONFIG_PORT_START, SLOTS, Wiring};
+use super::{CONFIG_PORT_END, CONFIG_PORT_START, HotPlug, SLOTS, Wiring};
 use crate::machine::migratable::{MachineState, StateSection};
 use crate::state::{self, StateError, kind};
 
@@ -22,7 +22,7 @@ const HOST_BRIDGE: Identity = Identity {
 
 /// A function on the bus. Calls come from any vCPU's thread.
 pub trait PciFunction: Send + Sync {
-    /// Its memory window, `(start, bytes)`.
+    /// Its memory window, `(start, bytes)`, where it answers now.
     fn window(&self) -> Option<(u64, u64)>;
     /// The guest reads configuration space; 1, 2 or 4 bytes within a word.
     fn read_config(&self, offset: usize, data: &mut [u8]);
@@ -44,34 +44,65 @@ pub trait PciFunction: Send + Sync {
 pub struct PciBus {
     wiring: Arc<dyn Wiring>,
     address: AtomicU32,
-    functions: Vec<Arc<dyn PciFunction>>,
+    /// By slot. Whoever calls a function holds no lock here: it may come and go meanwhile.
+    functions: RwLock<Functions>,
+    hot_plug: HotPlug,
 }
+
+type Functions = [Option<Arc<dyn PciFunction>>; SLOTS as usize];
 
 impl std::fmt::Debug for PciBus {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        f.debug_struct("PciBus").field("functions", &self.functions.len()).finish_non_exhaustive()
+        f.debug_struct("PciBus").field("slots", &self.slots()).finish_non_exhaustive()
     }
 }
 
 impl PciBus {
     /// A bus with the host bridge in slot 0.
-    pub fn new(wiring: Arc<dyn Wiring>) -> Self {
-        let functions: Vec<Arc<dyn PciFunction>> = vec![Arc::new(HostBridge::new())];
-        Self { wiring, address: AtomicU32::new(0), functions }
+    pub fn new(wiring: Arc<dyn Wiring>, hot_plug: HotPlug) -> Self {
+        let mut functions = Functions::default();
+        functions[0] = Some(Arc::new(HostBridge::new()));
+        Self { wiring, address: AtomicU32::new(0), functions: RwLock::new(functions), hot_plug }
     }
 
-    /// The slot that [`add`](Self::add) fills next.
+    /// What tells the guest of functions that come and go.
+    pub fn hot_plug(&self) -> &HotPlug {
+        &self.hot_plug
+    }
+
+    /// The first slot that is free.
     pub fn next_slot(&self) -> u8 {
-        self.functions.len() as u8
+        (!self.slots()).trailing_zeros() as u8
     }
 
-    /// Puts a function into the next slot.
+    /// Puts a function into a slot.
     ///
     /// # Panics
-    /// When the bus is full: the configuration's limits keep far below.
-    pub fn add(&mut self, function: Arc<dyn PciFunction>) {
-        assert!(self.functions.len() < usize::from(SLOTS));
-        self.functions.push(function);
+    /// When it is taken: the configuration's checks keep that away.
+    pub fn add(&self, slot: u8, function: Arc<dyn PciFunction>) {
+        let mut functions = self.functions.write().unwrap_or_else(PoisonError::into_inner);
+        let before = functions[usize::from(slot)].replace(function);
+        assert!(before.is_none(), "PCI slot {slot} is taken");
+    }
+
+    /// Takes the function out of a slot.
+    pub fn remove(&self, slot: u8) {
+        let mut functions = self.functions.write().unwrap_or_else(PoisonError::into_inner);
+        let gone = functions[usize::from(slot)].take();
+        drop(functions);
+        // Its end may take a moment.
+        drop(gone);
+    }
+
+    /// The slots that are taken, one bit each.
+    fn slots(&self) -> u32 {
+        self.each().fold(0, |slots, (slot, _)| slots | 1 << slot)
+    }
+
+    /// The functions, with their slots.
+    fn each(&self) -> impl Iterator<Item = (u32, Arc<dyn PciFunction>)> {
+        let functions = self.functions.read().unwrap_or_else(PoisonError::into_inner).clone();
+        (0..).zip(functions).filter_map(|(slot, function)| Some((slot, function?)))
     }
 
     /// The guest reads a port; false when it is none of ours.
@@ -114,14 +145,16 @@ impl PciBus {
     }
 
     /// The function and register that the address register names.
-    fn selected(&self) -> Option<(&Arc<dyn PciFunction>, usize)> {
+    fn selected(&self) -> Option<(Arc<dyn PciFunction>, usize)> {
         let address = self.address.load(Ordering::SeqCst);
         let (bus, slot, function) =
             (address >> 16 & 0xff, address >> 11 & 0x1f, address >> 8 & 0x7);
-        if address & ADDRESS_ENABLE == 0 || bus != 0 || function != 0 {
+        let ejected = self.hot_plug.ejected() & 1 << slot != 0;
+        if address & ADDRESS_ENABLE == 0 || bus != 0 || function != 0 || ejected {
             return None;
         }
-        Some((self.functions.get(slot as usize)?, (address & 0xfc) as usize))
+        let functions = self.functions.read().unwrap_or_else(PoisonError::into_inner);
+        Some((functions.get(slot as usize)?.clone()?, (address & 0xfc) as usize))
     }
 
     /// The guest reads an address; false when it is none of ours.
@@ -142,29 +175,32 @@ impl PciBus {
         true
     }
 
-    fn at(&self, address: u64, length: usize) -> Option<(&Arc<dyn PciFunction>, u64)> {
-        self.functions.iter().find_map(|function| {
+    fn at(&self, address: u64, length: usize) -> Option<(Arc<dyn PciFunction>, u64)> {
+        let functions = self.functions.read().unwrap_or_else(PoisonError::into_inner);
+        functions.iter().flatten().find_map(|function| {
             let (start, bytes) = function.window()?;
             let offset = address.checked_sub(start)?;
-            (offset + length as u64 <= bytes).then_some((function, offset))
+            let within = offset.checked_add(length as u64)? <= bytes;
+            within.then(|| (Arc::clone(function), offset))
         })
     }
 
     /// Every function as after power-on.
     pub fn reset(&self) {
         self.address.store(0, Ordering::SeqCst);
-        for function in &self.functions {
+        for (_, function) in self.each() {
             function.reset();
         }
     }
 
     /// The state of the bus and of every function on it.
     pub fn save(&self) -> Vec<StateSection> {
-        let mut sections = vec![state::section(kind::PCI, 0, 1, |out| {
+        let mut sections = vec![state::section(kind::PCI, 0, 2, |out| {
             out.u32(self.address.load(Ordering::SeqCst));
-            out.u8(self.next_slot());
+            out.u32(self.slots());
+            self.hot_plug.save(out);
         })];
-        for (function, slot) in self.functions.iter().zip(0..) {
+        for (slot, function) in self.each() {
             sections.extend(function.save(slot));
         }
         sections
@@ -175,16 +211,22 @@ impl PciBus {
     /// # Errors
     /// When it is another machine's, or KVM refuses its interrupt routes.
     pub fn restore(&self, state: &MachineState) -> Result<(), RestoreError> {
-        let mut fields = state::fields(state::find(state, kind::PCI, 0)?, 1)?;
+        let section = state::find(state, kind::PCI, 0)?;
+        let mut fields = state::fields(section, 2)?;
         let address = fields.u32("pci address")?;
-        let slots = fields.u8("pci slots")?;
-        fields.finish("pci")?;
-        if slots != self.next_slot() {
-            let accepted = self.next_slot().to_string();
-            return Err(StateError::value("pci slots", slots, accepted).into());
+        let slots = match section.version {
+            // How many, from 0 on without a hole.
+            1 => 1u32.checked_shl(fields.u8("pci slots")?.into()).unwrap_or(0).wrapping_sub(1),
+            _ => fields.u32("pci slots")?,
+        };
+        if slots != self.slots() {
+            let accepted = format!("{:#x}", self.slots());
+            return Err(StateError::value("pci slots", format!("{slots:#x}"), accepted).into());
         }
+        self.hot_plug.restore((section.version > 1).then_some(&mut fields))?;
+        fields.finish("pci")?;
         self.address.store(address, Ordering::SeqCst);
-        for (function, slot) in self.functions.iter().zip(0..) {
+        for (slot, function) in self.each() {
             function.restore(slot, state)?;
         }
         self.wiring.commit_msi().map_err(RestoreError::Routes)

@@ -1,6 +1,6 @@
 //! A function's configuration space: 256 bytes, of which the guest may write some bits.
 
-use super::MSIX_CAPABILITY_BYTES;
+use super::{MMIO_END, MMIO_START, MSIX_CAPABILITY_BYTES};
 use crate::state::{Decoder, Encoder, StateError};
 
 /// Bytes in a conventional configuration space.
@@ -64,15 +64,8 @@ pub struct ConfigSpace {
     initial: Option<Box<[u8; BYTES]>>,
     next_capability: u8,
     last_capability: Option<u8>,
-    window: Option<Window>,
-}
-
-#[derive(Debug, Clone, Copy)]
-struct Window {
-    start: u32,
-    bytes: u32,
-    /// The guest wrote ones to learn the size; the next read answers it.
-    sizing: bool,
+    /// Length of the window.
+    window_bytes: Option<u32>,
 }
 
 impl ConfigSpace {
@@ -85,7 +78,7 @@ impl ConfigSpace {
             initial: None,
             next_capability: CAPABILITIES_START,
             last_capability: None,
-            window: None,
+            window_bytes: None,
         };
         space.put(register::VENDOR, &identity.vendor.to_le_bytes());
         space.put(register::DEVICE, &identity.device.to_le_bytes());
@@ -101,7 +94,9 @@ impl ConfigSpace {
         if let Some((start, bytes)) = window {
             assert!(bytes.is_power_of_two() && bytes >= 16 && start.is_multiple_of(bytes));
             space.put(register::BAR0, &start.to_le_bytes());
-            space.window = Some(Window { start, bytes, sizing: false });
+            // Sizing comes of itself: of ones, the lower bits do not stick.
+            space.allow(register::BAR0, &(!(bytes - 1)).to_le_bytes());
+            space.window_bytes = Some(bytes);
         }
         space
     }
@@ -142,9 +137,6 @@ impl ConfigSpace {
         if let Some(initial) = &self.initial {
             self.bytes = **initial;
         }
-        if let Some(window) = &mut self.window {
-            window.sizing = false;
-        }
     }
 
     /// The command register.
@@ -165,12 +157,7 @@ impl ConfigSpace {
     /// The guest reads; what lies behind the space reads as ones.
     pub fn read(&self, offset: usize, data: &mut [u8]) {
         for (at, byte) in (offset..).zip(data.iter_mut()) {
-            *byte = match (&self.window, at.wrapping_sub(register::BAR0)) {
-                (Some(window), index @ 0..4) if window.sizing => {
-                    (!(window.bytes - 1)).to_le_bytes()[index]
-                }
-                _ => self.bytes.get(at).copied().unwrap_or(0xff),
-            };
+            *byte = self.bytes.get(at).copied().unwrap_or(0xff);
         }
     }
 
@@ -181,15 +168,13 @@ impl ConfigSpace {
                 *old = (*old & !mask) | (byte & mask);
             }
         }
-        if let (Some(window), register::BAR0, 4) = (&mut self.window, offset, data.len()) {
-            window.sizing = data == [0xff; 4];
-        }
     }
 
     /// Writes the space's state.
     pub fn save(&self, out: &mut Encoder) {
         out.raw(&self.bytes);
-        out.bool(self.window.is_some_and(|window| window.sizing));
+        // Once: the guest is sizing the window. Now its register says so.
+        out.bool(false);
     }
 
     /// Takes over a state of the same function: bits that the guest could not have written must
@@ -210,8 +195,8 @@ impl ConfigSpace {
             }
         }
         self.bytes = bytes;
-        if let Some(window) = &mut self.window {
-            window.sizing = sizing;
+        if let (true, Some(window_bytes)) = (sizing, self.window_bytes) {
+            self.put(register::BAR0, &(!(window_bytes - 1)).to_le_bytes());
         }
         Ok(())
     }
@@ -232,8 +217,12 @@ impl ConfigSpace {
         self.bytes[offset..offset + bytes.len()].copy_from_slice(bytes);
     }
 
-    /// Where the window lies: `(start, bytes)`.
+    /// Where the window lies now, `(start, bytes)`: where the guest has put it, if that is among
+    /// the addresses for windows and the function answers there.
     pub fn window(&self) -> Option<(u64, u64)> {
-        self.window.map(|window| (u64::from(window.start), u64::from(window.bytes)))
+        let bytes = u64::from(self.window_bytes?);
+        let start = u64::from(self.u32_at(register::BAR0));
+        let fits = (MMIO_START..=MMIO_END - bytes).contains(&start);
+        (fits && self.command() & command::MEMORY != 0).then_some((start, bytes))
     }
 }

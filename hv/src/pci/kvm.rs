@@ -31,6 +31,8 @@ pub struct KvmWiring {
 #[derive(Debug)]
 struct Table {
     next_line: u32,
+    /// Lines that were given back.
+    free: Vec<u32>,
     messages: BTreeMap<u32, MsiMessage>,
     changed: bool,
 }
@@ -38,7 +40,8 @@ struct Table {
 impl KvmWiring {
     /// For a VM that has its irqchip.
     pub fn new(vm: Arc<VmFd>) -> Self {
-        let table = Table { next_line: IOAPIC_LINES, messages: BTreeMap::new(), changed: false };
+        let (free, messages) = (Vec::new(), BTreeMap::new());
+        let table = Table { next_line: IOAPIC_LINES, free, messages, changed: false };
         Self { vm, table: Mutex::new(table) }
     }
 
@@ -50,13 +53,23 @@ impl KvmWiring {
 impl Wiring for KvmWiring {
     fn add_irqfd(&self, fd: &EventFd) -> io::Result<u32> {
         let mut table = self.table();
-        if table.next_line >= LINES_MAX {
+        let line = table.free.last().copied().unwrap_or(table.next_line);
+        if line >= LINES_MAX {
             return Err(io::Error::other(format!("all {LINES_MAX} interrupt lines are taken")));
         }
-        let line = table.next_line;
         self.vm.register_irqfd(fd, line)?;
-        table.next_line += 1;
+        if table.free.pop().is_none() {
+            table.next_line += 1;
+        }
         Ok(line)
+    }
+
+    fn remove_irqfd(&self, fd: &EventFd, line: u32) -> io::Result<()> {
+        let mut table = self.table();
+        self.vm.unregister_irqfd(fd, line)?;
+        table.changed |= table.messages.remove(&line).is_some();
+        table.free.push(line);
+        Ok(())
     }
 
     fn stage_msi(&self, line: u32, message: MsiMessage) {
@@ -80,6 +93,11 @@ impl Wiring for KvmWiring {
 
     fn add_ioeventfd(&self, fd: &EventFd, address: u64) -> io::Result<()> {
         self.vm.register_ioevent(fd, &IoEventAddress::Mmio(address), NoDatamatch)?;
+        Ok(())
+    }
+
+    fn remove_ioeventfd(&self, fd: &EventFd, address: u64) -> io::Result<()> {
+        self.vm.unregister_ioevent(fd, &IoEventAddress::Mmio(address), NoDatamatch)?;
         Ok(())
     }
 }

@@ -1,14 +1,15 @@
-//! PCI: one bus, a host bridge in slot 0, and functions with a fixed memory window each.
+//! PCI: one bus, a host bridge in slot 0, and functions with a memory window each.
 //!
-//! A guest reaches configuration space through mechanism #1 (ports 0xcf8 to 0xcff) and a
-//! function's registers through its BAR. Both come in at [`PciBus`], which finds the
-//! [`PciFunction`]. BARs are assigned here, once, and do not move: sizing works, another address
-//! does not stick. Interrupts are MSI-X only ([`Msix`]): a vector is an eventfd that KVM turns
-//! into a message; whoever owns the VM's routing table stands behind [`Wiring`], so that nothing
-//! here needs KVM in a test.
+//! A guest reaches configuration space through mechanism #1 (ports 0xcf8 to 0xcff) and a function's
+//! registers through its BAR. Both come in at [`PciBus`], which finds the [`PciFunction`]. BARs are
+//! assigned here, and a guest may move them: Linux does so with those of functions that come while
+//! it runs ([`HotPlug`]). Interrupts are MSI-X only ([`Msix`]): a vector is an eventfd that KVM
+//! turns into a message; whoever owns the VM's routing table stands behind [`Wiring`], so that
+//! nothing here needs KVM in a test.
 
 mod bus;
 mod config;
+mod hot_plug;
 mod kvm;
 mod msix;
 #[cfg(test)]
@@ -17,6 +18,7 @@ mod wiring;
 
 pub use bus::{PciBus, PciFunction, RestoreError};
 pub use config::{ClassCode, ConfigSpace, Identity, command};
+pub use hot_plug::{HotPlug, REGISTER_BYTES as HOT_PLUG_REGISTER_BYTES};
 pub use kvm::KvmWiring;
 pub use msix::{MSIX_CAPABILITY_BYTES, Msix};
 pub use wiring::{MsiMessage, Wiring};
@@ -31,6 +33,9 @@ pub const CONFIG_PORT_START: u16 = 0xcf8;
 pub const CONFIG_PORT_END: u16 = 0xd00;
 /// Slots of the bus, the host bridge's included.
 pub const SLOTS: u8 = 32;
+/// Slots whose functions may come and go while the guest runs; those that the machine always has
+/// lie below.
+pub const HOT_PLUG_SLOTS: std::ops::RangeInclusive<u8> = 16..=31;
 /// Size of each function's window, bytes.
 pub const WINDOW_BYTES: u64 = 0x8000;
 /// Where a slot's windows begin; 1 MiB apart, so that dumps read easily.

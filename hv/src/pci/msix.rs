@@ -178,6 +178,15 @@ impl Msix {
         }
     }
 
+    /// Gives the lines back: the function leaves the bus.
+    pub fn release(&self) {
+        for vector in &self.vectors {
+            if let Err(error) = self.wiring.remove_irqfd(&vector.fd, vector.line) {
+                tracing::warn!(%error, line = vector.line, "an interrupt line stays taken");
+            }
+        }
+    }
+
     /// As after power-on.
     pub fn reset(&self) {
         let mut table = self.table();

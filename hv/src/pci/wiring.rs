@@ -22,6 +22,9 @@ pub trait Wiring: Send + Sync {
     /// says for that line (nothing, before). Answers the line.
     fn add_irqfd(&self, fd: &EventFd) -> io::Result<u32>;
 
+    /// Takes the line back from the eventfd.
+    fn remove_irqfd(&self, fd: &EventFd, line: u32) -> io::Result<()>;
+
     /// From the next commit on, the line raises this message.
     fn stage_msi(&self, line: u32, message: MsiMessage);
 
@@ -30,4 +33,7 @@ pub trait Wiring: Send + Sync {
 
     /// Writes by the guest to this address, of any length, add 1 to the eventfd.
     fn add_ioeventfd(&self, fd: &EventFd, address: u64) -> io::Result<()>;
+
+    /// They no longer do.
+    fn remove_ioeventfd(&self, fd: &EventFd, address: u64) -> io::Result<()>;
 }

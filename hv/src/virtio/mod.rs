@@ -23,6 +23,7 @@ pub mod console;
 mod core;
 mod interrupt;
 pub mod net;
+mod notifications;
 mod queue;
 pub mod rng;
 #[cfg(test)]

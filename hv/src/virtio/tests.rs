@@ -11,7 +11,7 @@ use super::*;
 use crate::machine::migratable::MachineState;
 use crate::memory::{self, GuestMemory};
 use crate::pci::tests::TestWiring;
-use crate::pci::{PciFunction, Wiring};
+use crate::pci::{PciFunction, WINDOW_BYTES, Wiring};
 
 /// Memory of the test machines.
 pub(crate) const MEMORY_BYTES: u64 = 4 << 20;
@@ -319,6 +319,44 @@ fn a_paused_device_touches_nothing() {
     assert_eq!((before, driver.used(0)), (after, None));
     driver.device.resume();
     assert_eq!(driver.wait_used(0), (3, 8));
+}
+
+/// The address at which a guest has put one function's window is where another one's begins when it
+/// comes: the notifications stay those of the first, until the guest puts the second there.
+#[test]
+fn one_that_comes_takes_no_notifications_from_another() {
+    const SLOT: u8 = 17;
+    let driver = TestDriver::new(Box::new(Echo));
+    let (wiring, memory) = (driver.wiring.clone(), driver.memory.clone());
+    let come = |slot| VirtioPci::new(Box::new(Echo), slot, memory.clone(), wiring.clone()).unwrap();
+    let wired = || -> Vec<u64> {
+        wiring.io_events.lock().unwrap().iter().map(|(_, address)| *address).collect()
+    };
+    let (there, notify) = (crate::pci::window_start(SLOT), 0x3000);
+    let second = come(SLOT);
+    // Decoding off, the window moved, and on again.
+    driver.device.write_config(4, &0u16.to_le_bytes());
+    assert!(wired().is_empty(), "nobody answers anywhere");
+    driver.device.write_config(0x10, &(there as u32).to_le_bytes());
+    driver.device.write_config(4, &6u16.to_le_bytes());
+    assert_eq!(wired(), [there + notify]);
+    driver.kick(0);
+    assert_eq!(driver.device.window(), Some((there, WINDOW_BYTES)));
+    // The guest puts the second elsewhere.
+    let elsewhere = crate::pci::MMIO_START;
+    second.write_config(0x10, &(elsewhere as u32).to_le_bytes());
+    second.write_config(4, &6u16.to_le_bytes());
+    assert_eq!(wired(), [there + notify, elsewhere + notify]);
+    // A machine that a guest is about to come to has them where most windows are.
+    let third = come(SLOT + 1);
+    third.expect();
+    assert_eq!(wired().last(), Some(&(crate::pci::window_start(SLOT + 1) + notify)));
+
+    // One that has left wires nothing, even if a vCPU still holds it.
+    second.release();
+    second.write_config(4, &0u16.to_le_bytes());
+    second.write_config(4, &6u16.to_le_bytes());
+    assert_eq!(wired().len(), 2);
 }
 
 /// A notification that was lost with the old machine does not matter, nor does an interrupt.

@@ -13,12 +13,11 @@ use virtio_queue::{Queue, QueueT};
 use vm_memory::GuestAddress;
 
 use super::core::{Core, Inner, status};
+use super::notifications::{NOTIFY, NOTIFY_STRIDE, Notifications};
 use super::{Interrupt, Unsettled, VirtioDevice, worker};
 use crate::machine::migratable::{MachineState, StateSection};
 use crate::memory::GuestMemory;
-use crate::pci::{
-    ConfigSpace, Identity, Msix, PciFunction, WINDOW_BYTES, Wiring, command, window_start,
-};
+use crate::pci::{ConfigSpace, Identity, Msix, PciFunction, WINDOW_BYTES, Wiring, window_start};
 use crate::state::{self, Encoder, StateError, kind};
 
 /// Where things lie in the window.
@@ -27,12 +26,9 @@ mod window {
     pub(super) const COMMON: Range<u64> = 0..0x40;
     pub(super) const ISR: Range<u64> = 0x1000..0x1004;
     pub(super) const DEVICE: Range<u64> = 0x2000..0x3000;
-    pub(super) const NOTIFY: Range<u64> = 0x3000..0x4000;
     pub(super) const MSIX_TABLE: Range<u64> = 0x4000..0x5000;
     pub(super) const MSIX_PENDING: Range<u64> = 0x5000..0x6000;
 }
-/// Each queue's notifications go to an address of their own.
-const NOTIFY_STRIDE: u64 = 4;
 const PCI_VENDOR: u16 = 0x1af4;
 const CAPABILITY_VENDOR: u8 = 0x09;
 /// Rings and transport; offered for every device.
@@ -56,7 +52,8 @@ pub struct VirtioPci {
     core: Arc<Core>,
     msix: Arc<Msix>,
     config: Mutex<ConfigSpace>,
-    window: (u64, u64),
+    slot: u8,
+    notifications: Notifications,
     /// Offset of the capability through which the window is reached without mapping it.
     pci_cap: usize,
     msix_cap: usize,
@@ -66,7 +63,7 @@ pub struct VirtioPci {
 
 impl std::fmt::Debug for VirtioPci {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        f.debug_struct("VirtioPci").field("window", &self.window).finish_non_exhaustive()
+        f.debug_struct("VirtioPci").field("slot", &self.slot).finish_non_exhaustive()
     }
 }
 
@@ -87,10 +84,6 @@ impl VirtioPci {
         // One vector for each queue, one for configuration changes.
         let msix = Arc::new(Msix::new(Arc::clone(&wiring), queues as u16 + 1)?);
         let core = Arc::new(Core::new(memory, Interrupt::new(Arc::clone(&msix)), device)?);
-        let window = (window_start(slot), WINDOW_BYTES);
-        for (kick, queue) in core.kicks.iter().zip(0..) {
-            wiring.add_ioeventfd(kick, window.0 + window::NOTIFY.start + queue * NOTIFY_STRIDE)?;
-        }
         let identity = Identity {
             vendor: PCI_VENDOR,
             device: 0x1040 + device_kind.number,
@@ -98,12 +91,37 @@ impl VirtioPci {
             class: device_kind.class,
             subsystem: (PCI_VENDOR, 0x1100),
         };
-        let mut config = ConfigSpace::new(identity, Some((window.0 as u32, window.1 as u32)));
+        let window = (window_start(slot) as u32, WINDOW_BYTES as u32);
+        let mut config = ConfigSpace::new(identity, Some(window));
         let (pci_cap, msix_cap) = add_capabilities(&mut config, msix.vectors());
         let name = format!("{}-{slot}", device_kind.name);
         let worker = Some(worker::spawn(Arc::clone(&core), name)?);
         let config = Mutex::new(config);
-        Ok(Self { core, msix, config, window, pci_cap, msix_cap, features, worker })
+        let notifications = Notifications::new(slot, wiring);
+        Ok(Self { core, msix, config, slot, notifications, pci_cap, msix_cap, features, worker })
+    }
+
+    /// Its slot on the bus.
+    pub fn slot(&self) -> u8 {
+        self.slot
+    }
+
+    /// A guest is about to come here. Most windows stay where they were made: it need not wait for
+    /// their wiring in its pause. No other machine does this: until the guest has put the window
+    /// there, the address may be another function's, whose notifications would be lost.
+    pub fn expect(&self) {
+        self.notifications.wire(&self.core.kicks, Some(window_start(self.slot)));
+    }
+
+    /// The queues' notifications come from where the window is now.
+    fn wire(&self, config: &ConfigSpace) {
+        self.notifications.wire(&self.core.kicks, config.window().map(|(start, _)| start));
+    }
+
+    /// The function leaves the bus for good: the guest reaches it no more, nor it the guest.
+    pub fn release(&self) {
+        self.notifications.release(&self.core.kicks);
+        self.msix.release();
     }
 
     /// When this returns well, the device touches neither guest memory nor its host side.
@@ -114,7 +132,11 @@ impl VirtioPci {
         self.pause_within(SETTLE_MAX)
     }
 
-    pub(super) fn pause_within(&self, wait_max: Duration) -> Result<(), Unsettled> {
+    /// As [`pause`](Self::pause), with a wait of the caller's.
+    ///
+    /// # Errors
+    /// The same.
+    pub fn pause_within(&self, wait_max: Duration) -> Result<(), Unsettled> {
         self.core.pause(wait_max)
     }
 
@@ -182,9 +204,9 @@ impl VirtioPci {
     fn write_at(&self, offset: u64, data: &[u8]) {
         if window::COMMON.contains(&offset) {
             self.write_common(offset, data);
-        } else if window::NOTIFY.contains(&offset) {
+        } else if NOTIFY.contains(&offset) {
             // KVM takes these; here come only those written through configuration space.
-            self.core.kick(((offset - window::NOTIFY.start) / NOTIFY_STRIDE) as usize);
+            self.core.kick(((offset - NOTIFY.start) / NOTIFY_STRIDE) as usize);
         } else if window::MSIX_TABLE.contains(&offset) {
             self.msix.write_table(offset - window::MSIX_TABLE.start, data);
         }
@@ -332,7 +354,7 @@ impl VirtioPci {
         let cap = self.pci_cap;
         let bar = config.u16_at(cap + 4) as u8;
         let (offset, length) = (config.u32_at(cap + 8), config.u32_at(cap + 12) as usize);
-        let fits = u64::from(offset) + length as u64 <= self.window.1;
+        let fits = u64::from(offset) + length as u64 <= WINDOW_BYTES;
         let aligned = matches!(length, 1 | 2 | 4) && offset.is_multiple_of(length as u32);
         (bar == 0 && fits && aligned).then_some((u64::from(offset), length))
     }
@@ -368,7 +390,7 @@ fn add_capabilities(config: &mut ConfigSpace, vectors: u16) -> (usize, usize) {
     add(&body(cfg_type::COMMON, &window::COMMON, None));
     add(&body(cfg_type::ISR, &window::ISR, None));
     add(&body(cfg_type::DEVICE, &window::DEVICE, None));
-    add(&body(cfg_type::NOTIFY, &window::NOTIFY, Some(NOTIFY_STRIDE as u32)));
+    add(&body(cfg_type::NOTIFY, &NOTIFY, Some(NOTIFY_STRIDE as u32)));
     let pci_cap = add(&body(cfg_type::PCI, &(0..0), Some(0)));
     config.allow(pci_cap + 4, &[0xff]);
     config.allow(pci_cap + 8, &[0xff; 8]);
@@ -401,7 +423,7 @@ fn copy_out(registers: &[u8], offset: u64, data: &mut [u8]) {
 
 impl PciFunction for VirtioPci {
     fn window(&self) -> Option<(u64, u64)> {
-        Some(self.window)
+        self.config().window()
     }
 
     fn read_config(&self, offset: usize, data: &mut [u8]) {
@@ -421,6 +443,7 @@ impl PciFunction for VirtioPci {
         let (access, control) = {
             let mut config = self.config();
             config.write(offset, data);
+            self.wire(&config);
             let data_word = offset == self.pci_cap + 16;
             let control = self.msix_cap + 2;
             let touched = offset < control + 2 && offset + data.len() > control;
@@ -440,21 +463,18 @@ impl PciFunction for VirtioPci {
     }
 
     fn read_window(&self, offset: u64, data: &mut [u8]) {
-        if self.config().command() & command::MEMORY == 0 {
-            data.fill(0xff);
-            return;
-        }
         self.read_at(offset, data);
     }
 
     fn write_window(&self, offset: u64, data: &[u8]) {
-        if self.config().command() & command::MEMORY != 0 {
-            self.write_at(offset, data);
-        }
+        self.write_at(offset, data);
     }
 
     fn reset(&self) {
-        self.config().reset();
+        let mut config = self.config();
+        config.reset();
+        self.wire(&config);
+        drop(config);
         self.msix.reset();
         self.core.lock().reset(&self.core);
         self.core.wake();
@@ -492,7 +512,10 @@ impl PciFunction for VirtioPci {
 
     fn restore(&self, slot: u32, state: &MachineState) -> Result<(), StateError> {
         let mut fields = state::fields(state::find(state, kind::PCI_FUNCTION, slot)?, 1)?;
-        self.config().restore(&mut fields)?;
+        let mut config = self.config();
+        config.restore(&mut fields)?;
+        self.wire(&config);
+        drop(config);
         self.msix.restore(&mut fields)?;
         fields.finish("pci function")?;
 

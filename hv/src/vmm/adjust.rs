@@ -1,5 +1,6 @@
 //! Requests that change something about a machine while it runs.
 
+use drover_proto::vmm;
 use drover_proto::vmm::v1::{
     Disk, GrowDiskRequest, SetDiskLimitsRequest, SetGenerationRequest, disk,
 };
@@ -14,14 +15,7 @@ impl Supervisor {
         request: SetDiskLimitsRequest,
     ) -> Result<(), VmmError> {
         let index = find(&self.options.config.disks, request.disk)?;
-        let wanted = request.limits.unwrap_or_default();
-        let limits = DiskLimits {
-            iops: wanted.iops,
-            iops_burst: wanted.iops_burst,
-            bytes_per_second: wanted.bytes_per_second,
-            bytes_burst: wanted.bytes_burst,
-        };
-        validate_limits("limits", &limits)?;
+        let limits = limits(request.limits.unwrap_or_default())?;
         let Place::Owned(machine) = &mut self.place else {
             return Err(self.refuse("set a disk's limits"));
         };
@@ -58,6 +52,18 @@ impl Supervisor {
         })?;
         Ok(Reply::Grown { bytes_before, bytes })
     }
+}
+
+/// What a request says of a disk's limits, checked.
+pub(super) fn limits(wanted: vmm::v1::DiskLimits) -> Result<DiskLimits, FieldError> {
+    let limits = DiskLimits {
+        iops: wanted.iops,
+        iops_burst: wanted.iops_burst,
+        bytes_per_second: wanted.bytes_per_second,
+        bytes_burst: wanted.bytes_burst,
+    };
+    validate_limits("limits", &limits)?;
+    Ok(limits)
 }
 
 /// The place of a disk in the configuration.

@@ -17,6 +17,7 @@
 mod adjust;
 mod error;
 mod migrate;
+mod plug;
 mod save;
 mod shared;
 mod supervisor;
@@ -27,8 +28,9 @@ use std::sync::mpsc::{SyncSender, TrySendError};
 use std::time::Duration;
 
 use drover_proto::vmm::v1::{
-    CancelMigrationRequest, GrowDiskRequest, PrepareIncomingRequest, SaveRequest,
-    SetDiskLimitsRequest, SetGenerationRequest, StartMigrationRequest, TakeOverRequest,
+    AttachDiskRequest, CancelMigrationRequest, DetachDiskRequest, GrowDiskRequest,
+    PrepareIncomingRequest, SaveRequest, SetDiskLimitsRequest, SetGenerationRequest,
+    StartMigrationRequest, TakeOverRequest,
 };
 use tokio::sync::oneshot;
 
@@ -68,6 +70,10 @@ pub enum Request {
     SetDiskLimits(SetDiskLimitsRequest),
     /// A disk's volume has grown.
     GrowDisk(GrowDiskRequest),
+    /// Put in another disk.
+    AttachDisk(AttachDiskRequest),
+    /// Ask the guest to let go of a disk. The answer comes when it is asked.
+    DetachDisk(DetachDiskRequest),
     /// The guest has become another one.
     SetGeneration(SetGenerationRequest),
     /// Write the guest to a file and end. The answer comes when it has ended.

@@ -5,7 +5,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Instant;
 
 use drover_proto::agent::v1::ObservedMigration;
-use drover_proto::vmm::v1::{VmmState, VmmStatus};
+use drover_proto::vmm::v1::{DiskStatus, VmmState, VmmStatus};
 use tokio::sync::watch;
 
 use crate::config::DomainConfig;
@@ -122,6 +122,10 @@ impl Shared {
 
     pub(super) fn count_reboot(&self) {
         self.change(|status| status.reboot_count += 1);
+    }
+
+    pub(super) fn set_disks(&self, disks: Vec<DiskStatus>) {
+        self.change(|status| status.disks = disks);
     }
 
     pub(super) fn set_migration(&self, migration: &ObservedMigration) {

@@ -1,12 +1,13 @@
 //! The thread that owns the machine.
 
-use std::sync::mpsc::{Receiver, SyncSender, sync_channel};
+use std::sync::mpsc::{Receiver, RecvTimeoutError, SyncSender, sync_channel};
 use std::sync::{Arc, Mutex, PoisonError};
 
 use drover_proto::vmm::v1::VmmState;
 use tokio::sync::oneshot;
 
 use super::migrate::{DestinationTask, Ended, SourceTask};
+use super::plug::REMINDERS_MAX;
 use super::save::SaveTask;
 use super::{Answer, Options, Reply, Request, Shared, Vmm, VmmError};
 use crate::config::{FieldError, OnReboot};
@@ -73,6 +74,8 @@ pub(super) struct Supervisor {
     pub(super) epoch: u64,
     /// The first that a guest said of its end, until it is dealt with.
     exit: Arc<Mutex<Option<GuestExit>>>,
+    /// How often a guest that does not read the hot-plug registers is still told to.
+    pub(super) reminders: u32,
     /// Whoever asked for what ends the VMM, and hears when the end is on disk.
     pub(super) farewell: Vec<oneshot::Sender<Answer>>,
 }
@@ -156,7 +159,7 @@ impl Supervisor {
         let exit = Arc::default();
         let place = Place::Lost;
         let mut supervisor =
-            Self { options, shared, events, place, epoch, exit, farewell: Vec::new() };
+            Self { options, shared, events, place, epoch, exit, reminders: 0, farewell: vec![] };
         // Once: the guest's own reboots begin anew.
         let restore = supervisor.options.config.restore.take();
         let made = if let Some(path) = restore {
@@ -188,8 +191,12 @@ impl Supervisor {
             let _ = events.try_send(Event::Guest);
         });
         let console = Arc::clone(&self.shared.console);
-        let machine = Machine::new(&self.options.config, purpose, console, on_exit)?;
+        let events = self.events.clone();
+        // When the queue is full, it is seen after the next event.
+        let on_eject = Box::new(move || drop(events.try_send(Event::Guest)));
+        let machine = Machine::new(&self.options.config, purpose, console, on_exit, on_eject)?;
         self.shared.set_machine(&machine);
+        self.tell_disks();
         Ok(Box::new(machine))
     }
 
@@ -215,8 +222,19 @@ impl Supervisor {
     /// Deals with events until the VMM is to end; answers why.
     fn run(&mut self, events: &Receiver<Event>) -> ExitRecord {
         loop {
-            let Ok(event) = events.recv() else {
-                return ExitRecord::new(ExitReason::Error, "the API is gone");
+            let event = match self.remind_in() {
+                None => events.recv().map_err(RecvTimeoutError::from),
+                Some(wait) => events.recv_timeout(wait),
+            };
+            let event = match event {
+                Ok(event) => event,
+                Err(RecvTimeoutError::Timeout) => {
+                    self.remind();
+                    continue;
+                }
+                Err(RecvTimeoutError::Disconnected) => {
+                    return ExitRecord::new(ExitReason::Error, "the API is gone");
+                }
             };
             match event {
                 Event::Request(Request::Quit(why), reply) => {
@@ -242,8 +260,10 @@ impl Supervisor {
                     if let Err(record) = self.machine_back(ended) {
                         return record;
                     }
+                    self.tell_disks();
                 }
             }
+            self.remove_ejected();
             if let Some(record) = self.guest_ended() {
                 return record;
             }
@@ -257,6 +277,8 @@ impl Supervisor {
             Request::PowerButton => self.power_button()?,
             Request::Reset => self.reset()?,
             Request::SetDiskLimits(request) => self.set_disk_limits(request)?,
+            Request::AttachDisk(request) => self.attach_disk(request)?,
+            Request::DetachDisk(request) => self.detach_disk(&request)?,
             Request::SetGeneration(request) => self.set_generation(&request)?,
             Request::GrowDisk(request) => return Ok(self.grow_disk(request)?),
             Request::PrepareIncoming(request) => {
@@ -305,6 +327,7 @@ impl Supervisor {
 
     /// A new machine in place of the present one.
     fn restart(&mut self) -> Result<(), ExitRecord> {
+        self.forget_detaching();
         // The old one first: it has the taps and the memory.
         self.shared.forget_machine();
         let failed = |error: &dyn std::fmt::Display| {
@@ -380,6 +403,7 @@ impl Supervisor {
 
     /// A migration or a saving gave the machine back.
     fn machine_back(&mut self, ended: Ended) -> Result<(), ExitRecord> {
+        self.reminders = REMINDERS_MAX;
         match ended {
             Ended::Saving { machine, outcome } => return self.save_ended(machine, outcome),
             Ended::Source { machine, to_epoch, outcome } => match outcome {

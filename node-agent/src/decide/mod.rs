@@ -23,6 +23,7 @@
 //!           INCOMING ─ COMMIT / TakeOver
 //! ```
 
+mod plug;
 mod saving;
 #[cfg(test)]
 mod tests;
@@ -30,11 +31,12 @@ mod tests;
 use std::time::Duration;
 
 use drover_proto::agent::v1::{MigrationProgress, MigrationRole};
-use drover_proto::v1::{DiskLimits, RestartPolicy};
-use drover_proto::vmm::v1::VmmState;
+use drover_proto::v1::RestartPolicy;
+use drover_proto::vmm::v1::{DiskStatus, VmmState};
 
 use crate::records::{DomainRecord, End, EndReason};
 use crate::wanted::{Assigned, Outgoing, Owner, Power, Role, Wanted};
+pub use plug::{LiveDisk, SEED_SERIAL, plug};
 use saving::decide_saving;
 pub use saving::{restores, save_failed};
 
@@ -105,17 +107,6 @@ pub enum Disks {
     Failed(String),
 }
 
-/// What a VMM that runs is told of one of its disks.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub struct LiveDisk {
-    /// As the VMM knows it.
-    pub serial: String,
-    /// What the guest may ask of it.
-    pub limits: DiskLimits,
-    /// Its volume's size; 0 when that is not known.
-    pub size_bytes: u64,
-}
-
 /// What the agent has done so far and need not remember after its own death.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct Progress {
@@ -139,6 +130,10 @@ pub struct Progress {
     pub prepare_failed: Option<(String, String)>,
     /// What the VMM was told of its disks; `None` when this agent has told it nothing.
     pub told_disks: Option<Vec<LiveDisk>>,
+    /// When the guest was last asked to let go of a disk.
+    pub detach_ms: Option<u64>,
+    /// Why the VMM does not attach or detach a disk.
+    pub disk_error: String,
     /// The VMM is saving the guest, or has: its end is to come.
     pub saving: bool,
     /// It did not say what became of that; it is asked again then.
@@ -174,6 +169,10 @@ pub enum Action {
     TakeOver,
     /// Tell the VMM what its disks have become.
     UpdateDisks,
+    /// Give the VMM a disk that it has not; the number is its place in the assignment.
+    AttachDisk(usize),
+    /// Have the guest let go of the disk of this serial number.
+    DetachDisk(String),
     /// Write the guest to its memory volume.
     Save,
     /// Press the power button.
@@ -203,6 +202,8 @@ pub struct Facts<'a> {
     pub memory: &'a Disks,
     /// What its VMM is told of its disks.
     pub live_disks: &'a [LiveDisk],
+    /// The disks that its VMM has, as it says.
+    pub plugged: &'a [DiskStatus],
     /// Now.
     pub now_ms: u64,
 }
@@ -285,7 +286,12 @@ fn decide_running(facts: Facts<'_>, owner: &Owner, migration: Option<&Migration>
     if is_new_start(facts, owner) {
         return Action::Adopt;
     }
-    let Some(outgoing) = &owner.outgoing else { return update_disks(facts, migration) };
+    let Some(outgoing) = &owner.outgoing else {
+        return match migration.is_some_and(is_leaving) {
+            true => Action::Nothing,
+            false => plug(facts).unwrap_or_else(|| update_disks(facts)),
+        };
+    };
     let begun =
         facts.has_begun(outgoing) || migration.is_some_and(|m| m.id == outgoing.migration_id);
     if outgoing.cancel {
@@ -306,10 +312,10 @@ fn is_new_start(facts: Facts<'_>, owner: &Owner) -> bool {
 
 /// A volume that has grown, other limits. Nothing is missed: what was told is forgotten with the
 /// agent, and to be told twice changes nothing.
-fn update_disks(facts: Facts<'_>, migration: Option<&Migration>) -> Action {
+fn update_disks(facts: Facts<'_>) -> Action {
     let told = facts.progress.told_disks.as_deref();
     let known = told == Some(facts.live_disks) || told.is_none() && facts.live_disks.is_empty();
-    if known || migration.is_some_and(is_leaving) { Action::Nothing } else { Action::UpdateDisks }
+    if known { Action::Nothing } else { Action::UpdateDisks }
 }
 
 /// The guest runs here and shall end.

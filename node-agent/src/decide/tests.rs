@@ -7,7 +7,7 @@ mod rules;
 use super::*;
 use crate::records::{Handover, OutgoingRecord, Run};
 use crate::wanted::Disk;
-use drover_proto::v1::DomainSpec;
+use drover_proto::v1::{DiskLimits, DomainSpec};
 
 const NOW: u64 = 1_000_000;
 const M: &str = "migration-1";
@@ -87,6 +87,7 @@ fn assigned(epoch: u64, role: Role) -> Wanted {
         rescue: false,
         generation_id: None,
         memory: None,
+        seed_slot: None,
     }))
 }
 
@@ -107,7 +108,7 @@ fn with_memory(mut wanted: Wanted) -> Wanted {
     if let Wanted::Assigned(assigned) = &mut wanted {
         let (volume, pool, serial) = (MEMORY.into(), "main".into(), String::new());
         let limits = DiskLimits::default();
-        assigned.memory = Some(Disk { volume, pool, read_only: false, limits, serial });
+        assigned.memory = Some(Disk { volume, pool, read_only: false, limits, serial, slot: None });
     }
     wanted
 }
@@ -173,7 +174,17 @@ fn ask_with(
 ) -> Action {
     let record = record.as_ref();
     let (memory, live_disks) = (&Disks::Ready, &[]);
-    decide(Facts { record, vmm, wanted, progress, disks, memory, live_disks, now_ms: NOW })
+    decide(Facts {
+        record,
+        vmm,
+        wanted,
+        progress,
+        disks,
+        memory,
+        live_disks,
+        plugged: &[],
+        now_ms: NOW,
+    })
 }
 
 type Row = (&'static str, Option<DomainRecord>, Vmm, Wanted, Action);

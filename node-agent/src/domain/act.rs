@@ -36,6 +36,8 @@ impl Domain {
             Action::CancelMigration => self.cancel_migration().await,
             Action::TakeOver => self.take_over().await,
             Action::UpdateDisks => self.update_disks().await,
+            Action::AttachDisk(index) => self.attach_disk(index).await,
+            Action::DetachDisk(serial) => self.detach_disk(&serial).await,
             Action::Save => self.save_guest().await,
             Action::PowerButton => self.power_button().await,
             Action::Quit => self.quit().await,

@@ -12,11 +12,14 @@ use tokio::net::UnixStream;
 use tonic::transport::{Channel, Endpoint};
 
 use crate::error::Error;
+use crate::wanted::Disk;
 
 /// How long a VMM may take to answer a call.
 const CALL_TIMEOUT: Duration = Duration::from_secs(20);
 /// How long it may take to write a guest's memory to a volume: 512 GiB at 150 MiB/s.
 const SAVE_TIMEOUT: Duration = Duration::from_secs(3600);
+/// How long one call waits for a guest to let go of a disk; it is asked again later.
+const DETACH_WAIT: Duration = Duration::from_secs(1);
 /// How long connecting to its socket may take.
 const CONNECT_TIMEOUT: Duration = Duration::from_secs(2);
 
@@ -72,19 +75,43 @@ impl VmmClient {
         serial: &str,
         limits: DiskLimits,
     ) -> Result<(), Error> {
-        let limits = pb::DiskLimits {
-            iops: limits.requests_per_second,
-            iops_burst: limits.requests_burst,
-            bytes_per_second: limits.bytes_per_second,
-            bytes_burst: limits.bytes_burst,
-        };
-        let request = pb::SetDiskLimitsRequest { disk: disk(serial), limits: Some(limits) };
+        let limits = Some(disk_limits(limits));
+        let request = pb::SetDiskLimitsRequest { disk: disk(serial), limits };
         call("SetDiskLimits", self.inner.set_disk_limits(request)).await.map(drop)
     }
 
     pub(crate) async fn grow_disk(&mut self, serial: &str) -> Result<(), Error> {
         let request = pb::GrowDiskRequest { disk: disk(serial) };
         call("GrowDisk", self.inner.grow_disk(request)).await.map(drop)
+    }
+
+    pub(crate) async fn attach_disk(
+        &mut self,
+        disk: &Disk,
+        path: &Path,
+        shared: bool,
+    ) -> Result<pb::VmmStatus, Error> {
+        let request = pb::AttachDiskRequest {
+            path: path.display().to_string(),
+            read_only: disk.read_only,
+            serial: disk.serial.clone(),
+            slot: disk.slot.map_or(0, u32::from),
+            shared,
+            limits: Some(disk_limits(disk.limits)),
+        };
+        call("AttachDisk", self.inner.attach_disk(request)).await
+    }
+
+    /// Asks the guest, and answers soon, whether it has let go of it or not: the status says.
+    pub(crate) async fn detach_disk(&mut self, serial: &str) -> Result<(), Error> {
+        let timeout = prost_types::Duration::try_from(DETACH_WAIT).ok();
+        let request = pb::DetachDiskRequest { serial: serial.to_owned(), timeout };
+        match call("DetachDisk", self.inner.detach_disk(request)).await {
+            Err(Error::Vmm { status, .. }) if status.code() == tonic::Code::DeadlineExceeded => {
+                Ok(())
+            }
+            other => other.map(drop),
+        }
     }
 
     /// One command of the guest agent's protocol; answers its result, JSON. `timeout` is the
@@ -140,6 +167,15 @@ impl VmmClient {
 
     pub(crate) async fn take_over(&mut self, epoch: u64) -> Result<pb::VmmStatus, Error> {
         call("TakeOver", self.inner.take_over(pb::TakeOverRequest { epoch })).await
+    }
+}
+
+fn disk_limits(limits: DiskLimits) -> pb::DiskLimits {
+    pb::DiskLimits {
+        iops: limits.requests_per_second,
+        iops_burst: limits.requests_burst,
+        bytes_per_second: limits.bytes_per_second,
+        bytes_burst: limits.bytes_burst,
     }
 }
 

@@ -12,6 +12,7 @@ use drover_hv::config::{
 use drover_proto::v1::RestartPolicy;
 use serde::Deserialize;
 
+use crate::decide::SEED_SERIAL;
 use crate::error::Error;
 use crate::records::{DomainFiles, EndReason, Handover};
 use crate::wanted::{Assigned, Role};
@@ -21,9 +22,6 @@ const LOG_BYTES_MAX: u64 = 1 << 20;
 const LOG_BYTES_KEPT: u64 = 128 << 10;
 /// No honest file of a VMM is longer.
 const JSON_BYTES_MAX: u64 = 64 << 10;
-
-/// The serial number of the disk with the seed.
-const SEED_SERIAL: &str = "cidata";
 
 /// `exit.json`: the VMM's last words.
 #[derive(Debug, Clone, PartialEq, Eq, Deserialize)]
@@ -109,6 +107,7 @@ pub(crate) fn domain_config(
         path: path.clone(),
         read_only: disk.read_only,
         serial: disk.serial.clone(),
+        slot: disk.slot,
         shared: opened.shared_pools.contains(&disk.pool),
         // Made for this very migration: nobody is sent to a node that has a copy. One that is
         // shared is not made, and is full.
@@ -125,6 +124,7 @@ pub(crate) fn domain_config(
         path: path.to_owned(),
         read_only: true,
         serial: SEED_SERIAL.to_owned(),
+        slot: assigned.seed_slot,
         shared: false,
         zeroed: false,
         limits: DiskLimits::default(),

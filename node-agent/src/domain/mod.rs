@@ -11,6 +11,7 @@ mod act;
 pub(crate) mod client;
 mod files;
 pub mod guest;
+mod plug;
 pub mod quiesce;
 mod save;
 mod seeding;
@@ -207,6 +208,7 @@ impl Domain {
             let volume = view.volumes.iter().find(is_its);
             LiveDisk {
                 serial: disk.serial.clone(),
+                slot: disk.slot,
                 limits: disk.limits,
                 size_bytes: volume.map_or(0, |volume| volume.size_bytes),
             }
@@ -295,6 +297,7 @@ impl Domain {
             disks: &self.disks,
             memory: &self.memory,
             live_disks: &self.live_disks,
+            plugged: self.link.status().map_or(&[], |status| &status.disks),
             now_ms: self.now_ms(),
         }
     }

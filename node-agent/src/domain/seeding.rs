@@ -126,6 +126,7 @@ mod tests {
             rescue: false,
             generation_id: None,
             memory: None,
+            seed_slot: None,
         }
     }
 

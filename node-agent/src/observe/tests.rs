@@ -38,6 +38,7 @@ fn assigned(role: Role) -> Wanted {
         rescue: false,
         generation_id: None,
         memory: None,
+        seed_slot: None,
     }))
 }
 
@@ -75,7 +76,8 @@ fn with_disks(
     let progress = &Progress::default();
     let (record, vmm) = (Some(record), &vmm);
     let (memory, live_disks) = (disks, &[]);
-    let facts = Facts { record, vmm, wanted, progress, disks, memory, live_disks, now_ms: 0 };
+    let facts =
+        Facts { record, vmm, wanted, progress, disks, memory, live_disks, plugged: &[], now_ms: 0 };
     observe(facts, status.as_ref(), None, None).unwrap()
 }
 

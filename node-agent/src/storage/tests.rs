@@ -213,6 +213,7 @@ async fn volumes_come_and_go_as_they_are_wanted() {
         pool: "main".into(),
         read_only: false,
         serial: String::new(),
+        slot: None,
         limits: Default::default(),
     };
     node.until_ready(1).await;

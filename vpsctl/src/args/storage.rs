@@ -3,6 +3,7 @@
 use std::path::PathBuf;
 
 use clap::{Args, Subcommand, ValueEnum};
+use drover_proto::v1::DiskLimits;
 
 use super::{Detach, Yes, domain::DomainName};
 use crate::parse;
@@ -35,7 +36,7 @@ Examples:
     Create(CreateVolumeArgs),
     /// Delete a volume that no domain has, for ever
     Delete(VolumeName),
-    /// Give a volume to a stopped domain of its node, as its last disk
+    /// Give a volume to a domain of its node, as its last disk; it may run
     Attach {
         #[command(flatten)]
         name: VolumeName,
@@ -44,8 +45,14 @@ Examples:
         /// The guest may not write to it
         #[arg(long)]
         read_only: bool,
+        /// What the guest may ask of it: iops=…,bps=… with one or both [default: no limit]
+        #[arg(long, value_name = "LIMITS", value_parser = parse::limits)]
+        limits: Option<DiskLimits>,
     },
-    /// Take a volume from its domain, which must be stopped; it stays on the node
+    /// Take a volume from its domain; it stays on the node
+    ///
+    /// The guest of a running domain is asked to let go of it: unmount it there first. One that
+    /// does not within a minute keeps it.
     Detach(VolumeName),
 }
 

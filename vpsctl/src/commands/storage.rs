@@ -4,7 +4,7 @@ use std::time::SystemTime;
 
 use drover_proto::v1::{
     AttachVolumeRequest, CreateVolumeRequest, DeleteVolumeRequest, DetachVolumeRequest,
-    GetVolumeRequest, ListPoolsRequest, ListVolumesRequest, Volume,
+    GetVolumeRequest, ListPoolsRequest, ListVolumesRequest, Operation, Volume,
     pool_service_client::PoolServiceClient, volume_service_client::VolumeServiceClient,
 };
 
@@ -13,6 +13,7 @@ use crate::{
     args::{CreateVolumeArgs, PoolCommand, VolumeCommand},
     error::Error,
     out::{human::short, json, pages},
+    wait,
 };
 
 pub(super) async fn pool(context: &Context, command: PoolCommand) -> Result<(), Error> {
@@ -42,24 +43,37 @@ pub(super) async fn volume(context: &Context, command: VolumeCommand) -> Result<
             call!(context, VolumeServiceClient::delete_volume, request)?;
             context.gone(&name.volume, &format!("{} is deleted", short(&name.volume)))
         }
-        VolumeCommand::Attach { name, domain, read_only } => {
+        VolumeCommand::Attach { name, domain, read_only, limits } => {
             let request = AttachVolumeRequest {
                 name: name.volume,
                 domain: domain.domain,
                 read_only,
                 etag: String::new(),
+                limits,
             };
             let volume = call!(context, VolumeServiceClient::attach_volume, request)?;
+            plugged(context, &volume).await?;
             let what = format!("is the last disk of {} now", short(&volume.domain));
             changed(context, &volume, &what)
         }
         VolumeCommand::Detach(name) => {
             let request = DetachVolumeRequest { name: name.volume, etag: String::new() };
             let volume = call!(context, VolumeServiceClient::detach_volume, request)?;
+            plugged(context, &volume).await?;
             let what = format!("belongs to no domain now and stays on {}", short(&volume.node));
             changed(context, &volume, &what)
         }
     }
+}
+
+/// Waits for the guest of a domain that runs.
+async fn plugged(context: &Context, volume: &Volume) -> Result<(), Error> {
+    if volume.operation.is_empty() {
+        return Ok(());
+    }
+    let operation = Operation { name: volume.operation.clone(), ..Operation::default() };
+    let ended = wait::finished(&context.cluster, operation).await?;
+    wait::succeeded(ended).map(drop)
 }
 
 fn changed(context: &Context, volume: &Volume, what: &str) -> Result<(), Error> {

@@ -123,6 +123,8 @@ pub(crate) fn operation_title(operation: &Operation) -> String {
         OperationKind::CreateSnapshot => format!("snapshot {target}"),
         OperationKind::RestoreSnapshot => format!("restore snapshot of {target}"),
         OperationKind::CreateVolume => format!("create volume {target}"),
+        OperationKind::AttachVolume => format!("attach a volume to domain {target}"),
+        OperationKind::DetachVolume => format!("detach a volume from domain {target}"),
         OperationKind::BalanceCluster => "balance cluster".to_owned(),
     }
 }

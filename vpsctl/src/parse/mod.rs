@@ -10,7 +10,9 @@ use std::{
 
 use tonic::transport::Uri;
 
-pub(crate) use self::settings::{disk, disk_limits, disk_size, interface, interface_in, label};
+pub(crate) use self::settings::{
+    disk, disk_limits, disk_size, interface, interface_in, label, limits,
+};
 
 const SIZE_UNITS: [(&str, u64); 5] =
     [("B", 1), ("KiB", 1 << 10), ("MiB", 1 << 20), ("GiB", 1 << 30), ("TiB", 1 << 40)];

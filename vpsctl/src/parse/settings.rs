@@ -101,25 +101,32 @@ pub(crate) fn disk_size(text: &str) -> Result<DiskResize, String> {
 pub(crate) fn disk_limits(text: &str) -> Result<DiskResize, String> {
     const EXAMPLE: &str = "0=iops=500,bps=100MiB or 0=none";
     let (disk, value) = place(text, EXAMPLE)?;
-    let mut limits = DiskLimits::default();
-    if value != "none" {
-        for part in value.split(',') {
-            let field = match part.split_once('=') {
-                Some(("iops", n)) => (&mut limits.requests_per_second, of_key("iops", whole(n))),
-                Some(("bps", n)) => (&mut limits.bytes_per_second, of_key("bps", size(n))),
-                _ => {
-                    return Err(format!(
-                        "\"{part}\" is not known: iops= and bps= are, or none, such as {EXAMPLE}"
-                    ));
-                }
-            };
-            if *field.0 > 0 {
-                return Err(format!("\"{part}\" is given twice: once is expected"));
-            }
-            *field.0 = above_zero(field.1)?;
-        }
-    }
+    let limits = match value {
+        "none" => DiskLimits::default(),
+        value => some_limits(value, &format!("or none, such as {EXAMPLE}"))?,
+    };
     Ok(DiskResize { disk, size_bytes: 0, limits: Some(limits) })
+}
+
+/// A new disk's limits: `iops=…,bps=…` with one or both.
+pub(crate) fn limits(text: &str) -> Result<DiskLimits, String> {
+    some_limits(text, "such as iops=500,bps=100MiB")
+}
+
+fn some_limits(text: &str, others: &str) -> Result<DiskLimits, String> {
+    let mut limits = DiskLimits::default();
+    for part in text.split(',') {
+        let field = match part.split_once('=') {
+            Some(("iops", n)) => (&mut limits.requests_per_second, of_key("iops", whole(n))),
+            Some(("bps", n)) => (&mut limits.bytes_per_second, of_key("bps", size(n))),
+            _ => return Err(format!("\"{part}\" is not known: iops= and bps= are, {others}")),
+        };
+        if *field.0 > 0 {
+            return Err(format!("\"{part}\" is given twice: once is expected"));
+        }
+        *field.0 = above_zero(field.1)?;
+    }
+    Ok(limits)
 }
 
 /// `N=…`: a disk's place, from 0, and what follows.
@@ -186,6 +193,20 @@ mod tests {
         assert_eq!(full, expected);
         let blank = Disk { size_bytes: 5 << 30, ..Disk::default() };
         assert_eq!(disk("size=5GiB"), Ok(blank), "no limits are none, not zeros");
+    }
+
+    #[test]
+    fn limits_of_a_new_disk() {
+        let both = DiskLimits {
+            requests_per_second: 500,
+            bytes_per_second: 1 << 20,
+            ..DiskLimits::default()
+        };
+        assert_eq!(limits("iops=500,bps=1MiB"), Ok(both));
+        assert_eq!(
+            limits("none").unwrap_err(),
+            "\"none\" is not known: iops= and bps= are, such as iops=500,bps=100MiB"
+        );
     }
 
     #[test]

@@ -189,8 +189,9 @@ impl VolumeService for Scripted {
         }
     }
     async fn attach_volume(&self, request: Request<AttachVolumeRequest>) -> Answer<Volume> {
-        let AttachVolumeRequest { name, domain, read_only, .. } = request.into_inner();
-        self.did(format!("attach {name} to {domain}, read-only {read_only}"));
+        let AttachVolumeRequest { name, domain, read_only, limits, .. } = request.into_inner();
+        let iops = limits.map_or(0, |limits| limits.requests_per_second);
+        self.did(format!("attach {name} to {domain}, read-only {read_only}, iops {iops}"));
         let volume = found(&self.script.volumes, |volume| volume.name == name, &name)?;
         Ok(volume.map(|volume| Volume { domain, ..volume }))
     }

@@ -290,9 +290,9 @@ fn volumes_come_and_go() {
     let vpsctl = |args: &[&str]| run(member.address(), &[&["volume"], args].concat());
     for (args, said, did) in [
         (
-            &["attach", "data", "web2", "--read-only"][..],
+            &["attach", "data", "web2", "--read-only", "--limits", "iops=500"][..],
             "data is the last disk of web2 now\n",
-            "attach volumes/data to domains/web2, read-only true",
+            "attach volumes/data to domains/web2, read-only true, iops 500",
         ),
         (
             &["detach", "web1-0"],

@@ -33,7 +33,7 @@ pub(super) struct CountingIds(AtomicU64);
 impl Ids for CountingIds {
     fn uuid(&self) -> String {
         let n = self.0.fetch_add(1, Ordering::Relaxed);
-        format!("00000000-0000-4000-8000-{n:012x}")
+        format!("{n:08x}-0000-4000-8000-{n:012x}")
     }
     fn token(&self) -> String {
         format!("token-{}", self.uuid())

@@ -1,14 +1,16 @@
 //! Volumes that no domain has: where they are made, who gets them, and that nothing takes them for
 //! what nobody knows.
 
+use drover_proto::agent::v1::{MigrationProgress as P, MigrationRole};
 use drover_proto::agent::v1::{ObservedState as S, ObservedVolume};
-use drover_proto::v1::{DomainState, OperationState, VolumeState};
+use drover_proto::v1::{DiskLimits, DomainState, OperationState, VolumeState};
 
 use super::copies::stopped;
 use super::disks::{garbage, lab};
-use super::lab::{Lab, ended, split};
+use super::lab::{Lab, Observe, ended, split};
 use crate::model::{DomainId, NodeId, OperationRecord, VolumeId, VolumeRecord};
-use crate::workflows::volumes::{self, NewVolume};
+use crate::store::Txn;
+use crate::workflows::volumes::{self, Attached, NewVolume};
 use crate::workflows::{Refusal, begin, nodes};
 
 const GIB: u64 = 1 << 30;
@@ -28,8 +30,12 @@ fn create(lab: &mut Lab, new: &NewVolume) -> Result<OperationRecord, Refusal> {
 }
 
 fn attach(lab: &mut Lab, id: &str, domain: &str) -> Result<(), Refusal> {
+    attach_as(lab, id, domain, &Attached::default())
+}
+
+fn attach_as(lab: &mut Lab, id: &str, domain: &str, how: &Attached) -> Result<(), Refusal> {
     let (id, domain) = (VolumeId::trusted(id), DomainId::trusted(domain));
-    lab.with(|cx| volumes::attach_volume(cx, &id, &domain, false, "").map(|txn| (txn, ())))
+    lab.with(|cx| volumes::attach_volume(cx, &id, &domain, how, "").map(|txn| (txn, ())))
 }
 
 fn detach(lab: &mut Lab, id: &str) -> Result<(), Refusal> {
@@ -70,7 +76,8 @@ fn with_data() -> Lab {
 }
 
 fn at_rest(lab: &mut Lab) {
-    let said = lab.observed("vm", lab.domain("vm").epoch, S::Stopped);
+    let mut said = lab.observed("vm", lab.domain("vm").epoch, S::Stopped);
+    said.set_exit_reason(drover_proto::v1::ExitReason::Shutdown);
     lab.report("a", vec![said]);
     lab.settle();
 }
@@ -272,28 +279,228 @@ fn what_no_domain_has_is_no_stray() {
     assert!(garbage(&lab).is_empty());
 }
 
-#[test]
-fn only_a_domain_at_rest_gets_or_gives() {
+/// `vm` runs, and its VMM has these disks (one that is going is named so); `error`: what it says
+/// of one that it cannot attach or detach.
+fn runs(lab: &mut Lab, disks: &[(&str, bool)], error: &str) {
+    let mut said = lab.observed("vm", lab.domain("vm").epoch, S::Running);
+    said.disks_known = true;
+    said.disk_error = error.into();
+    let disk = |(id, detaching): &(&str, bool)| {
+        let serial = row(lab, id).unwrap().serial;
+        drover_proto::agent::v1::ObservedDisk { serial, detaching: *detaching }
+    };
+    said.disks = disks.iter().map(disk).collect();
+    lab.report("a", vec![said]);
+    lab.settle();
+}
+
+fn running() -> Lab {
     let mut lab = with_data();
     let id = DomainId::trusted("vm");
-    attach(&mut lab, "data", "vm").unwrap();
     lab.with(|cx| begin::start_domain(cx, &id, false).map(split)).unwrap();
-    assert!(matches!(detach(&mut lab, "data"), Err(Refusal::Busy { .. })));
-    let runs = lab.observed("vm", 2, S::Running);
-    lab.report("a", vec![runs]);
-    lab.settle();
+    runs(&mut lab, &[("vm-0", false)], "");
     assert_eq!(lab.domain("vm").state(), DomainState::Running);
+    lab
+}
+
+/// What holds `vm`.
+fn held(lab: &Lab) -> OperationRecord {
+    let id = lab.domain("vm").operation;
+    lab.operation(&id)
+}
+
+/// What `vm`'s node is told of its disks: their slots.
+fn told(lab: &mut Lab) -> Vec<u32> {
+    let level = lab.level("a");
+    let domain = &level.domains[0];
+    assert_eq!(domain.spec.as_ref().unwrap().disks.len(), domain.disks.len());
+    assert_eq!(level.volumes.len(), 2, "none is forgotten in between");
+    domain.disks.iter().map(|disk| disk.slot).collect()
+}
+
+/// A guest that runs gets it, and lets go of it when it likes; what it had from the start stays
+/// where it was.
+#[test]
+fn a_running_domain_gets_it_and_gives_it_back() {
+    let mut lab = running();
+    assert_eq!(told(&mut lab), [16]);
+    attach(&mut lab, "data", "vm").unwrap();
+    let operation = held(&lab);
+    assert_eq!((operation.target.as_str(), operation.volume.as_str()), ("domains/vm", "data"));
+    assert_eq!(told(&mut lab), [16, 17]);
+    assert!(matches!(lab.migrate("vm", "b"), Err(Refusal::Busy { .. })));
+    assert!(matches!(detach(&mut lab, "data"), Err(Refusal::Busy { .. })));
+    // A VMM that does not answer has said nothing.
+    let silent = lab.observed("vm", lab.domain("vm").epoch, S::Running);
+    lab.report("a", vec![silent]);
+    lab.settle();
+    runs(&mut lab, &[("vm-0", false)], "");
+    assert_eq!(held(&lab).state(), OperationState::Running);
+    runs(&mut lab, &[("vm-0", false), ("data", false)], "");
+    assert_eq!(lab.operation(&operation.id).state(), OperationState::Succeeded);
+
+    let refused = detach(&mut lab, "vm-0").unwrap_err().to_string();
+    assert!(refused.contains("detach the others first"), "{refused}");
+    detach(&mut lab, "data").unwrap();
+    let operation = held(&lab);
+    assert_eq!(told(&mut lab), [16]);
+    assert_eq!(row(&lab, "data").unwrap().domain, "vm", "its guest may still write to it");
+    assert!(delete(&mut lab, "data").is_err());
+    let silent = lab.observed("vm", lab.domain("vm").epoch, S::Running);
+    lab.report("a", vec![silent]);
+    lab.settle();
+    runs(&mut lab, &[("vm-0", false), ("data", true)], "");
+    let words = held(&lab).status_message;
+    assert_eq!(words, "waits for the guest to let go of volumes/data");
+    runs(&mut lab, &[("vm-0", false)], "");
+    assert_eq!(lab.operation(&operation.id).state(), OperationState::Succeeded);
+    let data = row(&lab, "data").unwrap();
+    assert_eq!((data.domain.as_str(), data.node.as_str(), data.slot), ("", "a", 0));
+    assert_eq!(told(&mut lab), [16]);
+    assert!(garbage(&lab).is_empty());
+}
+
+/// What a domain boots from stays while it runs, whatever else it has; and a new disk's limits are
+/// told with it.
+#[test]
+fn the_disk_that_a_domain_runs_from_stays() {
+    let mut lab = running();
+    let mut domain = lab.domain("vm");
+    domain.spec.as_mut().unwrap().boot = None;
+    assert!(lab.commit(&Txn::new().put(&domain)));
+    for data in [false, true] {
+        if data {
+            let limits = DiskLimits { requests_per_second: 500, ..DiskLimits::default() };
+            let how = Attached { read_only: true, limits: Some(limits) };
+            attach_as(&mut lab, "data", "vm", &how).unwrap();
+            let told = lab.level("a").domains.remove(0).disks.remove(1);
+            assert_eq!((told.read_only, told.limits), (true, Some(limits)));
+            runs(&mut lab, &[("vm-0", false), ("data", false)], "");
+        }
+        let before = lab.domain("vm");
+        let refused = detach(&mut lab, "vm-0").unwrap_err();
+        let Refusal::Precondition { reason, message, .. } = &refused else { panic!("{refused}") };
+        assert_eq!(*reason, "BOOT_DISK");
+        assert_eq!(message, "domains/vm runs from volumes/vm-0: stop it first");
+        assert_eq!((lab.domain("vm"), row(&lab, "vm-0").unwrap().detaching), (before, false));
+    }
+    // One from before disks had slots of their own stays, too.
+    let data = VolumeRecord { slot: 0, ..row(&lab, "data").unwrap() };
+    assert!(lab.commit(&Txn::new().put(&data)));
     let refused = detach(&mut lab, "data").unwrap_err().to_string();
-    assert!(refused.contains("domains/vm is RUNNING: stop it first"), "{refused}");
+    assert!(refused.contains("before disks could leave a running guest: stop domains/vm first"));
+}
+
+/// One that moves gets nothing and gives nothing; where it goes on, its disks are in their slots,
+/// and so they are when it starts anew.
+#[test]
+fn a_domain_that_moves_keeps_its_slots() {
+    let mut lab = running();
     create(&mut lab, &new("more", Some("a"), 1)).unwrap();
     has(&mut lab, "a", &["vm-0", "data", "more"], VolumeState::Ready);
-    let runs = lab.observed("vm", 2, S::Running);
-    lab.report("a", vec![runs]);
+    attach(&mut lab, "data", "vm").unwrap();
+    runs(&mut lab, &[("vm-0", false), ("data", false)], "");
+    attach(&mut lab, "more", "vm").unwrap();
+    runs(&mut lab, &[("vm-0", false), ("data", false), ("more", false)], "");
+    detach(&mut lab, "data").unwrap();
+    runs(&mut lab, &[("vm-0", false), ("more", false)], "");
+    assert_eq!(held_by(&lab), "");
+
+    let migration = lab.migrate("vm", "b").unwrap();
     lab.settle();
-    let refused = attach(&mut lab, "more", "vm").unwrap_err().to_string();
-    assert!(refused.contains("domains/vm is RUNNING: stop it first"), "{refused}");
+    assert!(matches!(attach(&mut lab, "data", "vm"), Err(Refusal::Busy { .. })));
+    assert!(matches!(detach(&mut lab, "more"), Err(Refusal::Busy { .. })));
+    let slots = |lab: &Lab, node: &str| -> Vec<u32> {
+        let assignment = lab.assignment(node, "vm").unwrap();
+        assignment.disks.iter().map(|disk| disk.slot).collect()
+    };
+    assert_eq!((slots(&lab, "a"), slots(&lab, "b")), (vec![16, 18], vec![16, 18]));
+
+    // It fails: the domain is where it was, and gets what it shall.
+    lab.cancel(&migration.id).unwrap();
+    let back = lab.observed("vm", lab.domain("vm").epoch, S::Running).migrating(
+        &migration.id,
+        MigrationRole::Source,
+        P::Failed,
+    );
+    lab.report("a", vec![back]);
+    lab.report("b", vec![]);
+    lab.settle();
+    assert_eq!(held_by(&lab), "");
+    runs(&mut lab, &[("vm-0", false), ("more", false)], "");
+    attach(&mut lab, "data", "vm").unwrap();
+    assert_eq!(slots(&lab, "a"), [16, 18, 19], "behind the others, so that it is the last");
+}
+
+/// The operation that holds `vm`.
+fn held_by(lab: &Lab) -> String {
+    lab.domain("vm").operation
+}
+
+/// What cannot be done is undone: the rows are as they were, and say why.
+#[test]
+fn a_guest_that_does_not_play_along_changes_nothing() {
+    for how in ["refused", "cancelled", "late"] {
+        let expected = match how {
+            "refused" => (OperationState::Failed, "DISK_FAILED"),
+            "cancelled" => (OperationState::Cancelled, "CANCELLED"),
+            _ => (OperationState::Failed, "DEADLINE_EXCEEDED"),
+        };
+        let give_up = |lab: &mut Lab, disks: &[(&str, bool)]| {
+            let operation = held(lab);
+            match how {
+                "cancelled" => lab.cancel(&operation.id).unwrap(),
+                "late" => lab.pass_time(61_000),
+                _ => {}
+            }
+            runs(lab, disks, if how == "refused" { "no" } else { "" });
+            let ended = lab.operation(&operation.id);
+            let reason = ended.error.clone().unwrap_or_default().reason;
+            assert_eq!((ended.state(), reason.as_str()), expected, "{how}: {ended:?}");
+            assert!(lab.domain("vm").operation.is_empty());
+        };
+        let mut lab = running();
+        attach(&mut lab, "data", "vm").unwrap();
+        give_up(&mut lab, &[("vm-0", false)]);
+        let data = row(&lab, "data").unwrap();
+        assert_eq!((data.domain.as_str(), data.node.as_str(), data.slot), ("", "a", 0), "{how}");
+        assert_eq!(told(&mut lab), [16]);
+
+        attach(&mut lab, "data", "vm").unwrap();
+        runs(&mut lab, &[("vm-0", false), ("data", false)], "");
+        detach(&mut lab, "data").unwrap();
+        give_up(&mut lab, &[("vm-0", false), ("data", true)]);
+        let data = row(&lab, "data").unwrap();
+        assert_eq!((data.domain.as_str(), data.slot, data.detaching), ("vm", 17, false), "{how}");
+        assert_eq!(told(&mut lab), [16, 17]);
+    }
+}
+
+/// A guest that ends meanwhile finds its disks as the rows say.
+#[test]
+fn a_domain_that_ends_has_what_it_was_given() {
+    let mut lab = running();
+    attach(&mut lab, "data", "vm").unwrap();
+    let operation = held(&lab);
+    at_rest(&mut lab);
+    assert_eq!(lab.operation(&operation.id).state(), OperationState::Succeeded);
+    assert_eq!(told(&mut lab), [16, 17]);
+
+    let mut lab = running();
+    attach(&mut lab, "data", "vm").unwrap();
+    runs(&mut lab, &[("vm-0", false), ("data", false)], "");
+    detach(&mut lab, "data").unwrap();
+    let operation = held(&lab);
+    at_rest(&mut lab);
+    assert_eq!(lab.operation(&operation.id).state(), OperationState::Succeeded);
+    assert_eq!(row(&lab, "data").unwrap().domain, "");
+}
+
+#[test]
+fn what_is_not_there_is_not_attached() {
+    let mut lab = with_data();
     assert_eq!(
-        attach(&mut lab, "more", "none"),
+        attach(&mut lab, "data", "none"),
         Err(Refusal::NotFound { name: "domains/none".into() })
     );
     assert_eq!(
@@ -318,5 +525,13 @@ fn a_guest_has_so_many_disks() {
         attach(&mut lab, &format!("d{n}"), "vm").unwrap();
     }
     let refused = attach(&mut lab, "data", "vm").unwrap_err().to_string();
-    assert!(refused.contains("domains/vm has 7 disks"), "{refused}");
+    assert!(refused.contains("domains/vm has 7 disks: no more fit"), "{refused}");
+    // Nor while it runs.
+    let id = DomainId::trusted("vm");
+    lab.with(|cx| begin::start_domain(cx, &id, false).map(split)).unwrap();
+    let disks: Vec<_> = all.iter().filter(|id| **id != "data").map(|id| (*id, false)).collect();
+    runs(&mut lab, &disks, "");
+    assert_eq!(lab.domain("vm").state(), DomainState::Running);
+    let refused = attach(&mut lab, "data", "vm").unwrap_err().to_string();
+    assert!(refused.contains("domains/vm has 7 disks: no more fit"), "{refused}");
 }

@@ -12,7 +12,17 @@ fn ask_about(
     progress: &Progress,
 ) -> Action {
     let (record, disks) = (Some(&record), &Disks::Ready);
-    decide(Facts { record, vmm, wanted, progress, disks, memory, live_disks, now_ms: NOW })
+    decide(Facts {
+        record,
+        vmm,
+        wanted,
+        progress,
+        disks,
+        memory,
+        live_disks,
+        plugged: &[],
+        now_ms: NOW,
+    })
 }
 
 #[test]
@@ -20,6 +30,7 @@ fn a_vmm_hears_what_it_does_not_know_of_its_disks() {
     use Action::*;
     let disk = |bytes| LiveDisk {
         serial: "root".into(),
+        slot: None,
         limits: DiskLimits::default(),
         size_bytes: bytes,
     };
@@ -43,6 +54,67 @@ fn a_vmm_hears_what_it_does_not_know_of_its_disks() {
         assert_eq!(action, expected, "{what}");
     }
     assert_eq!(ask(ran(), live(VmmState::Running), run(5), progress()), Nothing, "it has none");
+}
+
+/// The VMM has what is assigned, in the end: first goes what is too much, then comes what is
+/// missing, when it is here.
+#[test]
+fn disks_come_and_go() {
+    use Action::*;
+    let (record, runs, wanted) = (ran(), live(VmmState::Running), run(5));
+    let disk = |serial: &str, slot| LiveDisk {
+        serial: serial.into(),
+        slot,
+        limits: DiskLimits::default(),
+        size_bytes: 1,
+    };
+    let has = |serial: &str, slot, detaching| DiskStatus { serial: serial.into(), slot, detaching };
+    let own = [disk("root", Some(16)), disk("data", Some(17))];
+    let (root, data) = (has("root", 16, false), has("data", 17, false));
+    let going = || has("old", 18, true);
+    let seed = has(SEED_SERIAL, 31, false);
+    let told = Progress { told_disks: Some(own.to_vec()), ..progress() };
+    let asked = |ms| Progress { detach_ms: Some(ms), ..told.clone() };
+    let again = NOW + 1;
+    let waits = Disks::Waiting("w".into());
+    for (what, plugged, disks, progress, expected) in [
+        ("all", vec![&root, &data, &seed], &Disks::Ready, told.clone(), Nothing),
+        ("one is missing", vec![&root, &seed], &Disks::Ready, told.clone(), AttachDisk(1)),
+        ("it is not here", vec![&root, &seed], &waits, told.clone(), Nothing),
+        ("too much", vec![&has("old", 18, false)], &Disks::Ready, told.clone(), {
+            DetachDisk("old".into())
+        }),
+        ("asked by another", vec![&going()], &Disks::Ready, told.clone(), {
+            DetachDisk("old".into())
+        }),
+        ("asked", vec![&going()], &Disks::Ready, asked(again - 10_000), WaitUntil(again)),
+        ("asked long ago", vec![&going()], &Disks::Ready, asked(NOW - 10_000), {
+            DetachDisk("old".into())
+        }),
+        ("it may stay", vec![&root, &has("data", 17, true)], &Disks::Ready, told.clone(), {
+            AttachDisk(1)
+        }),
+        ("from the start", vec![&root, &data, &has("old", 0, false)], &Disks::Ready, told, Nothing),
+    ] {
+        let plugged: Vec<_> = plugged.into_iter().cloned().collect();
+        let action = decide(Facts {
+            record: Some(&record),
+            vmm: &runs,
+            wanted: &wanted,
+            progress: &progress,
+            disks,
+            memory: &Disks::Ready,
+            live_disks: &own,
+            plugged: &plugged,
+            now_ms: NOW,
+        });
+        assert_eq!(action, expected, "{what}");
+    }
+    // One without a slot was there from the start, and an old VMM does not say so.
+    let old = [disk("root", None)];
+    let told = Progress { told_disks: Some(old.to_vec()), ..progress() };
+    let action = ask_about(&old, &Disks::Ready, ran(), &runs, &run(5), &told);
+    assert_eq!(action, Nothing);
 }
 
 fn failed(memory: &str, epoch: u64, start_generation: u64) -> DomainRecord {

@@ -61,6 +61,7 @@ fn no_combination_breaks_the_rules() {
                             disks,
                             memory: disks,
                             live_disks: &[],
+                            plugged: &[],
                             now_ms: NOW,
                         };
                         hold_the_rules(facts, &decide(facts));
@@ -130,6 +131,8 @@ fn hold_the_rules(facts: Facts<'_>, action: &Action) {
         Action::Quit
             | Action::PowerButton
             | Action::UpdateDisks
+            | Action::AttachDisk(_)
+            | Action::DetachDisk(_)
             | Action::Save
             | Action::TakeOver
             | Action::StartMigration

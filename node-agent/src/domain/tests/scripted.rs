@@ -63,11 +63,17 @@ fn end(dir: &Path, reason: &str, detail: &str) -> ! {
 
 async fn serve(config: DomainConfig, socket: PathBuf, dir: PathBuf, incoming: bool) {
     let state = if incoming { VmmState::Incoming } else { VmmState::Running };
+    let disks = config.disks.iter().map(|disk| DiskStatus {
+        serial: disk.serial.clone(),
+        slot: disk.slot.map_or(0, u32::from),
+        detaching: false,
+    });
     let status = VmmStatus {
         domain_uid: config.uid.clone(),
         epoch: config.epoch,
         state: state.into(),
         pid: std::process::id(),
+        disks: disks.collect(),
         ..VmmStatus::default()
     };
     let vmm = Vmm {
@@ -124,7 +130,10 @@ impl Vmm {
     }
 
     fn change(&self, change: impl FnOnce(&mut VmmStatus)) -> Response<VmmStatus> {
-        self.status.send_modify(change);
+        self.status.send_modify(|status| {
+            change(status);
+            status.sequence += 1;
+        });
         Response::new(self.status.borrow().clone())
     }
 
@@ -211,6 +220,29 @@ impl VmmService for Vmm {
     async fn grow_disk(&self, request: Request<GrowDiskRequest>) -> Answer<GrowDiskResponse> {
         eprintln!("GrowDisk {}", serial(request.into_inner().disk));
         Ok(Response::new(GrowDiskResponse::default()))
+    }
+
+    async fn attach_disk(&self, request: Request<AttachDiskRequest>) -> Answer<VmmStatus> {
+        let AttachDiskRequest { serial, slot, .. } = request.into_inner();
+        eprintln!("AttachDisk {serial} {slot}");
+        let disk = DiskStatus { serial, slot, detaching: false };
+        Ok(self.change(|status| {
+            status.disks.retain(|there| there.serial != disk.serial);
+            status.disks.push(disk);
+        }))
+    }
+
+    async fn detach_disk(&self, request: Request<DetachDiskRequest>) -> Answer<VmmStatus> {
+        let serial = request.into_inner().serial;
+        eprintln!("DetachDisk {serial}");
+        if self.how == "keeps-disks" {
+            self.change(|status| {
+                let asked = |disk: &&mut DiskStatus| disk.serial == serial;
+                status.disks.iter_mut().filter(asked).for_each(|disk| disk.detaching = true);
+            });
+            return Err(Status::deadline_exceeded("the guest has not let go of it"));
+        }
+        Ok(self.change(|status| status.disks.retain(|disk| disk.serial != serial)))
     }
 
     async fn set_generation(&self, _: Request<SetGenerationRequest>) -> Answer<VmmStatus> {
