@@ -101,8 +101,8 @@ pub fn start_detached(mut command: Command, log: &std::path::Path) -> Result<Pro
 pub fn run(command: &mut Command) -> Result<String> {
     let name = format!("{command:?}");
     let fail = |reason: String| Error::Program { program: name.clone(), reason };
-    let output =
-        command.stdin(Stdio::null()).output().map_err(|e| fail(format!("cannot start: {e}")))?;
+    // Its standard input is empty where the command says nothing else.
+    let output = command.output().map_err(|e| fail(format!("cannot start: {e}")))?;
     let out = String::from_utf8_lossy(&output.stdout).into_owned();
     if output.status.success() {
         return Ok(out);
