@@ -29,7 +29,7 @@ image: setup ## The Debian 13 image of domains with disks, from the distribution
 test: setup ## All tests: format, lints, licences, unit tests, simulation, chart, lab
 	@scripts/test
 
-demo: build ## Drain a node under load, kill the leader, count what the clients saw (KEEP=1 leaves it running)
+demo: build ## Drain a node of its VPSes under load, kill the leader, count what the clients saw (KEEP=1 leaves it running)
 	$(LAB) --name demo demo $(if $(KEEP),--keep)
 
 bench-migration: build ## Move a busy guest with Drover and with QEMU in turn: time, pause, ratios (RUNS=10)

@@ -79,6 +79,13 @@ pub fn ensure_fio() -> Result<PathBuf> {
     Ok(ensure_built("fio", "build-fio", &["build-fio"], file)?.join(file))
 }
 
+/// The packages of a kernel that is newer than the guest image's, as an archive, made by
+/// `e2e/image/build-kernel`.
+pub fn ensure_kernel() -> Result<PathBuf> {
+    let file = "kernel.tar";
+    Ok(ensure_built("kernel", "build-kernel", &["build-kernel"], file)?.join(file))
+}
+
 /// The folder of what `e2e/image/{program}` builds, in the cache under a hash of its recipe. The
 /// file `last` is there when it is complete.
 fn ensure_built(name: &str, program: &str, recipe: &[&str], last: &str) -> Result<PathBuf> {

@@ -41,6 +41,7 @@ pub mod ssh;
 pub mod switch;
 pub mod vps;
 pub mod vpsctl;
+pub mod website;
 
 pub use cluster::Cluster;
 pub use error::{Error, Result};

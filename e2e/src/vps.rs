@@ -2,7 +2,7 @@
 
 use std::fs;
 use std::net::Ipv4Addr;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 use std::time::Duration;
 
@@ -64,14 +64,16 @@ pub struct Vps {
     pub memory_mib: u32,
     /// GiB.
     pub disk_gib: u32,
+    /// What cloud-init does at its first boot.
+    pub user_data: Option<PathBuf>,
     lab: String,
 }
 
 impl Vps {
-    /// Small: 512 MiB, 4 GiB of disk.
+    /// Small: 512 MiB, 1 GiB of disk.
     pub fn new(cluster: &Cluster, name: &str) -> Self {
         let lab = cluster.lab().name().to_owned();
-        Self { name: name.to_owned(), memory_mib: 512, disk_gib: 4, lab }
+        Self { name: name.to_owned(), memory_mib: 512, disk_gib: 1, user_data: None, lab }
     }
 
     /// Asks for it; the operation's name.
@@ -93,15 +95,31 @@ impl Vps {
         let disk = format!("image={IMAGE},size={}GiB,pool={POOL}", self.disk_gib);
         let mut arguments = vec!["domain", "create", &self.name, "--memory", &memory];
         arguments.extend(["--disk", &disk, "--network", NETWORK, "--ssh-key", &public]);
+        let user_data = self.user_data.as_ref().map(|path| path.to_string_lossy().into_owned());
+        if let Some(file) = &user_data {
+            arguments.extend(["--user-data", file]);
+        }
         arguments.extend(how);
         vpsctl.start(&arguments)
     }
 
     /// The address that it was given.
     pub fn address(&self, vpsctl: &Vpsctl) -> Result<Ipv4Addr> {
+        self.of_interface(vpsctl, |domain| domain["addresses"].get(0))
+    }
+
+    /// Its interface's address.
+    pub fn mac(&self, vpsctl: &Vpsctl) -> Result<String> {
+        self.of_interface(vpsctl, |domain| domain["spec"]["interfaces"].get(0)?.get("mac"))
+    }
+
+    fn of_interface<T: std::str::FromStr>(
+        &self,
+        vpsctl: &Vpsctl,
+        find: impl FnOnce(&Value) -> Option<&Value>,
+    ) -> Result<T> {
         let domain = vpsctl.json(&["domain", "show", &self.name])?;
-        domain["addresses"]
-            .get(0)
+        find(&domain)
             .and_then(Value::as_str)
             .and_then(|text| text.parse().ok())
             .ok_or_else(|| Error::other(format!("{} has no address: {domain:#}", self.name)))
@@ -135,6 +153,13 @@ impl Vps {
         run(&mut self.command(cluster, script)?)
     }
 
+    /// Copies a file into its owner's home.
+    pub fn push(&self, cluster: &Cluster, file: &Path) -> Result<()> {
+        let name = file.file_name().unwrap_or_default().to_string_lossy();
+        let content = fs::File::open(file).map_err(Error::io("cannot open", file))?;
+        run(self.command(cluster, &format!("cat > {name}"))?.stdin(content)).map(drop)
+    }
+
     /// Waits until its owner can log in.
     pub fn wait_ssh(&self, cluster: &Cluster) -> Result<()> {
         wait_for(&format!("SSH on {}", self.name), BOOT_PATIENCE, || {
@@ -153,7 +178,7 @@ fn key(lab: &str) -> Result<PathBuf> {
         let mut keygen = Command::new("ssh-keygen");
         keygen.args(["-q", "-t", "ed25519", "-N", "", "-C", "owner", "-f"]).arg(&new);
         run(&mut keygen)?;
-        let public = |path: &std::path::Path| PathBuf::from(format!("{}.pub", path.display()));
+        let public = |path: &Path| PathBuf::from(format!("{}.pub", path.display()));
         fs::rename(public(&new), public(&path)).map_err(Error::io("cannot move", &new))?;
         fs::rename(&new, &path).map_err(Error::io("cannot move", &new))?;
     }

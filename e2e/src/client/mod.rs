@@ -1,7 +1,8 @@
 //! What a customer would notice: pings and pages, asked all along from outside.
 //!
-//! A thread pings every domain each 20 ms, and one thread a domain fetches its page each second,
-//! inside the lab's namespace. Nothing here knows of migrations: gaps are what was seen.
+//! One thread a domain fetches its page each second, and a thread pings each 50 ms every domain that
+//! has answered with a page once (a guest that boots on an emulated core has enough to do), inside
+//! the lab's namespace. Nothing here knows of migrations: gaps are what was seen.
 
 mod page;
 mod ping;
@@ -61,7 +62,7 @@ impl Seen {
         fault(pages.fetched == 0, "no page was ever fetched".to_owned());
         fault(gap > gap_max, format!("no ping was answered for {gap:.2?}"));
         fault(pings.duplicates > 0, format!("{} pings were answered twice", pings.duplicates));
-        // The pings, 50 a second, measure the gap. A page is the guest's own work as well, on a
+        // The pings, 20 a second, measure the gap. A page is the guest's own work as well, on a
         // CPU that an emulated host shares out: where it has just come to, all its code is
         // translated anew.
         let slow = pages.slowest > PAGE_MAX;
@@ -95,7 +96,11 @@ impl Watch {
         let pings: Vec<_> = targets
             .iter()
             .zip(&list)
-            .map(|((_, address), target)| (*address, Arc::clone(&target.pings)))
+            .map(|((_, address), target)| ping::Target {
+                address: *address,
+                pings: Arc::clone(&target.pings),
+                pages: Arc::clone(&target.pages),
+            })
             .collect();
         let (netns, stop_there) = (netns.clone(), Arc::clone(&stop));
         threads.push(spawn("pings", move || {

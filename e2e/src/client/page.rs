@@ -59,6 +59,11 @@ pub(super) fn snapshot(stats: &Shared) -> PageStats {
     lock(stats).clone()
 }
 
+/// Has there been a page yet?
+pub(super) fn has_answered(stats: &Shared) -> bool {
+    lock(stats).last.is_some()
+}
+
 pub(super) fn forget(stats: &Shared) {
     let mut stats = lock(stats);
     *stats = PageStats { last: stats.last.take(), ..PageStats::default() };

@@ -1,4 +1,4 @@
-//! Pings, every 20 ms to each target, from one raw socket.
+//! Pings, every 50 ms to each target, from one raw socket.
 
 use std::collections::VecDeque;
 use std::mem::MaybeUninit;
@@ -11,11 +11,12 @@ use std::time::{Duration, Instant};
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::net::{self, AddressFamily, SocketFlags, SocketType};
 
+use super::page;
 use crate::{Error, Result};
 
-const INTERVAL: Duration = Duration::from_millis(20);
+const INTERVAL: Duration = Duration::from_millis(50);
 /// Shorter ones are not kept: several missing pings in a row.
-const GAP_KEPT: Duration = Duration::from_millis(60);
+const GAP_KEPT: Duration = Duration::from_millis(150);
 const GAPS_MAX: usize = 10_000;
 const ECHO_REQUEST: u8 = 8;
 const ECHO_REPLY: u8 = 0;
@@ -105,8 +106,15 @@ impl Track {
     }
 }
 
+/// Whom to ping, from its first page on.
+pub(super) struct Target {
+    pub(super) address: Ipv4Addr,
+    pub(super) pings: Shared,
+    pub(super) pages: page::Shared,
+}
+
 /// Pings until told to stop. The calling thread is in the lab's namespace.
-pub(super) fn ping_all_along(targets: &[(Ipv4Addr, Shared)], stop: &AtomicBool) -> Result<()> {
+pub(super) fn ping_all_along(targets: &[Target], stop: &AtomicBool) -> Result<()> {
     let os = |what: &'static str| move |e| Error::other(format!("{what}: {e}"));
     let socket = net::socket_with(
         AddressFamily::INET,
@@ -121,12 +129,15 @@ pub(super) fn ping_all_along(targets: &[(Ipv4Addr, Shared)], stop: &AtomicBool) 
         if stop.load(Relaxed) {
             break;
         }
-        for (address, track) in targets {
+        for Target { address, pings, pages } in targets {
+            if !page::has_answered(pages) {
+                continue;
+            }
             let packet = echo_request(identifier, number);
             // An unreachable target is a gap, not an error.
             let to = SocketAddrV4::new(*address, 0);
             let _ = net::sendto(&socket, &packet, net::SendFlags::empty(), &to);
-            lock(track).stats.sent += 1;
+            lock(pings).stats.sent += 1;
         }
         next += INTERVAL;
         receive_until(&socket, next, identifier, targets).map_err(os("cannot receive answers"))?;
@@ -140,7 +151,7 @@ fn receive_until(
     socket: &OwnedFd,
     until: Instant,
     identifier: u16,
-    targets: &[(Ipv4Addr, Shared)],
+    targets: &[Target],
 ) -> rustix::io::Result<()> {
     let mut buffer = [MaybeUninit::uninit(); 2048];
     loop {
@@ -148,9 +159,9 @@ fn receive_until(
             match net::recvfrom(socket, &mut buffer, net::RecvFlags::empty()) {
                 Ok(((packet, _), _, _)) => {
                     if let Some((from, number)) = parse_reply(packet, identifier)
-                        && let Some((_, track)) = targets.iter().find(|(a, _)| *a == from)
+                        && let Some(target) = targets.iter().find(|t| t.address == from)
                     {
-                        lock(track).answer(number, Instant::now());
+                        lock(&target.pings).answer(number, Instant::now());
                     }
                 }
                 Err(rustix::io::Errno::AGAIN) => break,

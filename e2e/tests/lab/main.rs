@@ -8,6 +8,7 @@ mod disks;
 mod faults;
 mod fragile;
 mod shared_pool;
+mod storage_crash;
 mod storage_faults;
 mod story;
 mod world;
@@ -30,6 +31,7 @@ fn main() -> ExitCode {
         bad_input::TESTS,
         faults::TESTS,
         storage_faults::TESTS,
+        storage_crash::TESTS,
     ]
     .concat();
     let wanted = |name: &str| words.is_empty() || words.iter().any(|w| name.contains(w.as_str()));

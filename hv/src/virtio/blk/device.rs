@@ -187,6 +187,12 @@ impl Blk {
             }
             let queue = &mut turn.queues[index];
             let Some(head) = queue.pop(turn.memory, &mut self.segments)? else {
+                if self.backend.has_errand() {
+                    // The worker is back in a moment and looks again: until then a kick, which
+                    // costs the guest an exit, tells it nothing.
+                    self.throttle.leave(index, turn.now);
+                    return Ok(Progress::More);
+                }
                 if queue.enable_kicks(turn.memory)? {
                     continue;
                 }
