@@ -16,6 +16,8 @@ use crate::state::{self, StateError, kind};
 pub const INPUT_BYTES_MAX: usize = 4096;
 /// Register of received and sent data, with the divisor latch closed.
 const DATA: u8 = 0;
+/// Bit of the interrupt identification register.
+const NONE_PENDING: u8 = 1;
 /// The port's own buffer, bytes (vm-superio's).
 const FIFO_BYTES_MAX: usize = 0x40;
 /// So much of the console's history moves with the guest, bytes.
@@ -100,8 +102,24 @@ impl SerialPort {
         let room = INPUT_BYTES_MAX - inner.input.len();
         let taken = bytes.len().min(room);
         inner.input.extend(&bytes[..taken]);
-        inner.feed();
+        if !inner.feed() {
+            // What came before is still there: its interrupt may have been lost.
+            self.raise_pending(&inner);
+        }
         taken
+    }
+
+    /// The machine goes on, perhaps elsewhere: an interrupt that is pending is raised again, as its
+    /// edge may have been lost on the way, and the port raises no second one.
+    pub fn resume(&self) {
+        self.raise_pending(&self.inner());
+    }
+
+    fn raise_pending(&self, inner: &Inner) {
+        if inner.uart.state().interrupt_identification & NONE_PENDING == 0 {
+            // Fails only when the counter is full, and then the interrupt is on its way anyway.
+            let _ = self.interrupt.write(1);
+        }
     }
 
     /// Its state, with the end of the console's history.
@@ -130,7 +148,8 @@ impl SerialPort {
         })
     }
 
-    /// Takes over a state. A pending interrupt is raised again.
+    /// Takes over a state. A pending interrupt is raised again by [`resume`](Self::resume): the
+    /// interrupt controllers may get their state later.
     ///
     /// # Errors
     /// When the section is missing or malformed.
@@ -165,18 +184,19 @@ impl SerialPort {
 }
 
 impl Inner {
-    /// Moves what was typed into the port, as far as it fits.
-    fn feed(&mut self) {
+    /// Moves what was typed into the port, as far as it fits; false when nothing does.
+    fn feed(&mut self) -> bool {
         // A quarter of the FIFO: a driver that only polls sees a short burst at a time.
         const BURST_BYTES: usize = FIFO_BYTES_MAX / 4;
         let held = FIFO_BYTES_MAX - self.uart.fifo_capacity();
         let count = BURST_BYTES.saturating_sub(held).min(self.input.len());
         if count == 0 {
-            return;
+            return false;
         }
         let bytes: Vec<u8> = self.input.drain(..count).collect();
         // Checked against the capacity; a failed interrupt is one that is pending already.
         let _ = self.uart.enqueue_raw_bytes(&bytes);
+        true
     }
 }
 
@@ -220,6 +240,27 @@ mod tests {
         assert_eq!(port.type_in(&[b'x'; 5000]), INPUT_BYTES_MAX);
     }
 
+    /// An edge may be lost, while the guest has the line masked or on the way to another node; the
+    /// port raises none again until the guest has looked, which it does not without.
+    #[test]
+    fn an_interrupt_that_was_lost_is_raised_again() {
+        let (port, _, interrupt) = port();
+        port.write(1, &[1]);
+        port.resume();
+        assert!(interrupt.read().is_err(), "nothing is pending");
+        port.type_in(&[b'x'; 20]);
+        assert_eq!(interrupt.read().unwrap(), 1);
+        for _ in 0..2 {
+            port.type_in(b"x");
+            assert_eq!(interrupt.read().unwrap(), 1);
+            port.resume();
+            assert_eq!(interrupt.read().unwrap(), 1);
+        }
+        read(&port, 2);
+        port.resume();
+        assert!(interrupt.read().is_err(), "the guest has seen it");
+    }
+
     #[test]
     fn state_goes_over_with_history() {
         let (source, _, _) = port();
@@ -233,6 +274,8 @@ mod tests {
         // A rehearsal has come before.
         destination.restore(&state).unwrap();
         assert_eq!(read(&destination, 7), 0x5a);
+        while interrupt.read().is_ok() {}
+        destination.resume();
         assert!(interrupt.read().unwrap() > 0, "the pending interrupt is raised again");
         let typed: Vec<u8> = (0..26).map(|_| read(&destination, DATA)).collect();
         assert_eq!(typed, b"abcdefghijklmnopqrstuvwxyz");

@@ -458,6 +458,7 @@ impl MigratableVm for Machine {
         for function in &self.virtio {
             function.resume();
         }
+        self.devices.serial.resume();
         self.devices.pci.hot_plug().resume();
         for vcpu in &self.vcpus {
             vcpu.run();
