@@ -70,7 +70,8 @@ mod tests {
             let nice = || getpriority_process(Some(gettid())).unwrap();
             let before = nice();
             let mut courtesy = Courtesy::begin();
-            assert!(nice() == before || nice() == before + NICE);
+            // 19 is the lowest priority there is.
+            assert!(nice() == before || nice() == (before + NICE).min(19));
             courtesy.end();
             assert!(nice() <= before + 1);
         })
