@@ -240,11 +240,10 @@ fn upgrade_its_kernel(world: &World, vps: &Vps) -> Result<()> {
     let cluster = &world.cluster;
     let before = vps.run(cluster, "uname -r")?;
     vps.push(cluster, &image::ensure_kernel()?)?;
-    let release = vps.run(
-        cluster,
-        "tar xf kernel.tar && rm kernel.tar && sudo dpkg -i ./*.deb >dpkg.log 2>&1 || tail dpkg.log >&2; \
-         sync; cat release",
-    )?;
+    let install = "tar xf kernel.tar && rm kernel.tar && sudo DEBIAN_FRONTEND=noninteractive \
+                   apt-get install -qq -y --no-install-recommends ./*.deb >apt.log 2>&1 \
+                   || { tail apt.log >&2; exit 1; }; sync; cat release";
+    let release = vps.run(cluster, install)?;
     ensure!(release != before, "it runs {release} already");
     let boot = vps.run(cluster, "cat /proc/sys/kernel/random/boot_id; sudo systemctl reboot")?;
     let now = wait_for("its next boot", BOOT_PATIENCE, || {

@@ -128,7 +128,7 @@ fn a_host_dies_amid_its_copies(world: &mut World) -> Result<()> {
             world.succeeds(&vpsctl.start(&["domain", "delete", domain, "--force"])?)?;
         }
     }
-    vpsctl.run(&["image", "delete", IMAGE, "--yes"]).map(drop)
+    vpsctl.run(&["image", "delete", IMAGE]).map(drop)
 }
 
 /// An image that no compression makes small.
