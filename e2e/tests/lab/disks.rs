@@ -223,7 +223,7 @@ fn its_operators_repair_it(world: &mut World) -> Result<()> {
     ensure!(vps.run(&world.cluster, "test -e data").is_err(), "its disk is the earlier one");
     upgrade_its_kernel(world, &vps)?;
 
-    // The backup brings back what it was, also on another node.
+    // The backup brings back what it was, and a stopped domain takes it along to another node.
     ends_well(&["domain", "stop", "vps1"])?;
     vpsctl.run(&["backup", "verify", &folder])?;
     vpsctl.run(&["backup", "restore", &folder, "whole", "vps1", "--yes"])?;

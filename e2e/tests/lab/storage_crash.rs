@@ -1,6 +1,6 @@
 //! A host loses power in the middle of all that copies disks: an image comes to it, one volume
-//! leaves it and another one arrives, a backup reads a snapshot of a third. Each ends with a reason
-//! or goes on when the host is back; nothing half made is left, and no flushed write is lost.
+//! leaves it and another one arrives, a backup of a third has begun. Each ends with a reason or goes
+//! on when the host is back; nothing half made is left, and no flushed write is lost.
 
 use std::collections::BTreeSet;
 use std::process::Stdio;
