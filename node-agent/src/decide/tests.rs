@@ -172,19 +172,27 @@ fn ask_with(
     wanted: &Wanted,
     progress: &Progress,
 ) -> Action {
-    let record = record.as_ref();
-    let (memory, live_disks) = (&Disks::Ready, &[]);
-    decide(Facts {
+    decide(Facts { disks, ..facts(record.as_ref(), vmm, wanted, progress) })
+}
+
+/// Of a domain all of whose disks are here and are as its VMM has them.
+fn facts<'a>(
+    record: Option<&'a DomainRecord>,
+    vmm: &'a Vmm,
+    wanted: &'a Wanted,
+    progress: &'a Progress,
+) -> Facts<'a> {
+    Facts {
         record,
         vmm,
         wanted,
         progress,
-        disks,
-        memory,
-        live_disks,
+        disks: &Disks::Ready,
+        memory: &Disks::Ready,
+        live_disks: &[],
         plugged: &[],
         now_ms: NOW,
-    })
+    }
 }
 
 type Row = (&'static str, Option<DomainRecord>, Vmm, Wanted, Action);

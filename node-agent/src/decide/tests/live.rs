@@ -11,18 +11,7 @@ fn ask_about(
     wanted: &Wanted,
     progress: &Progress,
 ) -> Action {
-    let (record, disks) = (Some(&record), &Disks::Ready);
-    decide(Facts {
-        record,
-        vmm,
-        wanted,
-        progress,
-        disks,
-        memory,
-        live_disks,
-        plugged: &[],
-        now_ms: NOW,
-    })
+    decide(Facts { live_disks, memory, ..facts(Some(&record), vmm, wanted, progress) })
 }
 
 #[test]
